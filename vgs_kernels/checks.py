@@ -1,0 +1,127 @@
+"""Validation of the public functions' arguments: every message names the argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> Tensor:
+    """Check a floating tensor's rank, sizes (None: any), and, against ``like``, its dtype and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} is a DTensor; gather it once and pass a plain tensor ({name}.full_tensor()).")
+    expected = tuple("*" if size is None else size for size in shape)
+    if value.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        shown = str(expected).replace("'", "")
+        raise ValueError(f"{name} must have shape {shown}, got {tuple(value.shape)}.")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
+    if like is not None:
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name} must have dtype {like.dtype} like the student's hidden states, got {value.dtype}.")
+        device(name, value, like)
+    return value
+
+
+def head(name: str, value: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor) -> None:
+    """Check a head's weight [V, D] and bias [V] against the hidden states [N, D] that it projects."""
+    if isinstance(value, Tensor) and value.numel() == 0:
+        raise ValueError(
+            f"{name} is empty, got shape {tuple(value.shape)}; expected (V, {hidden.shape[1]}). "
+            "A head sharded by ZeRO-3 must be gathered before the call."
+        )
+    tensor(name, value, (None, hidden.shape[1]), like=hidden)
+    if bias is not None:
+        tensor(bias_name, bias, (value.shape[0],), like=hidden)
+
+
+def device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}.")
+
+
+def per_token(name: str, value: Tensor | None, like: Tensor, *, integer: bool = False) -> Tensor | None:
+    """Check an optional [N] vector: floating, or int64."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}.")
+    if tuple(value.shape) != (len(like),):
+        raise ValueError(f"{name} must have shape ({len(like)},), one entry a token, got {tuple(value.shape)}.")
+    if integer and value.dtype != torch.int64:
+        raise TypeError(f"{name} must be of dtype torch.int64, got {value.dtype}.")
+    if not integer and value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
+    device(name, value, like)
+    return value.detach()
+
+
+def number(name: str, value: float | None, *, positive: bool = False) -> float | None:
+    """Check an optional finite number, > 0 if ``positive``."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    if positive and value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value}.")
+    return float(value)
+
+
+def vocabulary(heads: dict[str, int], vocab_size: int | None) -> int:
+    """The number of columns to use, given those of each head."""
+    sizes = ", ".join(f"{name} has {size}" for name, size in heads.items())
+    if vocab_size is None:
+        if len(set(heads.values())) > 1:
+            raise ValueError(
+                f"the heads must have the same vocabulary: {sizes}. If the additional columns are padding, "
+                "say so with vocab_size."
+            )
+        return next(iter(heads.values()))
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}.")
+    if not 1 <= vocab_size <= min(heads.values()):
+        raise ValueError(f"vocab_size must lie in [1, {min(heads.values())}], got {vocab_size}: {sizes}.")
+    return vocab_size
+
+
+def ids_in_vocabulary(name: str, ids: Tensor | None, vocab: int) -> None:
+    """On a CPU, where looking costs nothing; elsewhere an id outside the vocabulary has log-probability -inf."""
+    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"{name} must lie in [0, {vocab}), got values from {low} to {high}.")
+
+
+def backend(name: str, like: Tensor) -> str:
+    """Resolve "auto" and check that a backend can run on the tensor's device and dtype."""
+    if name not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be one of auto, triton, torch, got {name!r}.")
+    if name == "torch" or (name == "auto" and (like.device.type != "cuda" or like.dtype == torch.float64)):
+        return "torch"
+    try:
+        from . import rows_triton
+    except ImportError as error:
+        if name == "auto":
+            return "torch"
+        raise ValueError(f"backend='triton' needs the triton package: {error}.") from error
+    if like.dtype == torch.float64:
+        raise ValueError("backend='triton' has no float64, got torch.float64: use backend='torch'.")
+    if not rows_triton.supports(like.device):
+        raise ValueError(f"backend='triton' needs a CUDA or ROCm device (or TRITON_INTERPRET=1), got {like.device}.")
+    return "triton"
+
+
+def workspace(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"workspace_bytes must be an int, got {type(value).__name__}.")
+    if value <= 0:
+        raise ValueError(f"workspace_bytes must be > 0, got {value}.")
+    return value

@@ -1,0 +1,97 @@
+"""The knobs of Visual Gradient Steering (arXiv 2606.00564), validated in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+SCHEDULES = ("constant", "adaptive")
+VDS_SCOPES = ("call", "ranks", "trajectory")
+DIVERGENCES = ("reverse_kl",)
+
+
+@dataclass(frozen=True)
+class VGSObjective:
+    """Settings of the VGS loss of one call.
+
+    With p_I, p_x the student and q_I, q_x the teacher with and without the image, per token (Eq. 3-18)::
+
+        standard = KL(p_I || q_I)
+        visual   = KL(p_I || q*),   log q* = log p_x + log q_I - log q_x - log Z*
+        language = KL(p_x || q_x)
+        vds      = KL(q_I || q_x)                       # visual dependency score
+        loss     = sum_n weight_n * eta * (standard + gamma_n * visual + lam * 1[vds > Q] * language)
+
+    Attributes:
+        gamma: weight of the visual term, >= 0 (paper: 2).
+        lam: weight of the gated language preservation term, >= 0 (paper: 0.01).
+        vds_quantile: quantile of ``vds`` above which language is preserved, in [0, 1] (paper: 0.7).
+        eta: scale of the whole loss, > 0, so that gamma turns the gradient's direction and not its length (Eq. 15;
+            paper: 0.41 for a 2B student, 0.36 for 4B).
+        temperature: divides the logits of all four rows, > 0; no T^2 factor is added.
+        detach_prior: whether p_x inside q* is a constant (the paper does not say; default True).
+        schedule: ``"constant"``, or ``"adaptive"``: gamma_n is 0 where vds <= Q_low, gamma / 2 up to Q_high = Q,
+            gamma above (Eq. 24-25).
+        adaptive_quantile: the quantile Q_low of the adaptive schedule, in [0, ``vds_quantile``] (paper: 0.4).
+        vds_scope: tokens over which the quantiles are taken: this ``"call"``, all data-parallel ``"ranks"``, or each
+            ``"trajectory"``.
+        divergence: ``"reverse_kl"``, the only one of the paper's method.
+    """
+
+    gamma: float = 2.0
+    lam: float = 0.01
+    vds_quantile: float = 0.7
+    eta: float = 1.0
+    temperature: float = 1.0
+    detach_prior: bool = True
+    schedule: str = "constant"
+    adaptive_quantile: float = 0.4
+    vds_scope: str = "call"
+    divergence: str = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type != "float":
+                continue
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{field.name} must be a number, got {type(value).__name__}.")
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}.")
+        for name in ("gamma", "lam"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        for name in ("eta", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        for name in ("vds_quantile", "adaptive_quantile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        if self.schedule == "adaptive" and self.adaptive_quantile > self.vds_quantile:
+            raise ValueError(
+                f"adaptive_quantile must not exceed vds_quantile ({self.vds_quantile}), got {self.adaptive_quantile}."
+            )
+        if not isinstance(self.detach_prior, bool):
+            raise TypeError(f"detach_prior must be a bool, got {type(self.detach_prior).__name__}.")
+        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES), ("divergence", DIVERGENCES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    @property
+    def kappa(self) -> float:
+        """gamma / (1 + gamma): the prior correction's weight in the composed target.
+
+        With q* detached, standard + gamma * visual = (1 + gamma) * KL(p_I || q~) + a constant without gradient, where
+        q~ = softmax(t + kappa * (a - w)) over the logits t (teacher), a (student, text-only), w (teacher, text-only).
+        """
+        return self.gamma / (1.0 + self.gamma)
+
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """The VDS quantiles the objective needs: (Q,) or, for the adaptive schedule, (Q_low, Q)."""
+        return (self.adaptive_quantile, self.vds_quantile) if self.schedule == "adaptive" else (self.vds_quantile,)
+
+    @property
+    def needs_text_gradient(self) -> bool:
+        """Whether the student's text-only rows receive gradient."""
+        return self.lam > 0 or not (self.detach_prior or self.gamma == 0)

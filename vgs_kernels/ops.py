@@ -1,0 +1,429 @@
+"""The registered operators: losses and their gradients in one forward, scaled in the backward.
+
+Registered with ``torch.library`` so that ``torch.compile`` of a caller sees one opaque node. Between the two sweeps
+everything is arithmetic on [N] vectors: this is the room where the method is readable and changeable.
+
+An operator's outputs are (loss, terms [K, N], unit, d_*): d_x are gradients in float32 for unit-sized token weights
+(so that 16-bit logit gradients keep their range) and ``unit`` is what they are to be multiplied with. A gradient that
+is not asked for is an empty tensor.
+"""
+
+import torch
+from torch import Tensor
+
+from . import gating
+from .objective import VGSObjective
+from .rows import LogitTransform, RowCoefficients, Statistics, scaled
+from .sweep import (
+    ComposedRow,
+    DenseSink,
+    DenseSource,
+    Head,
+    LinearSink,
+    LinearSource,
+    StackedRows,
+    gradient_bytes,
+    guard,
+    row_backend,
+    sweep,
+)
+
+#: Rows of the ``terms`` that the VGS operators return; ``target_logps`` follows if asked for.
+VGS_TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
+DIVERGENCE_TERMS = ("divergence", "entropy")
+
+#: Tokens per tile of logits that the caller holds, in the PyTorch backend: a column block stays in the cache.
+_DENSE_ROWS = 256
+
+
+def _head(weight: Tensor, bias: Tensor | None, vocab: int, scale: float, softcap: float, temperature: float) -> Head:
+    transform = LogitTransform(scale, softcap or None, 1.0 / temperature)
+    return Head(weight[:vocab], None if bias is None else bias[:vocab], transform)
+
+
+def _unit_weights(token_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Token weights divided by the largest of them, and that largest (1 if all are zero), without synchronisation."""
+    weights = token_weights.to(dtype)
+    if not len(weights):
+        return weights, weights.new_ones(())
+    unit = weights.abs().amax()
+    unit = torch.where(unit > 0, unit, 1)
+    return weights / unit, unit
+
+
+def _empty_gradients(needs: list[bool], like: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    first = next(x for x in like if x is not None)
+    return [
+        x.new_zeros(x.shape, dtype=dtype) if need else first.new_empty(0, dtype=dtype)
+        for need, x in zip(needs, like, strict=True)
+    ]
+
+
+def _wanted(gradient: Tensor, need: bool) -> Tensor | None:
+    return gradient if need else None
+
+
+def _pair_state(state: Statistics, p: str, q: str, gap: str, dtype: torch.dtype) -> Tensor:
+    """Statistics of the pair of rows (p, q) out of those of four rows."""
+    zeros = torch.zeros_like(state[gap])
+    rows = (state[f"{p}_max"], state[f"{p}_sum"], state[f"{q}_max"], state[f"{q}_sum"], zeros, state[gap])
+    return torch.stack(rows).to(dtype)
+
+
+def _pair_coefficients(state: Tensor, weights: Tensor, gain: float) -> RowCoefficients:
+    """Scalars of the gradient of sum_n weights_n * KL(p || q), gap = log p - log q."""
+    x = Statistics(state)
+    values = (weights * gain, x.lse("s"), x.mean("s_gap"), torch.zeros_like(weights))
+    return RowCoefficients(*(value.to(state.dtype) for value in values))
+
+
+class _Steering:
+    """The [N]-vector arithmetic of one VGS call."""
+
+    def __init__(
+        self,
+        objective: VGSObjective,
+        token_weights: Tensor,
+        vds: Tensor | None,
+        vds_threshold: Tensor | None,
+        trajectory_ids: Tensor | None,
+        group_name: str | None,
+        student: LogitTransform,
+        dtype: torch.dtype,
+    ) -> None:
+        self.objective = objective
+        self.dtype = dtype
+        self.gain = student.gain
+        self.unit_weights, self.unit = _unit_weights(token_weights, dtype)
+        self.vds = None if vds is None else vds.to(dtype)
+        self._scope = (trajectory_ids, group_name)
+        self._bounded = objective.vds_scope == "call" and vds_threshold is None
+        self.limits: list[Tensor] | None = None
+        if vds_threshold is not None:
+            n = len(token_weights)
+            self.limits = [limit.expand(n) for limit in vds_threshold.to(dtype).reshape(-1, 1)]
+        elif self.vds is not None:
+            self.find_limits()
+
+    @property
+    def needs_vds_first(self) -> bool:
+        """Whether the gradient of a token depends on the scores of all others."""
+        return self.objective.schedule == "adaptive" and self.limits is None
+
+    def find_limits(self) -> None:
+        self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
+
+    def coefficients(self, rows: slice, state: Tensor, prior: bool) -> RowCoefficients:
+        """Scalars of the gradient of standard + gamma * visual (objective identity: raw gaps, no normaliser)."""
+        x = Statistics(state)
+        if self.objective.schedule == "constant":
+            gamma = torch.full_like(x["s_max"], self.objective.gamma)
+        else:
+            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
+            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
+        weight = self.objective.eta * self.gain * self.unit_weights[rows]
+        mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
+        values = [weight, x.lse("s"), mean_gap, gamma]
+        if prior:
+            values += [weight * gamma, x.lse("q")]
+        return RowCoefficients(*(value.to(state.dtype) for value in values))
+
+    def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss and terms from the statistics of all tokens; settles the gate."""
+        x = Statistics(state)
+        if self.vds is None:
+            self.vds = x.vds.to(self.dtype)
+        if self.limits is None:
+            self.find_limits()
+        self.gate = self.vds > self.limits[-1]
+        gamma = gating.token_gamma(self.vds, self.objective, self.limits)
+        standard, visual, language = x.standard, x.visual, x.language
+        per_token = (
+            standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
+        )
+        loss = self.objective.eta * scaled(self.unit_weights * self.unit, per_token).sum()
+        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
+        if target_logits is not None:
+            terms.append(target_logits - x.lse("s"))
+        return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
+
+    def language_weights(self) -> Tensor:
+        """Weights of KL(p_x || q_x), [N]; zero behind the gate."""
+        return self.objective.eta * self.objective.lam * self.unit_weights * self.gate
+
+    def gated_tokens(self) -> Tensor:
+        """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
+        else counting them synchronises a GPU once."""
+        if self._bounded:
+            return torch.topk(self.vds, gating.max_gated(len(self.vds), self.objective), sorted=False).indices
+        return self.gate.nonzero().squeeze(1)
+
+
+def _linear_vgs(
+    hidden: Tensor,
+    text_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_text_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    token_weights: Tensor,
+    target_ids: Tensor | None,
+    vds: Tensor | None,
+    vds_threshold: Tensor | None,
+    trajectory_ids: Tensor | None,
+    gamma: float,
+    lam: float,
+    vds_quantile: float,
+    eta: float,
+    temperature: float,
+    detach_prior: bool,
+    schedule: str,
+    adaptive_quantile: float,
+    vds_scope: str,
+    vocab: int,
+    scales: list[float],
+    softcaps: list[float],
+    group_name: str | None,
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    objective = VGSObjective(
+        gamma, lam, vds_quantile, eta, temperature, detach_prior, schedule, adaptive_quantile, vds_scope
+    )
+    student, teacher = (
+        _head(w, b, vocab, scale, softcap, temperature)
+        for w, b, scale, softcap in zip((weight, teacher_weight), (bias, teacher_bias), scales, softcaps, strict=True)
+    )
+    transforms = (student.transform, teacher.transform)
+    rows = row_backend(backend, hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    with guard(hidden.device):
+        steering = _Steering(
+            objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, student.transform, dtype
+        )
+        teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text_hidden])
+        if steering.needs_vds_first:  # KL(q_I || q_x) of every token: a pair of the teacher's rows, values only
+            source = LinearSource([teacher_rows], (teacher.transform, teacher.transform), workspace_bytes)
+            steering.vds = Statistics(sweep(source, rows)[0]).standard.to(dtype)
+            steering.find_limits()
+
+        d_hidden, d_text, d_weight, d_bias = _empty_gradients(needs, [hidden, text_hidden, weight, bias], dtype)
+        need_hidden, need_text, need_weight, need_bias = needs
+        need_head = need_weight or need_bias
+        head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
+
+        # Phase 1: standard + gamma * visual, on all four rows.
+        prior = not detach_prior and gamma > 0 and (need_text or need_head)
+        views = [hidden, text_hidden] if prior else [hidden]
+        source = LinearSource(
+            [StackedRows(student, [hidden, text_hidden]), teacher_rows],
+            transforms,
+            workspace_bytes,
+            gradient_bytes(hidden, len(views)),
+        )
+        sink = None
+        if need_hidden or need_head or (prior and need_text):
+            d_views = [_wanted(d_hidden, need_hidden), _wanted(d_text, need_text)][: len(views)]
+            sink = LinearSink(views, d_views, student, *head_gradients, source.plan)
+        state, target_logits = sweep(
+            source, rows, None, lambda at, x: steering.coefficients(at, x, prior), sink, target_ids
+        )
+        loss, terms = steering.finish(state, target_logits)
+
+        # Phase 2: language preservation, the pair (a, w) of the gated tokens, whose statistics are known.
+        if lam > 0 and (need_text or need_head):
+            del source, sink  # frees the slabs
+            gated = steering.gated_tokens()
+            pair = _pair_state(Statistics(state), "a", "w", "a_gap", dtype)[:, gated]
+            text, teacher_text = text_hidden[gated], teacher_text_hidden[gated]
+            source = LinearSource(
+                [StackedRows(student, [text]), StackedRows(teacher, [teacher_text])],
+                transforms,
+                workspace_bytes,
+                gradient_bytes(text, 1),
+            )
+            d_gated = torch.zeros_like(text, dtype=dtype) if need_text else None
+            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan)
+            weights = steering.language_weights()[gated]
+            sweep(source, rows, pair, lambda at, x: _pair_coefficients(x, weights[at], student.transform.gain), sink)
+            if need_text:
+                d_text.index_add_(0, gated, d_gated)
+    return loss, terms, steering.unit, d_hidden, d_text, d_weight, d_bias
+
+
+def _dense_vgs(
+    logits: Tensor,
+    text_logits: Tensor,
+    teacher_logits: Tensor,
+    teacher_text_logits: Tensor,
+    token_weights: Tensor,
+    target_ids: Tensor | None,
+    vds: Tensor | None,
+    vds_threshold: Tensor | None,
+    trajectory_ids: Tensor | None,
+    gamma: float,
+    lam: float,
+    vds_quantile: float,
+    eta: float,
+    temperature: float,
+    detach_prior: bool,
+    schedule: str,
+    adaptive_quantile: float,
+    vds_scope: str,
+    vocab: int,
+    group_name: str | None,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    objective = VGSObjective(
+        gamma, lam, vds_quantile, eta, temperature, detach_prior, schedule, adaptive_quantile, vds_scope
+    )
+    transform = LogitTransform(inv_temperature=1.0 / temperature)
+    rows = row_backend(backend, logits.device)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tile_rows = max(len(logits), 1) if backend == "triton" else _DENSE_ROWS
+    with guard(logits.device):
+        steering = _Steering(objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, transform, dtype)
+        four = [logits, teacher_logits, text_logits, teacher_text_logits]
+        source = DenseSource(four, (transform, transform), vocab, tile_rows)
+        state, target_logits = sweep(source, rows, target_ids=target_ids)
+        loss, terms = steering.finish(state, target_logits)
+
+        need_student, need_text = needs
+        d_student, d_text = _empty_gradients(needs, [logits, text_logits], logits.dtype)
+        prior = not detach_prior and gamma > 0 and need_text
+        if need_student or prior:
+            # The two come from one sweep: the student's gradient is formed even where only the other is wanted.
+            d_view = d_student if need_student else torch.empty_like(logits)
+            sink = DenseSink(d_view, d_text if prior else None)
+            sweep(source, rows, state, lambda at, x: steering.coefficients(at, x, prior), sink)
+        if lam > 0 and need_text:
+            source = DenseSource([text_logits, teacher_text_logits], (transform, transform), vocab, tile_rows)
+            pair = _pair_state(Statistics(state), "a", "w", "a_gap", dtype)
+            weights = steering.language_weights()
+            sweep(
+                source,
+                rows,
+                pair,
+                lambda at, x: _pair_coefficients(x, weights[at], transform.gain),
+                DenseSink(d_text, None),
+                add=prior,
+            )
+    return loss, terms, steering.unit, d_student, d_text
+
+
+def _linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_hiddens: list[Tensor],
+    target_weights: list[Tensor],
+    target_biases: list[Tensor | None],
+    token_weights: Tensor,
+    target_ids: Tensor | None,
+    coefficients: list[float],
+    temperature: float,
+    vocab: int,
+    scales: list[float],
+    softcaps: list[float],
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student, *targets = (
+        _head(w, b, vocab, scale, softcap, temperature)
+        for w, b, scale, softcap in zip(
+            [weight, *target_weights], [bias, *target_biases], scales, softcaps, strict=True
+        )
+    )
+    rows = row_backend(backend, hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    with guard(hidden.device):
+        unit_weights, unit = _unit_weights(token_weights, dtype)
+        d_hidden, d_weight, d_bias = _empty_gradients(needs, [hidden, weight, bias], dtype)
+        need_hidden, need_weight, need_bias = needs
+        target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
+        source = LinearSource(
+            [StackedRows(student, [hidden]), target],
+            (student.transform, LogitTransform(inv_temperature=1.0 / temperature)),
+            workspace_bytes,
+            gradient_bytes(hidden, 1),
+        )
+        sink = None
+        if any(needs):
+            head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
+            sink = LinearSink([hidden], [_wanted(d_hidden, need_hidden)], student, *head_gradients, source.plan)
+        gain = student.transform.gain
+        state, target_logits = sweep(
+            source, rows, None, lambda at, x: _pair_coefficients(x, unit_weights[at], gain), sink, target_ids
+        )
+        x = Statistics(state)
+        loss = scaled(unit_weights * unit, x.standard).sum().to(dtype)
+        terms = [x.standard, x.entropy]
+        if target_logits is not None:
+            terms.append(target_logits - x.lse("s"))
+        terms = torch.stack([term.to(dtype) for term in terms])
+    return loss, terms, unit, d_hidden, d_weight, d_bias
+
+
+def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once and without a float32 copy; out of place, for a graph may run backward twice."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def _register(name: str, implementation, differentiable: tuple[str, ...], n_terms: int):
+    """Register an operator whose outputs are (loss, terms, unit, one gradient for each differentiable argument)."""
+    operator = torch.library.custom_op(f"vgs_kernels::{name}", implementation, mutates_args=())
+    names = [argument.name for argument in operator._opoverload._schema.arguments]
+    positions = [names.index(argument) for argument in differentiable]
+
+    @operator.register_fake
+    def _(*arguments):
+        first = arguments[0]
+        values = dict(zip(names, arguments, strict=True))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        count = n_terms + (values["target_ids"] is not None)
+        outputs = [first.new_empty((), dtype=dtype), first.new_empty((count, len(first)), dtype=dtype)]
+        outputs.append(first.new_empty((), dtype=dtype))
+        gradient_type = first.dtype if name.startswith("dense") else dtype
+        for need, position in zip(values["needs"], positions, strict=True):
+            shape = arguments[position].shape if need else (0,)
+            outputs.append(first.new_empty(shape, dtype=gradient_type))
+        return tuple(outputs)
+
+    def setup_context(ctx, inputs, output):
+        # The gradient of a list of tensors is a list; that of any other argument without gradient is None.
+        ctx.no_gradients = [
+            [None] * len(x) if isinstance(x, (list, tuple)) and all(isinstance(y, Tensor) for y in x) else None
+            for x in inputs
+        ]
+        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in positions]
+        ctx.needs = inputs[names.index("needs")]
+        ctx.save_for_backward(*output[2:])
+
+    def backward(ctx, d_loss, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"vgs_kernels.{name} is differentiable once: its gradients are computed in the forward. "
+                "Call backward without create_graph=True."
+            )
+        unit, *gradients = ctx.saved_tensors
+        result = list(ctx.no_gradients)
+        for position, need, dtype, gradient in zip(positions, ctx.needs, ctx.dtypes, gradients, strict=True):
+            if need:
+                result[position] = _multiply(gradient, d_loss * unit, dtype)
+        return tuple(result)
+
+    operator.register_autograd(backward, setup_context=setup_context)
+    return operator
+
+
+linear_vgs = _register("linear_vgs", _linear_vgs, ("hidden", "text_hidden", "weight", "bias"), len(VGS_TERMS))
+dense_vgs = _register("dense_vgs", _dense_vgs, ("logits", "text_logits"), len(VGS_TERMS))
+linear_divergence = _register(
+    "linear_divergence", _linear_divergence, ("hidden", "weight", "bias"), len(DIVERGENCE_TERMS)
+)

@@ -1,0 +1,229 @@
+"""The row backend in Triton, for CUDA and ROCm. See rows.py for the notation and rows_torch.py for the same in PyTorch.
+
+Both kernels stream a tile once: the statistics sweep with one program per token, the gradient sweep with one program
+per token and column block. Every load is guarded by the same rule as in PyTorch: where a softmax weight is 0, the gap
+that it multiplies does not count, which covers columns masked to -inf and the columns behind the tile's end alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import RowCoefficients, RowTile
+
+STATISTICS_BLOCK, STATISTICS_WARPS = 2048, 8
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+
+
+@triton.jit
+def _tanh(x):
+    # 1 - 2 / (e^2x + 1) cancels near zero; there, the odd series.
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    return tl.where(x2 < 0.0625, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def _load(pointer, columns, valid, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr):
+    x = tl.load(pointer + columns, mask=valid, other=float("-inf")).to(tl.float32)
+    if HAS_CAP:
+        return tl.where(x == float("-inf"), x, _tanh(x * scale / softcap) * softcap * inv_temperature)
+    return x * (scale * inv_temperature)
+
+
+@triton.jit
+def _weigh(z, maximum):
+    """Softmax weights of a block against the new running maximum, and the decay of what was summed before."""
+    new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
+    anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    return new_maximum, tl.exp(maximum - anchor), tl.exp(z - anchor)
+
+
+@triton.jit
+def _expect(weights, gap):
+    return tl.sum(tl.where(weights > 0, weights * gap, 0.0), axis=0)
+
+
+@triton.jit
+def _steered(a, t, w):
+    return tl.where(w == float("-inf"), float("-inf"), a + (t - w))
+
+
+# The number of tokens decides the state's stride and offset: no recompilation for another batch length.
+@triton.jit(do_not_specialize=["state_stride"], do_not_specialize_on_alignment=["state_ptr"])
+def statistics_kernel(
+    s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
+    state_ptr, state_stride, n_columns,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature,
+    FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    s_ptr += row * s_stride
+    t_ptr += row * t_stride
+    if FOUR:
+        a_ptr += row * a_stride
+        w_ptr += row * w_stride
+    state_ptr += row
+
+    # The order of rows.PAIR_STATE and rows.VGS_STATE.
+    s_max = tl.load(state_ptr)
+    s_sum = tl.load(state_ptr + state_stride)
+    t_max = tl.load(state_ptr + 2 * state_stride)
+    t_sum = tl.load(state_ptr + 3 * state_stride)
+    s_logit = tl.load(state_ptr + 4 * state_stride)
+    s_gap = tl.load(state_ptr + 5 * state_stride)
+    if FOUR:
+        a_max = tl.load(state_ptr + 6 * state_stride)
+        a_sum = tl.load(state_ptr + 7 * state_stride)
+        w_max = tl.load(state_ptr + 8 * state_stride)
+        w_sum = tl.load(state_ptr + 9 * state_stride)
+        q_max = tl.load(state_ptr + 10 * state_stride)
+        q_sum = tl.load(state_ptr + 11 * state_stride)
+        s_prior_gap = tl.load(state_ptr + 12 * state_stride)
+        s_view_gap = tl.load(state_ptr + 13 * state_stride)
+        t_view_gap = tl.load(state_ptr + 14 * state_stride)
+        a_gap = tl.load(state_ptr + 15 * state_stride)
+
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        valid = columns < n_columns
+        s = _load(s_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
+        t = _load(t_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
+        s_max, s_decay, p_s = _weigh(s, s_max)
+        t_max, t_decay, p_t = _weigh(t, t_max)
+        s_sum = s_sum * s_decay + tl.sum(p_s, axis=0)
+        t_sum = t_sum * t_decay + tl.sum(p_t, axis=0)
+        s_logit = s_logit * s_decay + _expect(p_s, s)
+        s_gap = s_gap * s_decay + _expect(p_s, s - t)
+        if FOUR:
+            a = _load(a_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
+            w = _load(w_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
+            a_max, a_decay, p_a = _weigh(a, a_max)
+            w_max, w_decay, p_w = _weigh(w, w_max)
+            q_max, q_decay, p_q = _weigh(_steered(a, t, w), q_max)
+            a_sum = a_sum * a_decay + tl.sum(p_a, axis=0)
+            w_sum = w_sum * w_decay + tl.sum(p_w, axis=0)
+            q_sum = q_sum * q_decay + tl.sum(p_q, axis=0)
+            s_prior_gap = s_prior_gap * s_decay + _expect(p_s, a - w)
+            s_view_gap = s_view_gap * s_decay + _expect(p_s, s - a)
+            t_view_gap = t_view_gap * t_decay + _expect(p_t, t - w)
+            a_gap = a_gap * a_decay + _expect(p_a, a - w)
+
+    tl.store(state_ptr, s_max)
+    tl.store(state_ptr + state_stride, s_sum)
+    tl.store(state_ptr + 2 * state_stride, t_max)
+    tl.store(state_ptr + 3 * state_stride, t_sum)
+    tl.store(state_ptr + 4 * state_stride, s_logit)
+    tl.store(state_ptr + 5 * state_stride, s_gap)
+    if FOUR:
+        tl.store(state_ptr + 6 * state_stride, a_max)
+        tl.store(state_ptr + 7 * state_stride, a_sum)
+        tl.store(state_ptr + 8 * state_stride, w_max)
+        tl.store(state_ptr + 9 * state_stride, w_sum)
+        tl.store(state_ptr + 10 * state_stride, q_max)
+        tl.store(state_ptr + 11 * state_stride, q_sum)
+        tl.store(state_ptr + 12 * state_stride, s_prior_gap)
+        tl.store(state_ptr + 13 * state_stride, s_view_gap)
+        tl.store(state_ptr + 14 * state_stride, t_view_gap)
+        tl.store(state_ptr + 15 * state_stride, a_gap)
+
+
+@triton.jit
+def _cap_slope(z, softcap, inv_temperature):
+    """Derivative of the soft-cap; the linear gain is already in the token weights."""
+    capped = z / (softcap * inv_temperature)
+    return 1 - capped * capped
+
+
+@triton.jit
+def gradient_kernel(
+    s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
+    out_ptr, out_text_ptr, out_stride, out_text_stride,
+    weight_ptr, lse_ptr, mean_gap_ptr, gamma_ptr, prior_weight_ptr, steered_lse_ptr, n_columns,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, ADD: tl.constexpr,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = columns < n_columns
+    s = _load(s_ptr + row * s_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
+    t = _load(t_ptr + row * t_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
+    gap = s - t
+    if FOUR:
+        a = _load(a_ptr + row * a_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
+        w = _load(w_ptr + row * w_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
+        gamma = tl.load(gamma_ptr + row)
+        gap = (1 + gamma) * gap - tl.where(gamma > 0, gamma * (a - w), 0.0)
+    p = tl.exp(s - tl.load(lse_ptr + row))
+    weight = tl.load(weight_ptr + row)
+    if STUDENT_CAP:
+        weight *= _cap_slope(s, student_cap, inv_temperature)
+    d_s = tl.where(p > 0, weight * p * (gap - tl.load(mean_gap_ptr + row)), 0.0)
+    if PRIOR:
+        q = tl.exp(_steered(a, t, w) - tl.load(steered_lse_ptr + row))
+        prior_weight = tl.load(prior_weight_ptr + row)
+        if STUDENT_CAP:
+            prior_weight *= _cap_slope(a, student_cap, inv_temperature)
+        d_a = tl.where(a > float("-inf"), prior_weight * (q - p), 0.0)
+        tl.store(out_text_ptr + row * out_text_stride + columns, d_a, mask=valid)
+    out_ptr += row * out_stride
+    if ADD:
+        d_s += tl.load(out_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + columns, d_s, mask=valid)
+
+
+def _row_arguments(tile: RowTile) -> list:
+    # A pair has no text rows: its own rows stand in for them and are never read.
+    rows = [tile.student, tile.target]
+    rows += [tile.student_text, tile.teacher_text] if tile.four else rows
+    if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
+        raise ValueError("rows must be contiguous along the vocabulary.")
+    return [*rows, *(row.stride(0) for row in rows)]
+
+
+def _transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
+    student, target = tile.student_transform, tile.target_transform
+    scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
+    return scalars, {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
+
+
+def statistics(tile: RowTile, state: Tensor) -> None:
+    """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
+    n_rows, n_columns = tile.student.shape
+    scalars, caps = _transform_arguments(tile)
+    statistics_kernel[(n_rows,)](
+        *_row_arguments(tile), state, state.stride(0), n_columns, *scalars,
+        FOUR=tile.four, **caps, BLOCK=STATISTICS_BLOCK, num_warps=STATISTICS_WARPS,
+    )  # fmt: skip
+
+
+def gradient(
+    tile: RowTile, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None, add: bool = False
+) -> None:
+    """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
+
+    ``add`` adds to what ``out`` holds.
+    """
+    n_rows, n_columns = tile.student.shape
+    scalars, caps = _transform_arguments(tile)
+    prior = out_text is not None
+    other = out_text if prior else out
+    c = [coefficients.weight if x is None else x.contiguous() for x in coefficients]
+    gradient_kernel[(n_rows, triton.cdiv(n_columns, GRADIENT_BLOCK))](
+        *_row_arguments(tile), out, other, out.stride(0), other.stride(0), *c, n_columns, *scalars,
+        FOUR=tile.four, PRIOR=prior, ADD=add, **caps, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+    )  # fmt: skip
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU (``TRITON_INTERPRET=1``)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def supports(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of this device."""
+    return device.type == "cuda" or is_interpreted()
