@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
-    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "demo": TRAIN + DEMO, "dev": TRAIN + DEMO + DEV},
     entry_points={"console_scripts": ["vgs=vgs.cli:main"]},
 )

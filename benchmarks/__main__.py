@@ -18,8 +18,9 @@ def _kernels(args: argparse.Namespace) -> int:
         for row in rows:
             on = " ".join(key for key, value in row["options"].items() if value)
             print(
-                f"{row['target']:7} {row['kernel']:18} {row['logits']:5} {on:38} {row['registers']:4} registers, "
-                f"{row['spills']} spills, {row['shared_bytes']} B shared, {row['wide_loads']}/{row['loads']} wide loads"
+                f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} {on:38} "
+                f"{row['registers']:4} registers, {row['spills']} spills, {row['shared_bytes']} B shared, "
+                f"{row['wide_loads']}/{row['loads']} wide loads"
             )
     return int(any(row["spills"] for row in rows))
 
@@ -40,9 +41,8 @@ def _loss(args: argparse.Namespace) -> int:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     for name, value in seconds.items():
-        print(
-            f"{name:6} {value:8.3f} s   {value / seconds['floor']:5.2f} x floor   {value / seconds['eager']:5.2f} x eager"
-        )
+        ratios = f"{value / seconds['floor']:8.2f} x floor {value / seconds['eager']:8.2f} x eager"
+        print(f"{name:6} {value:8.3f} s {ratios}")
     return 0
 
 

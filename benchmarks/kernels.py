@@ -56,6 +56,7 @@ class Resources:
     options: dict[str, Any]
     target: str
     logits: str
+    gradient: str
     registers: int
     spills: int
     shared_bytes: int
@@ -121,10 +122,10 @@ def compile_kernel(name: str, options: dict[str, Any], logits: str, gradient: st
         if not argument.startswith("state")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps[TARGETS[target].backend]})
     nvidia = TARGETS[target].backend == "cuda"
     registers, spills, wide, loads = _nvidia(compiled.asm["cubin"]) if nvidia else _amd(compiled.asm["amdgcn"])
-    return Resources(name, options, target, logits, registers, spills, compiled.metadata.shared, wide, loads)
+    return Resources(name, options, target, logits, gradient, registers, spills, compiled.metadata.shared, wide, loads)
 
 
 def report(targets: list[str] | None = None) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import torch
 from benchmarks.loss import AllocationMeter, Problem
 from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, ops
 
-N, V, D = 512, 4096, 32
+N, V, D = 2048, 4096, 32
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def problem(monkeypatch) -> Problem:
     return Problem.make(N, V, D, D, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("workspace", [2**16, 2**20, 2**22])
+@pytest.mark.parametrize("workspace", [2**16, 2**20, 2**24])
 @pytest.mark.parametrize(
     "objective",
     [
@@ -32,7 +32,7 @@ def test_vgs_stays_within_its_workspace(problem, objective, workspace):
     with AllocationMeter() as meter:
         fused_linear_vgs_loss(*problem.leaves(), objective=objective, workspace_bytes=workspace)
     gradients = 4 * (2 * N * D + V * D)
-    scratch = 4 * (1 << 18) * 12  # the torch backend's column blocks
+    scratch = 4 * (1 << 18) * 14  # the torch backend's column blocks: less than the largest workspace
     assert meter.largest < 4 * N * V
     assert meter.peak <= workspace + gradients + scratch + 400 * N
 
@@ -44,7 +44,7 @@ def test_folded_and_plain_divergence_stay_within_their_workspace(problem):
             s, a, ws, t, w, wt, objective=VGSObjective(lam=0.0), return_terms=False, workspace_bytes=2**20
         )
         fused_linear_divergence(s, ws, [(1.0, t, wt)], workspace_bytes=2**20)
-    assert meter.largest < 4 * N * V // 2
+    assert meter.largest < 4 * N * V // 8
 
 
 def test_the_meter_sees_dense_logits(problem):

@@ -23,10 +23,17 @@ def tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
     if like is not None:
-        if value.dtype != like.dtype:
-            raise TypeError(f"{name} must have dtype {like.dtype} like the student's hidden states, got {value.dtype}.")
         device(name, value, like)
+        if compute_dtype(value) != compute_dtype(like):
+            raise TypeError(f"{name} must have dtype {like.dtype} like the student's hidden states, got {value.dtype}.")
     return value
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in: autocast's where it is on, which leaves float64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def head(name: str, value: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor) -> None:
@@ -62,9 +69,9 @@ def per_token(name: str, value: Tensor | None, like: Tensor, *, integer: bool = 
     return value.detach()
 
 
-def number(name: str, value: float | None, *, positive: bool = False) -> float | None:
-    """Check an optional finite number, > 0 if ``positive``."""
-    if value is None:
+def number(name: str, value: float | None, *, positive: bool = False, optional: bool = False) -> float | None:
+    """Check a finite number, > 0 if ``positive``; None is one only if ``optional``."""
+    if value is None and optional:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")

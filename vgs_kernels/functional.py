@@ -99,8 +99,10 @@ def fused_linear_vgs_loss(
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap) / temperature``, in float32 whatever
     the dtype of the inputs. Gradients reach the student's hidden states, weight and bias, each only if it requires
-    grad; they are computed in the forward. All inputs share one floating dtype (autocast casts them as a linear layer
-    would); float64 runs on the PyTorch backend. A -inf logit (through a bias) masks its column.
+    grad; they are computed in the forward, so that a frozen input costs nothing. All inputs share one floating dtype;
+    autocast casts copies, as for a linear layer, and gradients keep the dtype of the inputs. float64 runs on the
+    PyTorch backend; products of float32 inputs follow ``torch.set_float32_matmul_precision``. A -inf logit (through a
+    bias) masks its column.
 
     Args:
         student_hidden, student_text_hidden: [N, Ds] states at response positions, with and without the image.
@@ -108,7 +110,8 @@ def fused_linear_vgs_loss(
         teacher_hidden, teacher_text_hidden: [N, Dt].
         teacher_weight: [V, Dt].
         objective: None means ``VGSObjective()``.
-        token_weights: [N] weights of the tokens' losses, without gradient; None means 1/N each.
+        token_weights: [N] weights of the tokens' losses, without gradient; None means 1/N each. In float16, weights far
+            below the largest lose gradient precision.
         student_bias, teacher_bias: [V].
         target_ids: [N] int64 sampled tokens, for ``target_logps``.
         vds: [N] visual dependency scores known beforehand; they replace those computed here.
@@ -127,17 +130,13 @@ def fused_linear_vgs_loss(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that requires grad.
+        :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that takes part and requires
+        grad (the folded form takes no gradient to ``student_text_hidden``).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     objective = _objective(objective)
-    (student_hidden, student_text_hidden, student_weight, student_bias,
-     teacher_hidden, teacher_text_hidden, teacher_weight, teacher_bias) = _autocast(
-        student_hidden, student_text_hidden, student_weight, student_bias,
-        teacher_hidden, teacher_text_hidden, teacher_weight, teacher_bias,
-    )  # fmt: skip
     checks.tensor("student_hidden", student_hidden, (None, None))
     n = len(student_hidden)
     checks.tensor("student_text_hidden", student_text_hidden, tuple(student_hidden.shape), like=student_hidden)
@@ -149,10 +148,10 @@ def fused_linear_vgs_loss(
         {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}, vocab_size
     )
     for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
-        checks.number(name, value, positive=True)
+        checks.number(name, value, positive=True, optional=True)
     scales = [
-        checks.number("student_logit_scale", student_logit_scale),
-        checks.number("teacher_logit_scale", teacher_logit_scale),
+        checks.number("student_logit_scale", student_logit_scale, positive=True),
+        checks.number("teacher_logit_scale", teacher_logit_scale, positive=True),
     ]
     token_weights, target_ids, steering = _token_arguments(
         objective, student_hidden, token_weights, target_ids, vocab, vds, vds_threshold, trajectory_ids, process_group
@@ -180,7 +179,7 @@ def fused_linear_vgs_loss(
         teacher_hidden.detach(), teacher_text_hidden.detach(), teacher_weight.detach(), _detached(teacher_bias),
         token_weights, target_ids, *steering[:-1], *_knobs(objective), vocab, scales,
         [student_softcap or 0.0, teacher_softcap or 0.0], steering[-1], workspace_bytes, backend,
-        _needs(student_hidden, student_text_hidden, student_weight, student_bias),
+        checks.compute_dtype(student_hidden), _needs(student_hidden, student_text_hidden, student_weight, student_bias),
     )  # fmt: skip
     return _output(loss, terms)
 
@@ -203,8 +202,8 @@ def vgs_loss(
 ) -> VGSOutput:
     """The VGS loss of logits that the caller holds, for trainers that have formed them already.
 
-    Only the gradients of the student's logits are allocated. Scales and soft-caps are the caller's; the temperature is
-    the objective's.
+    Only the gradients of the student's logits are allocated, and scaled copies of them in the backward. Scales and
+    soft-caps are the caller's; the temperature is the objective's.
 
     Args:
         student_logits, student_text_logits, teacher_logits, teacher_text_logits: [N, V] of one dtype.
@@ -225,8 +224,9 @@ def vgs_loss(
     for name, value in others.items():
         checks.tensor(name, value, (n, None if vocab_size is not None else columns), like=student_logits)
     sizes = {name: value.shape[1] for name, value in {"student_logits": student_logits, **others}.items()}
-    if min(sizes.values()) == 0:
-        raise ValueError(f"student_logits must have at least one column, got shape {tuple(student_logits.shape)}.")
+    for name, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"{name} must have at least one column, got shape {(n, 0)}.")
     vocab = checks.vocabulary(sizes, vocab_size)
     token_weights, target_ids, steering = _token_arguments(
         objective, student_logits, token_weights, target_ids, vocab, vds, vds_threshold, trajectory_ids, process_group
@@ -276,26 +276,24 @@ def fused_linear_divergence(
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
     if isinstance(target, (str, Tensor)) or not isinstance(target, Sequence) or not target:
         raise ValueError(f"target must be a non-empty sequence of rows, got {type(target).__name__}.")
-    rows = [row if isinstance(row, TargetRow) else TargetRow(*row) for row in target]
-    student_hidden, student_weight, student_bias = _autocast(student_hidden, student_weight, student_bias)
+    rows = [_target_row(f"target[{i}]", row) for i, row in enumerate(target)]
     checks.tensor("student_hidden", student_hidden, (None, None))
     checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden)
     heads = {"student_weight": len(student_weight)}
     for i, row in enumerate(rows):
-        hidden, weight, bias = _autocast(row.hidden, row.weight, row.bias)
+        hidden, weight, bias = row.hidden, row.weight, row.bias
         name = f"target[{i}]"
         checks.number(f"{name}.coefficient", row.coefficient)
         checks.tensor(f"{name}.hidden", hidden, (len(student_hidden), None), like=student_hidden)
         checks.head(f"{name}.weight", weight, f"{name}.bias", bias, hidden)
-        checks.number(f"{name}.softcap", row.softcap, positive=True)
-        checks.number(f"{name}.logit_scale", row.logit_scale)
+        checks.number(f"{name}.softcap", row.softcap, positive=True, optional=True)
+        checks.number(f"{name}.logit_scale", row.logit_scale, positive=True)
         heads[f"{name}.weight"] = len(weight)
-        rows[i] = row._replace(hidden=hidden, weight=weight, bias=bias)
     student = TargetRow(1.0, student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     vocab = checks.vocabulary(heads, vocab_size)
     checks.number("temperature", temperature, positive=True)
-    checks.number("student_softcap", student_softcap, positive=True)
-    checks.number("student_logit_scale", student_logit_scale)
+    checks.number("student_softcap", student_softcap, positive=True, optional=True)
+    checks.number("student_logit_scale", student_logit_scale, positive=True)
     target_ids = _target_ids(target_ids, student_hidden, vocab)
     loss, terms = _divergence(
         student, rows, _weights(token_weights, student_hidden), target_ids, temperature, vocab,
@@ -321,9 +319,19 @@ def _divergence(
         [_detached(row.bias) for row in target], token_weights, target_ids,
         [float(row.coefficient) for row in target], float(temperature), vocab,
         [float(row.logit_scale) for row in (student, *target)], [row.softcap or 0.0 for row in (student, *target)],
-        workspace_bytes, backend, _needs(student.hidden, student.weight, student.bias),
+        workspace_bytes, backend, checks.compute_dtype(student.hidden),
+        _needs(student.hidden, student.weight, student.bias),
     )  # fmt: skip
     return loss, terms.detach()
+
+
+def _target_row(name: str, row: TargetRow | Sequence) -> TargetRow:
+    if isinstance(row, TargetRow):
+        return row
+    if not isinstance(row, (tuple, list)) or not 3 <= len(row) <= 6:
+        came = f"{len(row)} entries" if isinstance(row, (tuple, list)) else type(row).__name__
+        raise TypeError(f"{name} must be a TargetRow or (coefficient, hidden, weight[, bias]), got {came}.")
+    return TargetRow(*row)
 
 
 def _objective(objective: VGSObjective | None) -> VGSObjective:
@@ -343,28 +351,16 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as a linear layer would under autocast."""
-    kind = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    ]
-
-
 def _needs(*tensors: Tensor | None) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
 
 
 def _weights(token_weights: Tensor | None, like: Tensor) -> Tensor:
     n = len(like)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if token_weights is None:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
-    return checks.per_token("token_weights", token_weights, like)
+    return checks.per_token("token_weights", token_weights, like).to(dtype)
 
 
 def _target_ids(target_ids: Tensor | None, like: Tensor, vocab: int) -> Tensor | None:
@@ -402,11 +398,15 @@ def _threshold(value: float | Tensor | Sequence[float] | None, objective: VGSObj
     if value is None:
         return None
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(value, Sequence) and any(isinstance(x, Tensor) for x in value):
+        value = torch.stack([torch.as_tensor(x, dtype=dtype, device=like.device).reshape(()) for x in value])
     if isinstance(value, Tensor):
         limits = value.detach().to(device=like.device, dtype=dtype).reshape(-1)
     else:
-        values = [value] if isinstance(value, (int, float)) else list(value)
+        values = list(value) if isinstance(value, Sequence) else [value]
         values = [checks.number("vds_threshold", x) for x in values]
+        if values != sorted(values):
+            raise ValueError(f"vds_threshold must be a pair (low, high) with low <= high, got {tuple(values)}.")
         limits = torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
     wanted = len(objective.quantiles)
     if len(limits) != wanted:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 #: Vocabulary columns converted to float32 at a time where the device has no mixed-precision product.
-_UPCAST_COLUMNS = 8192
+UPCAST_COLUMNS = 8192
 
 
 def has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
@@ -14,38 +14,46 @@ def has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16)
 
 
-def _accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float, keep: bool) -> None:
-    """out = keep * out + alpha * a @ b."""
+def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None, alpha: float = 1.0) -> None:
+    """out = addend + alpha * a @ b, rounded once; ``addend`` may be ``out`` itself, or a row of it."""
     mixed = {"out_dtype": out.dtype} if a.dtype != out.dtype else {}
-    if alpha == 1.0 and not keep:
+    if addend is None and alpha == 1.0:
         torch.mm(a, b, **mixed, out=out)
+    elif addend is None:
+        torch.addmm(out, a, b, **mixed, beta=0.0, alpha=alpha, out=out)
     else:
-        torch.addmm(out, a, b, **mixed, beta=float(keep), alpha=alpha, out=out)
+        torch.addmm(addend, a, b, **mixed, alpha=alpha, out=out)
 
 
 def _direct(out: Tensor, a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and (a.dtype == out.dtype or has_mixed_gemm(out.device, a.dtype))
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor, *, alpha: float = 1.0, keep: bool = False) -> None:
-    """Logits: out [R, C] = keep * out + alpha * hidden [R, D] @ weight [C, D]^T, in the precision of ``out``."""
+def project(
+    hidden: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, alpha: float = 1.0, keep: bool = False
+) -> None:
+    """Logits, out [R, C] = (bias [C] or keep * out) + alpha * hidden [R, D] @ weight [C, D]^T, in its precision."""
+    bias = None if bias is None else bias.to(out.dtype)
     if _direct(out, hidden, weight):
-        return _accumulate(out, hidden, weight.t(), alpha, keep)
+        return _multiply(out, hidden, weight.t(), out if keep else bias, alpha)
     hidden = hidden.to(out.dtype)
-    for part, columns in zip(weight.split(_UPCAST_COLUMNS), out.split(_UPCAST_COLUMNS, dim=1), strict=True):
-        _accumulate(columns, hidden, part.to(out.dtype).t(), alpha, keep)
+    for start in range(0, len(weight), UPCAST_COLUMNS):
+        columns = slice(start, start + UPCAST_COLUMNS)
+        part = out[:, columns]
+        addend = part if keep else None if bias is None else bias[columns]
+        _multiply(part, hidden, weight[columns].to(out.dtype).t(), addend, alpha)
 
 
-def add_hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [R, D] += d_logits [R, C] @ weight [C, D]."""
+def add_hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor, alpha: float) -> None:
+    """out [R, D] += alpha * d_logits [R, C] @ weight [C, D]."""
     if _direct(out, d_logits, weight):
-        return _accumulate(out, d_logits, weight, 1.0, keep=True)
-    for part, columns in zip(weight.split(_UPCAST_COLUMNS), d_logits.split(_UPCAST_COLUMNS, dim=1), strict=True):
-        _accumulate(out, columns.to(out.dtype), part.to(out.dtype), 1.0, keep=True)
+        return _multiply(out, d_logits, weight, out, alpha)
+    for part, columns in zip(weight.split(UPCAST_COLUMNS), d_logits.split(UPCAST_COLUMNS, dim=1), strict=True):
+        _multiply(out, columns.to(out.dtype), part.to(out.dtype), out, alpha)
 
 
-def add_weight_gradient(d_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out [C, D] += d_logits [R, C]^T @ hidden [R, D]."""
+def add_weight_gradient(d_logits: Tensor, hidden: Tensor, out: Tensor, alpha: float) -> None:
+    """out [C, D] += alpha * d_logits [R, C]^T @ hidden [R, D]."""
     if not _direct(out, d_logits, hidden):
         d_logits, hidden = d_logits.to(out.dtype), hidden.to(out.dtype)
-    _accumulate(out, d_logits.t(), hidden, 1.0, keep=True)
+    _multiply(out, d_logits.t(), hidden, out, alpha)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gating
 from .objective import VGSObjective
-from .rows import LogitTransform, RowCoefficients, Statistics, scaled
+from .rows import VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
 from .sweep import (
     ComposedRow,
     DenseSink,
@@ -41,6 +41,11 @@ def _head(weight: Tensor, bias: Tensor | None, vocab: int, scale: float, softcap
     return Head(weight[:vocab], None if bias is None else bias[:vocab], transform)
 
 
+def _cast(dtype: torch.dtype, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """What autocast does to a linear layer's inputs, but inside the operator: gradients keep the parameters' dtype."""
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
 def _unit_weights(token_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Token weights divided by the largest of them, and that largest (1 if all are zero), without synchronisation."""
     weights = token_weights.to(dtype)
@@ -63,18 +68,16 @@ def _wanted(gradient: Tensor, need: bool) -> Tensor | None:
     return gradient if need else None
 
 
-def _pair_state(state: Statistics, p: str, q: str, gap: str, dtype: torch.dtype) -> Tensor:
-    """Statistics of the pair of rows (p, q) out of those of four rows."""
-    zeros = torch.zeros_like(state[gap])
-    rows = (state[f"{p}_max"], state[f"{p}_sum"], state[f"{q}_max"], state[f"{q}_sum"], zeros, state[gap])
-    return torch.stack(rows).to(dtype)
+def _language_state(state: Tensor) -> Tensor:
+    """Statistics of the pair (a, w) out of those of four rows."""
+    x = dict(zip(VGS_STATE, state, strict=True))
+    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], torch.zeros_like(x["a_gap"]), x["a_gap"]])
 
 
 def _pair_coefficients(state: Tensor, weights: Tensor, gain: float) -> RowCoefficients:
-    """Scalars of the gradient of sum_n weights_n * KL(p || q), gap = log p - log q."""
-    x = Statistics(state)
-    values = (weights * gain, x.lse("s"), x.mean("s_gap"), torch.zeros_like(weights))
-    return RowCoefficients(*(value.to(state.dtype) for value in values))
+    """Scalars of the gradient of sum_n weights_n * KL(p || q)."""
+    mean_gap = Statistics(state).mean("s_gap").to(state.dtype)
+    return RowCoefficients((weights * gain).to(state.dtype), mean_gap, torch.zeros_like(mean_gap))
 
 
 class _Steering:
@@ -94,7 +97,8 @@ class _Steering:
         self.objective = objective
         self.dtype = dtype
         self.gain = student.gain
-        self.unit_weights, self.unit = _unit_weights(token_weights, dtype)
+        self.unit_weights, unit = _unit_weights(token_weights, dtype)
+        self.unit = objective.eta * unit
         self.vds = None if vds is None else vds.to(dtype)
         self._scope = (trajectory_ids, group_name)
         self._bounded = objective.vds_scope == "call" and vds_threshold is None
@@ -113,20 +117,17 @@ class _Steering:
     def find_limits(self) -> None:
         self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
 
-    def coefficients(self, rows: slice, state: Tensor, prior: bool) -> RowCoefficients:
-        """Scalars of the gradient of standard + gamma * visual (objective identity: raw gaps, no normaliser)."""
+    def coefficients(self, rows: slice, state: Tensor) -> RowCoefficients:
+        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels."""
         x = Statistics(state)
         if self.objective.schedule == "constant":
             gamma = torch.full_like(x["s_max"], self.objective.gamma)
         else:
             vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
             gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
-        weight = self.objective.eta * self.gain * self.unit_weights[rows]
+        weight = self.gain * self.unit_weights[rows]
         mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
-        values = [weight, x.lse("s"), mean_gap, gamma]
-        if prior:
-            values += [weight * gamma, x.lse("q")]
-        return RowCoefficients(*(value.to(state.dtype) for value in values))
+        return RowCoefficients(*(value.to(state.dtype) for value in (weight, mean_gap, gamma)))
 
     def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss and terms from the statistics of all tokens; settles the gate."""
@@ -141,15 +142,15 @@ class _Steering:
         per_token = (
             standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
         )
-        loss = self.objective.eta * scaled(self.unit_weights * self.unit, per_token).sum()
+        loss = scaled(self.unit_weights * self.unit, per_token).sum()
         terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
         if target_logits is not None:
-            terms.append(target_logits - x.lse("s"))
+            terms.append(x.log_probability(target_logits))
         return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
 
     def language_weights(self) -> Tensor:
-        """Weights of KL(p_x || q_x), [N]; zero behind the gate."""
-        return self.objective.eta * self.objective.lam * self.unit_weights * self.gate
+        """Weights of lam * KL(p_x || q_x) without lam, [N]; zero behind the gate."""
+        return self.unit_weights * self.gate
 
     def gated_tokens(self) -> Tensor:
         """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
@@ -188,8 +189,13 @@ def _linear_vgs(
     group_name: str | None,
     workspace_bytes: int,
     backend: str,
+    compute_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, text_hidden, weight, bias, teacher_hidden, teacher_text_hidden, teacher_weight, teacher_bias = _cast(
+        compute_dtype,
+        [hidden, text_hidden, weight, bias, teacher_hidden, teacher_text_hidden, teacher_weight, teacher_bias],
+    )
     objective = VGSObjective(
         gamma, lam, vds_quantile, eta, temperature, detach_prior, schedule, adaptive_quantile, vds_scope
     )
@@ -205,10 +211,12 @@ def _linear_vgs(
             objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, student.transform, dtype
         )
         teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text_hidden])
-        if steering.needs_vds_first:  # KL(q_I || q_x) of every token: a pair of the teacher's rows, values only
-            source = LinearSource([teacher_rows], (teacher.transform, teacher.transform), workspace_bytes)
-            steering.vds = Statistics(sweep(source, rows)[0]).standard.to(dtype)
+        if steering.needs_vds_first and any(needs):
+            # KL(q_I || q_x) of every token: a pair of the teacher's rows, values only.
+            pair = LinearSource([teacher_rows], (teacher.transform, teacher.transform), workspace_bytes)
+            steering.vds = Statistics(sweep(pair, rows)[0]).standard.to(dtype)
             steering.find_limits()
+            del pair  # frees the slabs
 
         d_hidden, d_text, d_weight, d_bias = _empty_gradients(needs, [hidden, text_hidden, weight, bias], dtype)
         need_hidden, need_text, need_weight, need_bias = needs
@@ -228,16 +236,14 @@ def _linear_vgs(
         if need_hidden or need_head or (prior and need_text):
             d_views = [_wanted(d_hidden, need_hidden), _wanted(d_text, need_text)][: len(views)]
             sink = LinearSink(views, d_views, student, *head_gradients, source.plan)
-        state, target_logits = sweep(
-            source, rows, None, lambda at, x: steering.coefficients(at, x, prior), sink, target_ids
-        )
+        state, target_logits = sweep(source, rows, None, steering.coefficients, sink, target_ids)
         loss, terms = steering.finish(state, target_logits)
 
-        # Phase 2: language preservation, the pair (a, w) of the gated tokens, whose statistics are known.
+        # Phase 2: language preservation, the pair (a, w) of the gated tokens. Their statistics are taken again: in a
+        # GEMM of another shape the logits are rounded otherwise, and p * (gap - mean_gap) would no longer cancel.
         if lam > 0 and (need_text or need_head):
             del source, sink  # frees the slabs
             gated = steering.gated_tokens()
-            pair = _pair_state(Statistics(state), "a", "w", "a_gap", dtype)[:, gated]
             text, teacher_text = text_hidden[gated], teacher_text_hidden[gated]
             source = LinearSource(
                 [StackedRows(student, [text]), StackedRows(teacher, [teacher_text])],
@@ -246,9 +252,10 @@ def _linear_vgs(
                 gradient_bytes(text, 1),
             )
             d_gated = torch.zeros_like(text, dtype=dtype) if need_text else None
-            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan)
+            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan, alpha=lam)
             weights = steering.language_weights()[gated]
-            sweep(source, rows, pair, lambda at, x: _pair_coefficients(x, weights[at], student.transform.gain), sink)
+            gain = student.transform.gain
+            sweep(source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink)
             if need_text:
                 d_text.index_add_(0, gated, d_gated)
     return loss, terms, steering.unit, d_hidden, d_text, d_weight, d_bias
@@ -297,17 +304,16 @@ def _dense_vgs(
         prior = not detach_prior and gamma > 0 and need_text
         if need_student or prior:
             # The two come from one sweep: the student's gradient is formed even where only the other is wanted.
-            d_view = d_student if need_student else torch.empty_like(logits)
+            d_view = d_student if need_student else logits.new_empty(logits.shape)
             sink = DenseSink(d_view, d_text if prior else None)
-            sweep(source, rows, state, lambda at, x: steering.coefficients(at, x, prior), sink)
+            sweep(source, rows, state, steering.coefficients, sink)
         if lam > 0 and need_text:
             source = DenseSource([text_logits, teacher_text_logits], (transform, transform), vocab, tile_rows)
-            pair = _pair_state(Statistics(state), "a", "w", "a_gap", dtype)
-            weights = steering.language_weights()
+            weights = lam * steering.language_weights()
             sweep(
                 source,
                 rows,
-                pair,
+                _language_state(state),
                 lambda at, x: _pair_coefficients(x, weights[at], transform.gain),
                 DenseSink(d_text, None),
                 add=prior,
@@ -331,8 +337,13 @@ def _linear_divergence(
     softcaps: list[float],
     workspace_bytes: int,
     backend: str,
+    compute_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias = _cast(compute_dtype, [hidden, weight, bias])
+    target_hiddens, target_weights, target_biases = (
+        _cast(compute_dtype, x) for x in (target_hiddens, target_weights, target_biases)
+    )
     student, *targets = (
         _head(w, b, vocab, scale, softcap, temperature)
         for w, b, scale, softcap in zip(
@@ -364,7 +375,7 @@ def _linear_divergence(
         loss = scaled(unit_weights * unit, x.standard).sum().to(dtype)
         terms = [x.standard, x.entropy]
         if target_logits is not None:
-            terms.append(target_logits - x.lse("s"))
+            terms.append(x.log_probability(target_logits))
         terms = torch.stack([term.to(dtype) for term in terms])
     return loss, terms, unit, d_hidden, d_weight, d_bias
 
@@ -387,7 +398,7 @@ def _register(name: str, implementation, differentiable: tuple[str, ...], n_term
         values = dict(zip(names, arguments, strict=True))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         count = n_terms + (values["target_ids"] is not None)
-        outputs = [first.new_empty((), dtype=dtype), first.new_empty((count, len(first)), dtype=dtype)]
+        outputs = [first.new_empty((), dtype=dtype), first.new_empty((count, first.shape[0]), dtype=dtype)]
         outputs.append(first.new_empty((), dtype=dtype))
         gradient_type = first.dtype if name.startswith("dense") else dtype
         for need, position in zip(values["needs"], positions, strict=True):
@@ -403,6 +414,7 @@ def _register(name: str, implementation, differentiable: tuple[str, ...], n_term
         ]
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in positions]
         ctx.needs = inputs[names.index("needs")]
+        ctx.set_materialize_grads(False)  # the other outputs' gradients would be zeros of their size
         ctx.save_for_backward(*output[2:])
 
     def backward(ctx, d_loss, *_):
@@ -413,6 +425,8 @@ def _register(name: str, implementation, differentiable: tuple[str, ...], n_term
             )
         unit, *gradients = ctx.saved_tensors
         result = list(ctx.no_gradients)
+        if d_loss is None:
+            return tuple(result)
         for position, need, dtype, gradient in zip(positions, ctx.needs, ctx.dtypes, gradients, strict=True):
             if need:
                 result[position] = _multiply(gradient, d_loss * unit, dtype)

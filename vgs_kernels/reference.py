@@ -15,8 +15,8 @@ from .rows import scaled
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension, [..., V] -> [...]; a token that p excludes contributes nothing."""
-    excluded = log_p == -torch.inf
+    """KL(p || q) over the last dimension, [..., V] -> [...]; a column with p = 0 contributes nothing."""
+    excluded = log_p.exp() == 0
     # Fill before the subtraction too: autograd would turn -inf - (-inf) into NaN even where the result is discarded.
     gap = log_p.masked_fill(excluded, 0) - log_q.masked_fill(excluded, 0)
     return (log_p.exp() * gap).sum(-1)

@@ -1,7 +1,11 @@
 """What the two row backends share: tiles of logit rows, the running statistics, and what becomes of them.
 
-Notation: s, a are the student's logits with and without the image, t, w the teacher's. A *pair* of rows (student,
-target) is the special case without a and w: plain distillation, the language term, the VDS.
+Notation: s, a are the student's logits with and without the image, t, w the teacher's, q = a + t - w those of the
+steered target. A *pair* of rows (student, target) is the special case without a and w: plain distillation, the
+language term, the VDS.
+
+All statistics are of logits centred at their row's maximum, x' = x - max x. A divergence is then a small difference of
+small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', whatever offsets the two heads have.
 """
 
 from __future__ import annotations
@@ -11,14 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Running statistics of a pair: (max, sum of exp) of both rows, then sums weighted with exp(s - max).
+#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s').
 PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
-#: Those of four rows. x_gap are sums of a gap weighted with the unnormalised softmax of x; q is a + t - w.
+#: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *PAIR_STATE,  # s_logit: s, s_gap: s - t
+    *PAIR_STATE,
     *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
-    *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),  # a - w, s - a, t - w, a - w
+    *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
+#: Weighted sum -> (row whose exp(x') weights, the two rows whose centred logits are subtracted).
+GAPS = {
+    "s_logit": ("s", "s", None),
+    "s_gap": ("s", "s", "t"),
+    "s_prior_gap": ("s", "a", "w"),
+    "s_view_gap": ("s", "s", "a"),
+    "t_view_gap": ("t", "t", "w"),
+    "a_gap": ("a", "a", "w"),
+}
 
 
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
@@ -64,34 +77,29 @@ class RowTile(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient sweep, [R] each: d_s = weight * p * (gap_s - gap_a - mean_gap).
+    """Per-token scalars of the gradient sweep, [R] each.
 
-    gap_s = (1 + gamma) (s - t), gap_a = gamma (a - w), p = exp(s - lse). If ``prior_weight`` is given, the student's
-    text-only row receives d_a = prior_weight * (exp(a + t - w - steered_lse) - p) as well.
+    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'); where the
+    prior is live, d_a = weight * gamma * (softmax(q) - p) as well. A pair of rows has gamma = 0.
     """
 
     weight: Tensor
-    lse: Tensor
     mean_gap: Tensor
     gamma: Tensor
-    prior_weight: Tensor | None = None
-    steered_lse: Tensor | None = None
 
 
 def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
     """[K, N] running statistics of no column at all."""
     names = VGS_STATE if four else PAIR_STATE
     state = like.new_zeros(len(names), n_tokens)
-    state[[i for i, name in enumerate(names) if name.endswith("_max")]] = -torch.inf
+    for row, name in zip(state, names, strict=True):
+        if name.endswith("_max"):
+            row.fill_(-torch.inf)  # an index tensor would be copied from the host
     return state
 
 
 class Statistics:
-    """Named views of a state, and the log-normalisers and divergences that follow from it, [N] each.
-
-    The [N]-vector arithmetic is done in float64 where the device has it: a divergence is a small difference of large
-    numbers, and differences of the maxima and of the logarithms are taken apart so that nothing else is rounded.
-    """
+    """Named views of a state and the divergences that follow from it, [N] each, in float64 where the device has it."""
 
     def __init__(self, state: Tensor) -> None:
         names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
@@ -101,38 +109,45 @@ class Statistics:
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
 
-    def lse(self, row: str) -> Tensor:
-        """log sum exp of a row."""
-        return self[f"{row}_max"] + self[f"{row}_sum"].log()
-
     def mean(self, name: str) -> Tensor:
-        """Expectation of a gap under the softmax of the row that the name begins with."""
-        return self[name] / self[f"{name[0]}_sum"]
+        """Expectation of a gap of centred logits, see ``GAPS``."""
+        return self[name] / self[f"{GAPS[name][0]}_sum"]
 
-    def divergence(self, mean_gap: Tensor, p: str, q: str) -> Tensor:
-        """KL(p || q) from E_p[log p - log q + lse(p) - lse(q)]."""
-        return mean_gap - (self[f"{p}_max"] - self[f"{q}_max"]) - (self[f"{p}_sum"].log() - self[f"{q}_sum"].log())
+    def _divergence(self, gap: str) -> Tensor:
+        _, p, q = GAPS[gap]
+        return self.mean(gap) - self[f"{p}_sum"].log() + self[f"{q}_sum"].log()
 
     @property
     def standard(self) -> Tensor:
-        return self.divergence(self.mean("s_gap"), "s", "t")
+        """KL(softmax(s) || softmax(t)); of a pair, its divergence."""
+        return self._divergence("s_gap")
 
     @property
     def visual(self) -> Tensor:
-        return self.divergence(self.mean("s_gap") - self.mean("s_prior_gap"), "s", "q")
+        """KL(softmax(s) || softmax(q))."""
+        mean_gap = self.mean("s_gap") - self.mean("s_prior_gap")
+        return mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"]
 
     @property
     def language(self) -> Tensor:
-        return self.divergence(self.mean("a_gap"), "a", "w")
+        """KL(softmax(a) || softmax(w))."""
+        return self._divergence("a_gap")
 
     @property
     def vds(self) -> Tensor:
-        return self.divergence(self.mean("t_view_gap"), "t", "w")
+        """KL(softmax(t) || softmax(w))."""
+        return self._divergence("t_view_gap")
 
     @property
     def student_vds(self) -> Tensor:
-        return self.divergence(self.mean("s_view_gap"), "s", "a")
+        """KL(softmax(s) || softmax(a))."""
+        return self._divergence("s_view_gap")
 
     @property
     def entropy(self) -> Tensor:
-        return self.lse("s") - self.mean("s_logit")
+        """Of softmax(s)."""
+        return self["s_sum"].log() - self.mean("s_logit")
+
+    def log_probability(self, logits: Tensor) -> Tensor:
+        """log softmax(s) at columns with these logits, [N]."""
+        return (logits - self["s_max"]) - self["s_sum"].log()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .rows import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
+from .rows import GAPS, PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
 
 #: Elements of a temporary: small enough for the second-level cache of a CPU core.
 _BLOCK_ELEMENTS = 1 << 18
@@ -27,45 +27,62 @@ def _load(tile: RowTile, columns: slice, dtype: torch.dtype) -> list[Tensor]:
     return rows
 
 
-def _fold(logits: Tensor, maximum: Tensor, total: Tensor, gaps: list[tuple[Tensor, Tensor]], masked: bool) -> None:
-    """Fold a block of one row into its running (max, sum) and into the sums that its softmax weights, in place."""
-    new_maximum = torch.maximum(maximum, logits.amax(1))
-    anchor = new_maximum.masked_fill(new_maximum == -torch.inf, 0) if masked else new_maximum
-    decay = (maximum - anchor).exp_()
-    weights = (logits - anchor.unsqueeze(1)).exp_()
-    maximum.copy_(new_maximum)
-    total.mul_(decay).add_(weights.sum(1))
-    for accumulator, gap in gaps:
-        product = weights * gap
-        if masked:  # 0 * inf is 0
-            product.masked_fill_(weights == 0, 0)
-        accumulator.mul_(decay).add_(product.sum(1))
+def _anchor(maximum: Tensor) -> Tensor:
+    """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
+    return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
-def _steered(student_text: Tensor, view_gap: Tensor, teacher_text: Tensor, masked: bool) -> Tensor:
-    """Logits of q*: a + (t - w), and -inf where any of the three is."""
-    steered = student_text + view_gap
-    return steered.masked_fill_(teacher_text == -torch.inf, -torch.inf) if masked else steered
+def _steered(centred: dict[str, Tensor], masked: bool) -> Tensor:
+    """q' = a' + (t' - w'), and -inf where any of the three is."""
+    steered = centred["a"] + (centred["t"] - centred["w"])
+    return steered.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else steered
+
+
+def _raise_maximum(maximum: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a block into a running maximum and discount the sum of exp for it; returns (anchor, discount)."""
+    old = maximum.clone()
+    torch.maximum(maximum, logits.amax(1), out=maximum)
+    anchor = _anchor(maximum)
+    discount = (old - anchor).exp_()
+    total.mul_(discount)
+    return anchor, discount
 
 
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R], in place."""
-    x = dict(zip(VGS_STATE if tile.four else PAIR_STATE, state, strict=True))
+    names = VGS_STATE if tile.four else PAIR_STATE
+    x = dict(zip(names, state, strict=True))
     masked = tile.may_be_masked
     for columns in _column_blocks(*tile.student.shape):
-        s, t, *text = _load(tile, columns, state.dtype)
-        s_gaps = [(x["s_logit"], s), (x["s_gap"], s - t)]
-        if not text:
-            _fold(t, x["t_max"], x["t_sum"], [], masked)
-        else:
-            a, w = text
-            prior_gap, view_gap = a - w, t - w
-            s_gaps += [(x["s_prior_gap"], prior_gap), (x["s_view_gap"], s - a)]
-            _fold(t, x["t_max"], x["t_sum"], [(x["t_view_gap"], view_gap)], masked)
-            _fold(a, x["a_max"], x["a_sum"], [(x["a_gap"], prior_gap)], masked)
-            _fold(w, x["w_max"], x["w_sum"], [], masked)
-            _fold(_steered(a, view_gap, w, masked), x["q_max"], x["q_sum"], [], masked)
-        _fold(s, x["s_max"], x["s_sum"], s_gaps, masked)
+        centred, weights, shift, discount = {}, {}, {}, {}
+        before = {name: total.clone() for name, total in x.items() if name.endswith("_sum")}
+        for row, logits in zip("staw", _load(tile, columns, state.dtype), strict=False):
+            old_anchor = _anchor(x[f"{row}_max"])
+            anchor, discount[row] = _raise_maximum(x[f"{row}_max"], x[f"{row}_sum"], logits)
+            shift[row] = old_anchor - anchor
+            centred[row] = logits - anchor.unsqueeze(1)
+            weights[row] = centred[row].exp()
+            x[f"{row}_sum"] += weights[row].sum(1)
+        for name, (row, upper, lower) in GAPS.items():
+            if name not in x:
+                continue
+            # What was summed before was centred at the old anchors.
+            offset = shift[upper] if lower is None else shift[upper] - shift[lower]
+            x[name].add_(offset * before[f"{row}_sum"]).mul_(discount[row])
+            if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
+                x[name].masked_fill_(discount[row] == 0, 0)
+            gap = centred[upper] if lower is None else centred[upper] - centred[lower]
+            if masked and name == "s_prior_gap":  # outside the support of q*, where log q* is -inf
+                gap.masked_fill_(centred["w"] == -torch.inf, -torch.inf)
+            product = weights[row] * gap
+            if masked:  # 0 * inf is 0
+                product.masked_fill_(weights[row] == 0, 0)
+            x[name] += product.sum(1)
+        if tile.four:
+            x["q_max"] += shift["a"] + shift["t"] - shift["w"]
+            steered = _steered(centred, masked)
+            anchor, _ = _raise_maximum(x["q_max"], x["q_sum"], steered)
+            x["q_sum"] += (steered - anchor.unsqueeze(1)).exp_().sum(1)
 
 
 def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
@@ -77,31 +94,40 @@ def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
 
 
 def gradient(
-    tile: RowTile, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None, add: bool = False
+    tile: RowTile,
+    state: Tensor,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    out_text: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
 
-    ``add`` adds to what ``out`` holds.
+    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds.
     """
-    c = RowCoefficients(*(None if x is None else x.unsqueeze(1) for x in coefficients))
+    x = {name: values.unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
+    weight, mean_gap, gamma = (values.unsqueeze(1) for values in coefficients)
     masked = tile.may_be_masked
     for columns in _column_blocks(*tile.student.shape):
-        s, t, *text = _load(tile, columns, c.weight.dtype)
-        p = (s - c.lse).exp_()
-        gap = s - t
-        if text:
-            a, w = text
-            prior_gap = (a - w).mul_(c.gamma)
+        logits = dict(zip("staw", _load(tile, columns, state.dtype), strict=False))
+        centred = {row: values - _anchor(x[f"{row}_max"]) for row, values in logits.items()}
+        p = centred["s"].exp().div_(x["s_sum"])
+        gap = centred["s"] - centred["t"]
+        if tile.four:
+            prior_gap = (centred["a"] - centred["w"]).mul_(gamma)
             if masked:  # 0 * inf is 0
-                prior_gap.masked_fill_(c.gamma == 0, 0)
-            gap = gap.mul_(1 + c.gamma).sub_(prior_gap)
-        d_s = _chain(gap.sub_(c.mean_gap).mul_(p).mul_(c.weight), s, tile)
-        if masked:  # 0 * inf is 0
-            d_s.masked_fill_(p == 0, 0)
+                prior_gap.masked_fill_(gamma == 0, 0)
+            gap = gap.mul_(1 + gamma).sub_(prior_gap)
+        p_weight = p * weight
+        d_s = _chain(gap.sub_(mean_gap).mul_(p_weight), logits["s"], tile)
+        if masked:
+            d_s.masked_fill_(p_weight == 0, 0)
         if out_text is not None:
-            q = (_steered(a, t - w, w, masked) - c.steered_lse).exp_()
-            d_a = _chain(q.sub_(p).mul_(c.prior_weight), a, tile)
-            out_text[:, columns] = d_a.masked_fill_(a == -torch.inf, 0) if masked else d_a
+            q = (_steered(centred, masked) - _anchor(x["q_max"])).exp_().div_(x["q_sum"])
+            d_a = _chain(q.sub_(p).mul_(weight * gamma), logits["a"], tile)
+            if masked:
+                d_a.masked_fill_((logits["a"] == -torch.inf) | (weight * gamma == 0), 0)
+            out_text[:, columns] = d_a
         if add:
             d_s.add_(out[:, columns])
         out[:, columns] = d_s

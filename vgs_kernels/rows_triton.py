@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .rows import RowCoefficients, RowTile
 
-STATISTICS_BLOCK, STATISTICS_WARPS = 2048, 8
-GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+#: Columns of a block, and warps by vendor: 16-byte loads of float32 logits, and no spills.
+STATISTICS_BLOCK, STATISTICS_WARPS = 2048, {"cuda": 16, "hip": 8}
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
+_VENDOR = "cuda" if torch.version.hip is None else "hip"
 
 
 @triton.jit
@@ -35,20 +37,29 @@ def _load(pointer, columns, valid, scale, softcap, inv_temperature, HAS_CAP: tl.
 
 
 @triton.jit
-def _weigh(z, maximum):
-    """Softmax weights of a block against the new running maximum, and the decay of what was summed before."""
-    new_maximum = tl.maximum(maximum, tl.max(z, axis=0))
-    anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    return new_maximum, tl.exp(maximum - anchor), tl.exp(z - anchor)
+def _anchor(maximum):
+    """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
-def _expect(weights, gap):
-    return tl.sum(tl.where(weights > 0, weights * gap, 0.0), axis=0)
+def _centre(x, maximum):
+    """Fold a block into a running maximum: the new one, the centred block, the anchor's shift, the sums' discount."""
+    raised = tl.maximum(maximum, tl.max(x, axis=0))
+    anchor = _anchor(raised)
+    return raised, x - anchor, _anchor(maximum) - anchor, tl.exp(maximum - anchor)
+
+
+@triton.jit
+def _expect(total, sum_before, shift, discount, weights, gap):
+    """Fold a block into a weighted sum of gaps; what was summed before was centred at the old anchors."""
+    kept = tl.where(discount > 0, (total + shift * sum_before) * discount, 0.0)
+    return kept + tl.sum(tl.where(weights > 0, weights * gap, 0.0), axis=0)
 
 
 @triton.jit
 def _steered(a, t, w):
+    """q' = a' + (t' - w'), and -inf where any of the three is."""
     return tl.where(w == float("-inf"), float("-inf"), a + (t - w))
 
 
@@ -92,25 +103,30 @@ def statistics_kernel(
         valid = columns < n_columns
         s = _load(s_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
         t = _load(t_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-        s_max, s_decay, p_s = _weigh(s, s_max)
-        t_max, t_decay, p_t = _weigh(t, t_max)
-        s_sum = s_sum * s_decay + tl.sum(p_s, axis=0)
-        t_sum = t_sum * t_decay + tl.sum(p_t, axis=0)
-        s_logit = s_logit * s_decay + _expect(p_s, s)
-        s_gap = s_gap * s_decay + _expect(p_s, s - t)
+        s_max, s, s_shift, s_discount = _centre(s, s_max)
+        t_max, t, t_shift, t_discount = _centre(t, t_max)
+        p_s = tl.exp(s)
+        p_t = tl.exp(t)
+        s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s)
+        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t)
         if FOUR:
             a = _load(a_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
             w = _load(w_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-            a_max, a_decay, p_a = _weigh(a, a_max)
-            w_max, w_decay, p_w = _weigh(w, w_max)
-            q_max, q_decay, p_q = _weigh(_steered(a, t, w), q_max)
-            a_sum = a_sum * a_decay + tl.sum(p_a, axis=0)
-            w_sum = w_sum * w_decay + tl.sum(p_w, axis=0)
-            q_sum = q_sum * q_decay + tl.sum(p_q, axis=0)
-            s_prior_gap = s_prior_gap * s_decay + _expect(p_s, a - w)
-            s_view_gap = s_view_gap * s_decay + _expect(p_s, s - a)
-            t_view_gap = t_view_gap * t_decay + _expect(p_t, t - w)
-            a_gap = a_gap * a_decay + _expect(p_a, a - w)
+            a_max, a, a_shift, a_discount = _centre(a, a_max)
+            w_max, w, w_shift, w_discount = _centre(w, w_max)
+            p_a = tl.exp(a)
+            # Outside the support of q*, log q* is -inf.
+            prior_gap = tl.where(w == float("-inf"), float("-inf"), a - w)
+            s_prior_gap = _expect(s_prior_gap, s_sum, a_shift - w_shift, s_discount, p_s, prior_gap)
+            s_view_gap = _expect(s_view_gap, s_sum, s_shift - a_shift, s_discount, p_s, s - a)
+            t_view_gap = _expect(t_view_gap, t_sum, t_shift - w_shift, t_discount, p_t, t - w)
+            a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w)
+            q_max, q, _, q_discount = _centre(_steered(a, t, w), q_max + (a_shift + t_shift - w_shift))
+            a_sum = a_sum * a_discount + tl.sum(p_a, axis=0)
+            w_sum = w_sum * w_discount + tl.sum(tl.exp(w), axis=0)
+            q_sum = q_sum * q_discount + tl.sum(tl.exp(q), axis=0)
+        s_sum = s_sum * s_discount + tl.sum(p_s, axis=0)
+        t_sum = t_sum * t_discount + tl.sum(p_t, axis=0)
 
     tl.store(state_ptr, s_max)
     tl.store(state_ptr + state_stride, s_sum)
@@ -138,11 +154,11 @@ def _cap_slope(z, softcap, inv_temperature):
     return 1 - capped * capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_stride"], do_not_specialize_on_alignment=["state_ptr"])
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride,
-    weight_ptr, lse_ptr, mean_gap_ptr, gamma_ptr, prior_weight_ptr, steered_lse_ptr, n_columns,
+    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr, n_columns,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
     FOUR: tl.constexpr, PRIOR: tl.constexpr, ADD: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -150,25 +166,33 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = columns < n_columns
+    state_ptr += row
+    weight = tl.load(weight_ptr + row)
     s = _load(s_ptr + row * s_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
     t = _load(t_ptr + row * t_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-    gap = s - t
+    s_centred = s - _anchor(tl.load(state_ptr))
+    t_centred = t - _anchor(tl.load(state_ptr + 2 * state_stride))
+    p = tl.exp(s_centred) / tl.load(state_ptr + state_stride)
+    gap = s_centred - t_centred
     if FOUR:
         a = _load(a_ptr + row * a_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
         w = _load(w_ptr + row * w_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
+        a_centred = a - _anchor(tl.load(state_ptr + 6 * state_stride))
+        w_centred = w - _anchor(tl.load(state_ptr + 8 * state_stride))
         gamma = tl.load(gamma_ptr + row)
-        gap = (1 + gamma) * gap - tl.where(gamma > 0, gamma * (a - w), 0.0)
-    p = tl.exp(s - tl.load(lse_ptr + row))
-    weight = tl.load(weight_ptr + row)
+        gap = (1 + gamma) * gap - tl.where(gamma > 0, gamma * (a_centred - w_centred), 0.0)
+    p_weight = weight * p
+    d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
     if STUDENT_CAP:
-        weight *= _cap_slope(s, student_cap, inv_temperature)
-    d_s = tl.where(p > 0, weight * p * (gap - tl.load(mean_gap_ptr + row)), 0.0)
+        d_s *= _cap_slope(s, student_cap, inv_temperature)
+    d_s = tl.where(p_weight != 0, d_s, 0.0)  # 0 * inf is 0
     if PRIOR:
-        q = tl.exp(_steered(a, t, w) - tl.load(steered_lse_ptr + row))
-        prior_weight = tl.load(prior_weight_ptr + row)
+        q = _steered(a_centred, t_centred, w_centred) - _anchor(tl.load(state_ptr + 10 * state_stride))
+        prior_weight = tl.where(a > float("-inf"), weight * gamma, 0.0)
+        d_a = prior_weight * (tl.exp(q) / tl.load(state_ptr + 11 * state_stride) - p)
         if STUDENT_CAP:
-            prior_weight *= _cap_slope(a, student_cap, inv_temperature)
-        d_a = tl.where(a > float("-inf"), prior_weight * (q - p), 0.0)
+            d_a *= _cap_slope(a, student_cap, inv_temperature)
+        d_a = tl.where(prior_weight != 0, d_a, 0.0)
         tl.store(out_text_ptr + row * out_text_stride + columns, d_a, mask=valid)
     out_ptr += row * out_stride
     if ADD:
@@ -197,25 +221,30 @@ def statistics(tile: RowTile, state: Tensor) -> None:
     scalars, caps = _transform_arguments(tile)
     statistics_kernel[(n_rows,)](
         *_row_arguments(tile), state, state.stride(0), n_columns, *scalars,
-        FOUR=tile.four, **caps, BLOCK=STATISTICS_BLOCK, num_warps=STATISTICS_WARPS,
+        FOUR=tile.four, **caps, BLOCK=STATISTICS_BLOCK, num_warps=STATISTICS_WARPS[_VENDOR],
     )  # fmt: skip
 
 
 def gradient(
-    tile: RowTile, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None, add: bool = False
+    tile: RowTile,
+    state: Tensor,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    out_text: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
 
-    ``add`` adds to what ``out`` holds.
+    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds.
     """
     n_rows, n_columns = tile.student.shape
     scalars, caps = _transform_arguments(tile)
     prior = out_text is not None
     other = out_text if prior else out
-    c = [coefficients.weight if x is None else x.contiguous() for x in coefficients]
     gradient_kernel[(n_rows, triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *_row_arguments(tile), out, other, out.stride(0), other.stride(0), *c, n_columns, *scalars,
-        FOUR=tile.four, PRIOR=prior, ADD=add, **caps, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+        *_row_arguments(tile), out, other, out.stride(0), other.stride(0),
+        state, state.stride(0), *(values.contiguous() for values in coefficients), n_columns, *scalars,
+        FOUR=tile.four, PRIOR=prior, ADD=add, **caps, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .gemm import add_hidden_gradient, add_weight_gradient, has_mixed_gemm, project
+from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient, has_mixed_gemm, project
 from .rows import LogitTransform, RowCoefficients, RowTile, new_state
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
@@ -63,9 +63,8 @@ class StackedRows:
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         hidden = self.views[0][rows] if len(self.views) == 1 else torch.cat([view[rows] for view in self.views])
-        project(hidden, self.head.weight[columns], out)
-        if self.head.bias is not None:
-            out += self.head.bias[columns].to(out.dtype)
+        bias = None if self.head.bias is None else self.head.bias[columns]
+        project(hidden, self.head.weight[columns], out, bias=bias)
 
 
 @dataclass
@@ -84,19 +83,20 @@ class ComposedRow:
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         for index, (coefficient, hidden, head) in enumerate(self.parts):
             weight, transform = head.weight[columns], head.transform
-            bias = None if head.bias is None else head.bias[columns].to(out.dtype)
+            bias = None if head.bias is None else head.bias[columns]
             if transform.softcap is None:
                 alpha = coefficient * transform.scale
                 project(hidden[rows], weight, out, alpha=alpha, keep=index > 0)
                 if bias is not None:
-                    out.add_(_times(alpha, bias))
+                    out.add_(_times(alpha, bias.to(out.dtype)))
                 continue
-            logits = torch.empty_like(out)  # a soft-cap is not linear: this part needs a tile of its own
-            project(hidden[rows], weight, logits)
-            if bias is not None:
-                logits += bias
-            logits = _times(coefficient, transform._replace(inv_temperature=1.0)(logits))
-            out.copy_(logits) if index == 0 else out.add_(logits)
+            # A soft-cap is not linear: this part is formed on its own, a few columns at a time.
+            transform = transform._replace(inv_temperature=1.0)
+            for few in _slices(len(weight), UPCAST_COLUMNS):
+                logits = out.new_empty(len(out), few.stop - few.start)
+                project(hidden[rows], weight[few], logits, bias=None if bias is None else bias[few])
+                logits = _times(coefficient, transform(logits))
+                out[:, few] = logits if index == 0 else out[:, few] + logits
 
 
 def _times(coefficient: float, values: Tensor) -> Tensor:
@@ -241,6 +241,7 @@ class LinearSink:
         head: the student's head.
         d_weight, d_bias: its gradients, or None where not required; added to.
         plan: of the source.
+        alpha: factor on all gradients, kept out of 16-bit logit gradients.
     """
 
     def __init__(
@@ -251,10 +252,11 @@ class LinearSink:
         d_weight: Tensor | None,
         d_bias: Tensor | None,
         plan: Plan,
+        alpha: float = 1.0,
     ) -> None:
         self.views, self.d_views, self.head = views, d_views, head
         self.d_weight, self.d_bias = d_weight, d_bias
-        self.plan = plan
+        self.plan, self.alpha = plan, alpha
         self._start = 0
         self._blocks: list[Tensor] | None = None
         if shares_slab(views[0]):
@@ -288,11 +290,11 @@ class LinearSink:
             else:
                 d_logits = self._block(index, slice(0, filled), columns)
             if d_hidden is not None:
-                add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block])
+                add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block], self.alpha)
             if self.d_weight is not None:
-                add_weight_gradient(d_logits, hidden[block], self.d_weight[columns])
+                add_weight_gradient(d_logits, hidden[block], self.d_weight[columns], self.alpha)
             if self.d_bias is not None:
-                self.d_bias[columns] += d_logits.sum(0, dtype=self.d_bias.dtype)
+                self.d_bias[columns].add_(d_logits.sum(0, dtype=self.d_bias.dtype), alpha=self.alpha)
         if columns.stop == len(self.head.weight):
             self._start = rows.stop
 
@@ -352,7 +354,7 @@ def sweep(
             if tile is None or len(columns_of) > 1:
                 tile = source.load(rows, columns)
             out, out_text = sink.tile(rows, columns, tile)
-            backend.gradient(tile, scalars, out, out_text, add)
+            backend.gradient(tile, state[:, rows], scalars, out, out_text, add)
             sink.collect(rows, columns)
     return state, picked
 
