@@ -1,0 +1,103 @@
+"""VGSConfig: TRL's distillation settings plus the knobs of Visual Gradient Steering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import DistillationConfig
+
+from vgs_kernels import VGSObjective
+
+from .steering import ETA_PRESETS
+
+LOSS_REDUCTIONS = ("trajectory", "token")
+LOSS_BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass
+class VGSConfig(DistillationConfig):
+    """Settings of ``VGSTrainer``; everything of ``trl.DistillationConfig`` applies except ``beta`` (the divergence is
+    the reverse KL). Plain on-policy distillation is ``gamma=0, lam=0, eta=1``.
+
+    Args:
+        gamma, lam, vds_quantile, adaptive_quantile, detach_prior, schedule, vds_scope: see ``VGSObjective``. One call
+            (``vds_scope="call"``) is one micro-batch on one rank.
+        eta: scale of the whole loss: a positive number, a preset of the paper by student size (``"paper-2b"`` 0.41,
+            ``"paper-4b"`` 0.36), or ``"measure"``: ||grad standard|| / ||grad (standard + gamma * visual)|| over the
+            trainable parameters (arXiv 2606.00564, Eq. 15) on the first ``eta_batches`` batches, then fixed, stored in
+            checkpoints. Measuring needs whole parameters: one process or DDP.
+        eta_batches: optimizer steps whose batches are measured.
+        loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
+            ``"token"`` averages over all tokens.
+        loss_backend, loss_workspace_bytes: passed to the fused loss.
+        log_terms: log every term of the objective. False saves work where the loss alone does not need them.
+        vocab_size: number of leading vocabulary columns to use, where both heads are padded alike; None uses all.
+        max_prompt_length: longest prompt in tokens, image tokens included. A longer one is an error, never truncated;
+            ``vgs train`` filters the data first.
+        eval_greedy: decode greedily during evaluation.
+    """
+
+    gamma: float = field(default=2.0, metadata={"help": "Weight of the visual term."})
+    lam: float = field(default=0.01, metadata={"help": "Weight of the gated language preservation term."})
+    vds_quantile: float = field(default=0.7, metadata={"help": "VDS quantile above which language is preserved."})
+    adaptive_quantile: float = field(default=0.4, metadata={"help": "Lower quantile of the adaptive schedule."})
+    detach_prior: bool = field(default=True, metadata={"help": "Treat the prior inside q* as a constant."})
+    schedule: str = field(default="constant", metadata={"help": '"constant" or "adaptive" gamma.'})
+    vds_scope: str = field(default="call", metadata={"help": 'Quantile scope: "call", "ranks" or "trajectory".'})
+    eta: float | str = field(default="measure", metadata={"help": 'A number, "paper-2b", "paper-4b" or "measure".'})
+    eta_batches: int = field(default=1, metadata={"help": 'Batches that eta="measure" measures.'})
+    loss_reduction: str = field(default="trajectory", metadata={"help": '"trajectory" or "token".'})
+    loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton" or "torch".'})
+    loss_workspace_bytes: int = field(default=2**30, metadata={"help": "Scratch memory of the loss, in bytes."})
+    log_terms: bool = field(default=True, metadata={"help": "Log every term of the objective."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
+    eval_greedy: bool = field(default=True, metadata={"help": "Decode greedily during evaluation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta != 1.0:
+            raise ValueError(
+                f"beta must be 1.0, got {self.beta}: Visual Gradient Steering minimises the reverse KL and would "
+                "ignore beta. Use gamma and lam, or trl.DistillationTrainer for other divergences."
+            )
+        for name, choices in (("loss_reduction", LOSS_REDUCTIONS), ("loss_backend", LOSS_BACKENDS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+        fixed_eta = self.fixed_eta
+        self.objective(1.0 if fixed_eta is None else fixed_eta)  # validates its fields
+
+    @property
+    def fixed_eta(self) -> float | None:
+        """eta where it is known before training; None when it is to be measured.
+
+        Raises:
+            ValueError: ``eta`` is a string that is neither a preset nor ``"measure"`` nor a number.
+        """
+        if self.eta == "measure":
+            return 1.0 if self.gamma == 0 else None  # without a visual term both gradients are the same
+        if self.eta in ETA_PRESETS:
+            return ETA_PRESETS[self.eta]
+        try:
+            return float(self.eta)
+        except (TypeError, ValueError):
+            presets = ", ".join(f'"{name}"' for name in ETA_PRESETS)
+            raise ValueError(f'eta must be a number, {presets} or "measure", got {self.eta!r}.') from None
+
+    def objective(self, eta: float) -> VGSObjective:
+        """The validated objective of one loss call."""
+        return VGSObjective(
+            gamma=self.gamma,
+            lam=self.lam,
+            vds_quantile=self.vds_quantile,
+            eta=eta,
+            temperature=self.temperature,
+            detach_prior=self.detach_prior,
+            schedule=self.schedule,
+            adaptive_quantile=self.adaptive_quantile,
+            vds_scope=self.vds_scope,
+        )

@@ -1,0 +1,1 @@
+"""Built-in tasks: data, small models and a scorer that need no download."""
