@@ -1,7 +1,7 @@
 """The registered operators: losses and their gradients in one forward, scaled in the backward.
 
-Registered with ``torch.library`` so that ``torch.compile`` of a caller sees one opaque node. Between the two sweeps
-everything is arithmetic on [N] vectors: this is the room where the method is readable and changeable.
+Registered with ``torch.library`` so that ``torch.compile`` of a caller sees one opaque node. Each is a sequence of
+sweeps over logit rows, with the [N]-vector arithmetic of steering.py between them.
 
 An operator's outputs are (loss, terms [K, N], unit, d_*): d_x are gradients in float32 for unit-sized token weights
 (so that 16-bit logit gradients keep their range) and ``unit`` is what they are to be multiplied with. A gradient that
@@ -11,9 +11,9 @@ is not asked for is an empty tensor.
 import torch
 from torch import Tensor
 
-from . import gating
 from .objective import VGSObjective
 from .rows import VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
+from .steering import Steering, unit_weights
 from .sweep import (
     ComposedRow,
     DenseSink,
@@ -46,16 +46,6 @@ def _cast(dtype: torch.dtype, tensors: list[Tensor | None]) -> list[Tensor | Non
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
-def _unit_weights(token_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Token weights divided by the largest of them, and that largest (1 if all are zero), without synchronisation."""
-    weights = token_weights.to(dtype)
-    if not len(weights):
-        return weights, weights.new_ones(())
-    unit = weights.abs().amax()
-    unit = torch.where(unit > 0, unit, 1)
-    return weights / unit, unit
-
-
 def _empty_gradients(needs: list[bool], like: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     first = next(x for x in like if x is not None)
     return [
@@ -78,86 +68,6 @@ def _pair_coefficients(state: Tensor, weights: Tensor, gain: float) -> RowCoeffi
     """Scalars of the gradient of sum_n weights_n * KL(p || q)."""
     mean_gap = Statistics(state).mean("s_gap").to(state.dtype)
     return RowCoefficients((weights * gain).to(state.dtype), mean_gap, torch.zeros_like(mean_gap))
-
-
-class _Steering:
-    """The [N]-vector arithmetic of one VGS call."""
-
-    def __init__(
-        self,
-        objective: VGSObjective,
-        token_weights: Tensor,
-        vds: Tensor | None,
-        vds_threshold: Tensor | None,
-        trajectory_ids: Tensor | None,
-        group_name: str | None,
-        student: LogitTransform,
-        dtype: torch.dtype,
-    ) -> None:
-        self.objective = objective
-        self.dtype = dtype
-        self.gain = student.gain
-        self.unit_weights, unit = _unit_weights(token_weights, dtype)
-        self.unit = objective.eta * unit
-        self.vds = None if vds is None else vds.to(dtype)
-        self._scope = (trajectory_ids, group_name)
-        self._bounded = objective.vds_scope == "call" and vds_threshold is None
-        self.limits: list[Tensor] | None = None
-        if vds_threshold is not None:
-            n = len(token_weights)
-            self.limits = [limit.expand(n) for limit in vds_threshold.to(dtype).reshape(-1, 1)]
-        elif self.vds is not None:
-            self.find_limits()
-
-    @property
-    def needs_vds_first(self) -> bool:
-        """Whether the gradient of a token depends on the scores of all others."""
-        return self.objective.schedule == "adaptive" and self.limits is None
-
-    def find_limits(self) -> None:
-        self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
-
-    def coefficients(self, rows: slice, state: Tensor) -> RowCoefficients:
-        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels."""
-        x = Statistics(state)
-        if self.objective.schedule == "constant":
-            gamma = torch.full_like(x["s_max"], self.objective.gamma)
-        else:
-            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
-            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
-        weight = self.gain * self.unit_weights[rows]
-        mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
-        return RowCoefficients(*(value.to(state.dtype) for value in (weight, mean_gap, gamma)))
-
-    def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss and terms from the statistics of all tokens; settles the gate."""
-        x = Statistics(state)
-        if self.vds is None:
-            self.vds = x.vds.to(self.dtype)
-        if self.limits is None:
-            self.find_limits()
-        self.gate = self.vds > self.limits[-1]
-        gamma = gating.token_gamma(self.vds, self.objective, self.limits)
-        standard, visual, language = x.standard, x.visual, x.language
-        per_token = (
-            standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
-        )
-        loss = scaled(self.unit_weights * self.unit, per_token).sum()
-        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
-        if target_logits is not None:
-            terms.append(x.log_probability(target_logits))
-        return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
-
-    def language_weights(self) -> Tensor:
-        """Weights of lam * KL(p_x || q_x) without lam, [N]; zero behind the gate."""
-        return self.unit_weights * self.gate
-
-    def gated_tokens(self) -> Tensor:
-        """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
-        else counting them synchronises a GPU once."""
-        if self._bounded:
-            return torch.topk(self.vds, gating.max_gated(len(self.vds), self.objective), sorted=False).indices
-        return self.gate.nonzero().squeeze(1)
 
 
 def _linear_vgs(
@@ -207,7 +117,7 @@ def _linear_vgs(
     rows = row_backend(backend, hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with guard(hidden.device):
-        steering = _Steering(
+        steering = Steering(
             objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, student.transform, dtype
         )
         teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text_hidden])
@@ -293,7 +203,7 @@ def _dense_vgs(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tile_rows = max(len(logits), 1) if backend == "triton" else _DENSE_ROWS
     with guard(logits.device):
-        steering = _Steering(objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, transform, dtype)
+        steering = Steering(objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, transform, dtype)
         four = [logits, teacher_logits, text_logits, teacher_text_logits]
         source = DenseSource(four, (transform, transform), vocab, tile_rows)
         state, target_logits = sweep(source, rows, target_ids=target_ids)
@@ -353,7 +263,7 @@ def _linear_divergence(
     rows = row_backend(backend, hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with guard(hidden.device):
-        unit_weights, unit = _unit_weights(token_weights, dtype)
+        weights, unit = unit_weights(token_weights, dtype)
         d_hidden, d_weight, d_bias = _empty_gradients(needs, [hidden, weight, bias], dtype)
         need_hidden, need_weight, need_bias = needs
         target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
@@ -369,10 +279,10 @@ def _linear_divergence(
             sink = LinearSink([hidden], [_wanted(d_hidden, need_hidden)], student, *head_gradients, source.plan)
         gain = student.transform.gain
         state, target_logits = sweep(
-            source, rows, None, lambda at, x: _pair_coefficients(x, unit_weights[at], gain), sink, target_ids
+            source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink, target_ids
         )
         x = Statistics(state)
-        loss = scaled(unit_weights * unit, x.standard).sum().to(dtype)
+        loss = scaled(weights * unit, x.standard).sum().to(dtype)
         terms = [x.standard, x.entropy]
         if target_logits is not None:
             terms.append(x.log_probability(target_logits))

@@ -1,0 +1,104 @@
+"""Between the sweeps: weights, thresholds, gamma, loss and terms of one call, as arithmetic on [N] vectors.
+
+This is the room where the method is readable and changeable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import gating
+from .objective import VGSObjective
+from .rows import LogitTransform, RowCoefficients, Statistics, scaled
+
+
+def unit_weights(token_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Token weights divided by the largest of them, and that largest (1 if all are zero), without synchronisation."""
+    weights = token_weights.to(dtype)
+    if not len(weights):
+        return weights, weights.new_ones(())
+    unit = weights.abs().amax()
+    unit = torch.where(unit > 0, unit, 1)
+    return weights / unit, unit
+
+
+class Steering:
+    """The [N]-vector arithmetic of one VGS call."""
+
+    def __init__(
+        self,
+        objective: VGSObjective,
+        token_weights: Tensor,
+        vds: Tensor | None,
+        vds_threshold: Tensor | None,
+        trajectory_ids: Tensor | None,
+        group_name: str | None,
+        student: LogitTransform,
+        dtype: torch.dtype,
+    ) -> None:
+        self.objective = objective
+        self.dtype = dtype
+        self.gain = student.gain
+        self.unit_weights, unit = unit_weights(token_weights, dtype)
+        self.unit = objective.eta * unit
+        self.vds = None if vds is None else vds.to(dtype)
+        self._scope = (trajectory_ids, group_name)
+        self._bounded = objective.vds_scope == "call" and vds_threshold is None
+        self.limits: list[Tensor] | None = None
+        if vds_threshold is not None:
+            n = len(token_weights)
+            self.limits = [limit.expand(n) for limit in vds_threshold.to(dtype).reshape(-1, 1)]
+        elif self.vds is not None:
+            self.find_limits()
+
+    @property
+    def needs_vds_first(self) -> bool:
+        """Whether the gradient of a token depends on the scores of all others."""
+        return self.objective.schedule == "adaptive" and self.limits is None
+
+    def find_limits(self) -> None:
+        self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
+
+    def coefficients(self, rows: slice, state: Tensor) -> RowCoefficients:
+        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels."""
+        x = Statistics(state)
+        if self.objective.schedule == "constant":
+            gamma = torch.full_like(x["s_max"], self.objective.gamma)
+        else:
+            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
+            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
+        weight = self.gain * self.unit_weights[rows]
+        mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
+        return RowCoefficients(*(value.to(state.dtype) for value in (weight, mean_gap, gamma)))
+
+    def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss and terms from the statistics of all tokens; settles the gate."""
+        x = Statistics(state)
+        if self.vds is None:
+            self.vds = x.vds.to(self.dtype)
+        if self.limits is None:
+            self.find_limits()
+        self.gate = self.vds > self.limits[-1]
+        gamma = gating.token_gamma(self.vds, self.objective, self.limits)
+        standard, visual, language = x.standard, x.visual, x.language
+        per_token = (
+            standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
+        )
+        loss = scaled(self.unit_weights * self.unit, per_token).sum()
+        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
+        if target_logits is not None:
+            terms.append(x.log_probability(target_logits))
+        return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
+
+    def language_weights(self) -> Tensor:
+        """Weights of KL(p_x || q_x) before lam, [N]; zero where the gate is closed."""
+        return self.unit_weights * self.gate
+
+    def gated_tokens(self) -> Tensor:
+        """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
+        else counting them synchronises a GPU once."""
+        if self._bounded:
+            count = gating.max_gated(len(self.vds), self.objective)
+            return torch.topk(self.vds, count, sorted=False).indices.sort().values
+        return self.gate.nonzero().squeeze(1)
