@@ -66,13 +66,13 @@ CAPTIONS, TEXT = {"text_only": 0.0, "captions": True}, {"text_only": 1.0}
 RECIPES = {
     "teacher": Recipe(
         Shape(layers=3, width=96),
-        (Phase(steps=250, **CAPTIONS), Phase(steps=450, **TEXT), Phase(steps=420)),
+        (Phase(steps=250, **CAPTIONS), Phase(steps=350, **TEXT), Phase(steps=450)),
         Habits((0.4, 0.3, 0.2, 0.1), (0.4, 0.3, 0.2, 0.1)),
     ),
     # few pictures and much text: mature language, immature vision, and the opposite phrasing habits
     "student": Recipe(
         Shape(layers=2, width=64),
-        (Phase(steps=150, **CAPTIONS), Phase(steps=600, **TEXT), Phase(steps=155, learning_rate=2e-3)),
+        (Phase(steps=150, **CAPTIONS), Phase(steps=600, **TEXT), Phase(steps=132, learning_rate=2e-3)),
         Habits((0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
     ),
 }
@@ -133,9 +133,11 @@ def train_supervised(
     """
     losses: list[float] = []
     model.train()
-    bar = tqdm(total=sum(phase.steps for phase in recipe.phases), desc=description, unit="step", position=line)
+    bar = tqdm(
+        total=sum(phase.steps for phase in recipe.phases), desc=description, unit="step", position=line, mininterval=0.5
+    )
     for number, phase in enumerate(recipe.phases):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.rate)
         stream = batches(phase, recipe.habits, 1000 * (seed + 1) + number)
         for _ in range(phase.steps):
