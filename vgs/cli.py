@@ -124,7 +124,7 @@ class Run:
     scorer: Any
 
 
-def _digits_run(options: Mapping[str, Any]) -> Run:
+def _digits_run(options: Mapping[str, Any], eval_split: str = "validation") -> Run:
     from .tasks.digits import build, pretrained, scorer
 
     cache = Path(options.get("cache", "~/.cache/vgs")).expanduser()
@@ -133,7 +133,7 @@ def _digits_run(options: Mapping[str, Any]) -> Run:
     seed = options.get("data_seed", 0)
     train, held_out = (
         build(split, options.get(key, size), seed)
-        for split, key, size in (("train", "train_size", 4096), ("test", "eval_size", 512))
+        for split, key, size in (("train", "train_size", 4096), (eval_split, "eval_size", 512))
     )
     return Run(student, teacher, processor, train, held_out, scorer)
 
@@ -223,7 +223,7 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
 
     training = config.get("training", {})
     if config.get("task") == "digits":
-        run = _digits_run(config.get("digits", {}))
+        run = _digits_run(config.get("digits", {}), "test")
         model, processor, samples, scorer = run.student, run.processor, run.eval_samples, run.scorer
         if model_path is not None:
             model = AutoModelForImageTextToText.from_pretrained(model_path)
