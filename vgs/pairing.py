@@ -148,7 +148,8 @@ def pair_views(
         text_prompt_ids, text_prompt_mask: [B, Q] int64, the same prompts rendered without images, padded on the left.
         completion_ids, completion_mask: [B, C] int64, the responses, padded on the right.
         multimodal: the processor's image fields; per-token fields cover prompt and response, [B, P + C].
-        forbidden: placeholder ids that the text-only view must not contain.
+        forbidden: placeholder ids that the text-only view must not contain; empty where ``text_only_prompts`` has
+            looked already, for looking synchronises a GPU.
         pad_token_id: fills new padding columns.
 
     Raises:
@@ -168,14 +169,15 @@ def pair_views(
             )
         if ids.shape[1] and name != "completion_ids" and not bool(mask[:, -1].all()):
             raise ValueError(f"{name} must be padded on the left: its last column holds padding.")
-    forbidden_ids = torch.tensor(list(forbidden), device=text_prompt_ids.device, dtype=text_prompt_ids.dtype)
-    leftover = torch.isin(text_prompt_ids, forbidden_ids) & text_prompt_mask.bool()
-    if bool(leftover.any()):
-        row = int(leftover.any(dim=1).int().argmax())
-        raise ValueError(
-            f"Row {row} of text_prompt_ids still contains an image placeholder; render the text-only view without the "
-            "image item."
-        )
+    if forbidden:
+        forbidden_ids = torch.tensor(list(forbidden), device=text_prompt_ids.device, dtype=text_prompt_ids.dtype)
+        leftover = torch.isin(text_prompt_ids, forbidden_ids) & text_prompt_mask.bool()
+        if bool(leftover.any()):
+            row = int(leftover.any(dim=1).int().argmax())
+            raise ValueError(
+                f"Row {row} of text_prompt_ids still contains an image placeholder; render the text-only view without "
+                "the image item."
+            )
     width = max(prompt_ids.shape[1], text_prompt_ids.shape[1])
 
     def stack(view: Tensor, text: Tensor, tail: Tensor, value: int) -> Tensor:
@@ -259,6 +261,5 @@ def encode_views(
     return pair_views(
         *[x.to(device) for x in (prompt_ids, prompt_mask, *left_pad(text, pad_id), tail, tail_mask)],
         {name: value.to(device) for name, value in fields.items()},
-        forbidden=forbidden,
         pad_token_id=pad_id,
     )

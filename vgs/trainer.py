@@ -226,7 +226,6 @@ class VGSTrainer(DistillationTrainer):
             inputs["completion_ids"],
             inputs["completion_mask"],
             {name: inputs[name] for name in MULTIMODAL_FIELDS if name in inputs},
-            forbidden=self.placeholder_ids,
             pad_token_id=self._tokenizer.pad_token_id,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, ops
 from .objective import DIVERGENCES, VGSObjective
 from .parallel import group_name
+from .rows import accumulation_dtype
 
 DEFAULT_WORKSPACE_BYTES = 2**30
 
@@ -177,8 +178,8 @@ def fused_linear_vgs_loss(
     loss, terms, *_ = ops.linear_vgs(
         student_hidden, student_text_hidden, student_weight, student_bias,
         teacher_hidden.detach(), teacher_text_hidden.detach(), teacher_weight.detach(), _detached(teacher_bias),
-        token_weights, target_ids, *steering[:-1], *_knobs(objective), vocab, scales,
-        [student_softcap or 0.0, teacher_softcap or 0.0], steering[-1], workspace_bytes, backend,
+        token_weights, target_ids, *steering, *_knobs(objective), vocab, scales,
+        [student_softcap or 0.0, teacher_softcap or 0.0], workspace_bytes, backend,
         checks.compute_dtype(student_hidden), _needs(student_hidden, student_text_hidden, student_weight, student_bias),
     )  # fmt: skip
     return _output(loss, terms)
@@ -233,7 +234,7 @@ def vgs_loss(
     )
     loss, terms, *_ = ops.dense_vgs(
         student_logits, student_text_logits, teacher_logits.detach(), teacher_text_logits.detach(),
-        token_weights, target_ids, *steering[:-1], *_knobs(objective), vocab, steering[-1],
+        token_weights, target_ids, *steering, *_knobs(objective), vocab,
         checks.backend(backend, student_logits), _needs(student_logits, student_text_logits),
     )  # fmt: skip
     return _output(loss, terms)
@@ -357,7 +358,7 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 
 def _weights(token_weights: Tensor | None, like: Tensor) -> Tensor:
     n = len(like)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(like)
     if token_weights is None:
         return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
     return checks.per_token("token_weights", token_weights, like).to(dtype)
@@ -397,7 +398,7 @@ def _threshold(value: float | Tensor | Sequence[float] | None, objective: VGSObj
     """[K] tensor with one limit for each of the objective's quantiles."""
     if value is None:
         return None
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(like)
     if isinstance(value, Sequence) and any(isinstance(x, Tensor) for x in value):
         value = torch.stack([torch.as_tensor(x, dtype=dtype, device=like.device).reshape(()) for x in value])
     if isinstance(value, Tensor):
@@ -421,7 +422,7 @@ def _composed_target(
     """Rows of t + kappa * (a - w), the teacher's two folded into one by linearity: one GEMM instead of two."""
     if kappa == 0:
         return [teacher]
-    wide = torch.float64 if teacher.hidden.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(teacher.hidden)
     folded = torch.sub(teacher.hidden.to(wide), teacher_text_hidden.to(wide), alpha=kappa).to(teacher.hidden.dtype)
     bias = None if teacher.bias is None else teacher.bias * (1 - kappa)
     return [teacher._replace(hidden=folded, bias=bias), prior]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+
+from . import checks
 
 SCHEDULES = ("constant", "adaptive")
 VDS_SCOPES = ("call", "ranks", "trajectory")
@@ -51,19 +52,11 @@ class VGSObjective:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type != "float":
-                continue
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, got {type(value).__name__}.")
-            if not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}.")
+            if field.type == "float":
+                checks.number(field.name, getattr(self, field.name), positive=field.name in ("eta", "temperature"))
         for name in ("gamma", "lam"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
-        for name in ("eta", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         for name in ("vds_quantile", "adaptive_quantile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .objective import VGSObjective
-from .rows import VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
+from .rows import VGS_STATE, LogitTransform, RowCoefficients, Statistics, accumulation_dtype, scaled
 from .steering import Steering, unit_weights
 from .sweep import (
     ComposedRow,
@@ -84,6 +84,7 @@ def _linear_vgs(
     vds: Tensor | None,
     vds_threshold: Tensor | None,
     trajectory_ids: Tensor | None,
+    group_name: str | None,
     gamma: float,
     lam: float,
     vds_quantile: float,
@@ -96,7 +97,6 @@ def _linear_vgs(
     vocab: int,
     scales: list[float],
     softcaps: list[float],
-    group_name: str | None,
     workspace_bytes: int,
     backend: str,
     compute_dtype: torch.dtype,
@@ -114,8 +114,8 @@ def _linear_vgs(
         for w, b, scale, softcap in zip((weight, teacher_weight), (bias, teacher_bias), scales, softcaps, strict=True)
     )
     transforms = (student.transform, teacher.transform)
-    rows = row_backend(backend, hidden.device)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = row_backend(backend)
+    dtype = accumulation_dtype(hidden)
     with guard(hidden.device):
         steering = Steering(
             objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, student.transform, dtype
@@ -181,6 +181,7 @@ def _dense_vgs(
     vds: Tensor | None,
     vds_threshold: Tensor | None,
     trajectory_ids: Tensor | None,
+    group_name: str | None,
     gamma: float,
     lam: float,
     vds_quantile: float,
@@ -191,7 +192,6 @@ def _dense_vgs(
     adaptive_quantile: float,
     vds_scope: str,
     vocab: int,
-    group_name: str | None,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -199,8 +199,8 @@ def _dense_vgs(
         gamma, lam, vds_quantile, eta, temperature, detach_prior, schedule, adaptive_quantile, vds_scope
     )
     transform = LogitTransform(inv_temperature=1.0 / temperature)
-    rows = row_backend(backend, logits.device)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = row_backend(backend)
+    dtype = accumulation_dtype(logits)
     tile_rows = max(len(logits), 1) if backend == "triton" else _DENSE_ROWS
     with guard(logits.device):
         steering = Steering(objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, transform, dtype)
@@ -260,8 +260,8 @@ def _linear_divergence(
             [weight, *target_weights], [bias, *target_biases], scales, softcaps, strict=True
         )
     )
-    rows = row_backend(backend, hidden.device)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = row_backend(backend)
+    dtype = accumulation_dtype(hidden)
     with guard(hidden.device):
         weights, unit = unit_weights(token_weights, dtype)
         d_hidden, d_weight, d_bias = _empty_gradients(needs, [hidden, weight, bias], dtype)
@@ -306,7 +306,7 @@ def _register(name: str, implementation, differentiable: tuple[str, ...], n_term
     def _(*arguments):
         first = arguments[0]
         values = dict(zip(names, arguments, strict=True))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(first)
         count = n_terms + (values["target_ids"] is not None)
         outputs = [first.new_empty((), dtype=dtype), first.new_empty((count, first.shape[0]), dtype=dtype)]
         outputs.append(first.new_empty((), dtype=dtype))

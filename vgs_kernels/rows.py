@@ -34,6 +34,11 @@ GAPS = {
 }
 
 
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """dtype of logits, statistics and collected gradients for inputs of this dtype: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
     """weight * value, where a zero weight wins over an infinite value."""
     weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import rows_torch
 from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient, has_mixed_gemm, project
-from .rows import LogitTransform, RowCoefficients, RowTile, new_state
+from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
 _GRADIENT_ROWS = 2048
@@ -27,7 +27,7 @@ _MIN_ROWS, _CUT_ROWS, _MIN_COLUMNS = 32, 128, 128
 _ROW_MULTIPLE = 64
 
 
-def row_backend(name: str, device: torch.device):
+def row_backend(name: str):
     """The module with ``statistics`` and ``gradient`` that a resolved backend name stands for."""
     if name == "torch":
         return rows_torch
@@ -61,6 +61,10 @@ class StackedRows:
     head: Head
     views: Sequence[Tensor]
 
+    @property
+    def heads(self) -> list[Head]:
+        return [self.head]
+
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         hidden = self.views[0][rows] if len(self.views) == 1 else torch.cat([view[rows] for view in self.views])
         bias = None if self.head.bias is None else self.head.bias[columns]
@@ -79,6 +83,10 @@ class ComposedRow:
     @property
     def views(self) -> Sequence[Tensor]:
         return [self.parts[0][1]]
+
+    @property
+    def heads(self) -> list[Head]:
+        return [head for _, _, head in self.parts]
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         for index, (coefficient, hidden, head) in enumerate(self.parts):
@@ -165,11 +173,10 @@ class LinearSource:
         self.n = len(hidden)
         self.parts = parts
         self.transforms = transforms
-        heads = [head for part in parts for head in ([part.head] if isinstance(part, StackedRows) else
-                                                     [head for _, _, head in part.parts])]  # fmt: skip
+        heads = [head for part in parts for head in part.heads]
         self.vocab = len(heads[0].weight)
         self.may_be_masked = any(head.bias is not None for head in heads)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(hidden)
         count = sum(len(part.views) for part in parts)
         self.plan = Plan.fit(self.n, self.vocab, count * dtype.itemsize, gradient_bytes, workspace_bytes)
         self._slabs = [
@@ -203,7 +210,7 @@ class DenseSource:
 
     def new_state(self) -> Tensor:
         first = self._logits[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(first)
         return new_state(self.n, len(self._logits) == 4, first.new_empty(0, dtype=dtype))
 
     def load(self, rows: slice, columns: slice) -> RowTile:
