@@ -3,20 +3,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test gate lint bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	$(MAKE) gate
+
+gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, within bounds
+	$(BIN)/python -m pytest benchmarks/test_gate.py -q
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks loss
+bench: $(INSTALLED)  # about an hour on two cores
+	$(BIN)/python -m benchmarks loss --rounds 3 --out benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks report --plots benchmarks/results/cpu --short benchmarks/results/cpu.json
+
+bench-gpu:  # under nine minutes, straight from the checkout, with whatever peers are installed
+	PYTHONPATH=. $(PYTHON) -m benchmarks loss --device cuda --minutes 7.5 --out benchmarks/results/gpu.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks report --plots benchmarks/results/gpu --short benchmarks/results/gpu.json
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,65 +1,160 @@
-"""`python -m benchmarks kernels`: what every Triton kernel takes on real GPU targets, compiled ahead of time.
-`python -m benchmarks loss`: time of the fused loss beside eager PyTorch and the bare matrix products."""
+"""The benchmark suite.
+
+loss      time, memory and gradient error of the losses: ours, every peer, the floor
+kernels   what every Triton kernel takes on real GPU targets, compiled ahead of time (no GPU needed)
+counts    FLOPs and bytes of the floors, by count
+step      a whole training step
+report    a result file as tables and pictures
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-
-
-def _kernels(args: argparse.Namespace) -> int:
-    from .kernels import report
-
-    rows = report(args.targets)
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            on = " ".join(key for key, value in row["options"].items() if value)
-            print(
-                f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} {on:38} "
-                f"{row['registers']:4} registers, {row['spills']} spills, {row['shared_bytes']} B shared, "
-                f"{row['wide_loads']}/{row['loads']} wide loads"
-            )
-    return int(any(row["spills"] for row in rows))
+import time
+from pathlib import Path
 
 
 def _loss(args: argparse.Namespace) -> int:
     import torch
 
-    from vgs_kernels import VGSObjective
+    from .jobs import JOBS
+    from .loss import PLANS, Cell, run
+    from .methods import METHODS
+    from .report import markdown, summary
+    from .results import Results, environment
 
-    from .loss import Problem, measure
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    problem = Problem.make(args.tokens, args.vocab, args.student_size, args.teacher_size, dtype, device)
-    seconds = measure(problem, VGSObjective(), args.repeats)
-    print(
-        f"N {args.tokens}, V {args.vocab}, Ds {args.student_size}, Dt {args.teacher_size}, {dtype}, {device}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    for name, value in seconds.items():
-        ratios = f"{value / seconds['floor']:8.2f} x floor {value / seconds['eager']:8.2f} x eager"
-        print(f"{name:6} {value:8.3f} s {ratios}")
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if args.shape is None and args.tokens is None:
+        cells = [
+            Cell(cell.shape, cell.tokens, tuple(args.jobs or cell.jobs), tuple(args.methods or cell.methods))
+            for cell in PLANS["gpu" if device == "cuda" else "cpu"]
+        ]
+    else:
+        shape = args.shape or ("8b-2b" if device == "cuda" else "cpu")
+        cells = [
+            Cell(shape, tokens, tuple(args.jobs or JOBS), tuple(args.methods or METHODS))
+            for tokens in args.tokens or [512]
+        ]
+    results = Results(args.out, environment(device))
+    for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
+        part = Results(None, results.environment)
+        part.rows = rows
+        print(f"\n{markdown(part).split(chr(10), 2)[2]}\n", flush=True)
+    print(summary(results))
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    kernels = commands.add_parser("kernels")
+def _kernels(args: argparse.Namespace) -> int:
+    from .kernels import lines, report
+
+    rows = report(args.targets)
+    print(json.dumps(rows) if args.json else "\n".join(lines(rows)))
+    return int(any(row["spills"] for row in rows))
+
+
+def _counts(args: argparse.Namespace) -> int:
+    from .counts import tables
+
+    print(tables(args.tokens, args.tflops * 1e12, args.terabytes * 1e12))
+    return 0
+
+
+def _step(args: argparse.Namespace) -> int:
+    print("python -m benchmarks step: not measured yet; it comes with the trainer's packed passes.", file=sys.stderr)
+    return 2
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import markdown, summary
+    from .results import Results
+
+    results = Results.load(args.result)
+    print(summary(results) if args.short else markdown(results))
+    if args.plots is not None:
+        try:
+            from .plots import save_all
+        except ImportError as error:
+            print(f"No pictures: {error}", file=sys.stderr)
+            return 1
+        for path in save_all(results, args.plots):
+            print(path, file=sys.stderr)
+    return 0
+
+
+def _compare(paths: list[Path]) -> int:
+    from .report import compare
+    from .results import Results
+
+    print(compare(*(Results.load(path) for path in paths)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .jobs import JOBS
+    from .methods import METHODS
+    from .problem import SHAPES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="one result against another"
+    )
+    commands = parser.add_subparsers()
+
+    loss = commands.add_parser("loss", help="without --shape and --tokens: the plan for this device")
+    loss.add_argument("--shape", choices=SHAPES)
+    loss.add_argument("--tokens", type=int, nargs="+", help="tokens N of a call")
+    loss.add_argument("--jobs", nargs="+", choices=JOBS)
+    loss.add_argument("--methods", nargs="+", choices=METHODS)
+    loss.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32"
+    )
+    loss.add_argument("--device", choices=("cpu", "cuda"))
+    loss.add_argument("--rounds", type=int, default=20, help="timed calls of each method at most, 3 at least")
+    loss.add_argument("--minutes", type=float, help="start nothing new after this long")
+    loss.add_argument("--out", type=Path, help="result file, written as rows come in")
+    loss.set_defaults(run=_loss)
+
+    kernels = commands.add_parser("kernels", help="fails on a spill")
     kernels.add_argument("--targets", nargs="*", help="sm_80, sm_90, sm_100, gfx942 (default: all)")
     kernels.add_argument("--json", action="store_true")
     kernels.set_defaults(run=_kernels)
-    loss = commands.add_parser("loss")
-    for name, default in (("tokens", 256), ("vocab", 151_936), ("student-size", 512), ("teacher-size", 1024)):
-        loss.add_argument(f"--{name}", type=int, default=default)
-    loss.add_argument("--repeats", type=int, default=3)
-    loss.set_defaults(run=_loss)
+
+    counts = commands.add_parser("counts")
+    counts.add_argument("--tokens", type=int, default=8192)
+    counts.add_argument("--tflops", type=float, default=790, help="a large bf16 product; default: seen on an H200")
+    counts.add_argument(
+        "--terabytes", type=float, default=4.3, help="per second, a large copy; default: seen on an H200"
+    )
+    counts.set_defaults(run=_counts)
+
+    commands.add_parser("step").set_defaults(run=_step)
+
+    report = commands.add_parser("report")
+    report.add_argument("result", type=Path)
+    report.add_argument("--plots", type=Path, metavar="FOLDER", help="write pictures there")
+    report.add_argument("--short", action="store_true", help="one line a cell")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     args = parser.parse_args()
-    return args.run(args)
+    try:
+        if args.compare is not None:
+            return _compare(args.compare)
+        if not hasattr(args, "run"):
+            parser.error("name a command, or --compare two result files")
+        return args.run(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

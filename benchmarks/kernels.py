@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of every Triton kernel for real GPU targets; needs no GPU.
 
-Reports registers, spills, shared memory and the width of global loads, read from the machine code.
+Reports registers, spills, shared memory, the width of global loads and floating-point work, read from the machine
+code, and the bytes that a token moves, by count.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,6 +25,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: The vocabulary for which bytes and floating-point work of a token are given (Qwen3).
+VOCABULARY = 151_936
 _NO_CAPS = {"STUDENT_CAP": False, "TARGET_CAP": False}
 _CAPS = {"STUDENT_CAP": True, "TARGET_CAP": True}
 #: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32
@@ -50,7 +53,12 @@ VARIANTS = {
 
 @dataclass
 class Resources:
-    """What one compiled kernel takes. Spills are bytes (NVIDIA) or registers (AMD)."""
+    """What one compiled kernel takes.
+
+    Spills are bytes (NVIDIA) or registers (AMD). ``aligned`` is whether rows begin at multiples of 16 bytes, which an
+    odd vocabulary size denies. ``token_bytes`` are those that one token reads and writes at ``VOCABULARY`` columns;
+    ``token_flops`` come from the instructions of one column block, a fused multiply-add being two.
+    """
 
     kernel: str
     options: dict[str, Any]
@@ -62,6 +70,19 @@ class Resources:
     shared_bytes: int
     wide_loads: int
     loads: int
+    aligned: bool
+    token_bytes: int
+    token_flops: int
+
+
+class _Machine(NamedTuple):
+    """Read from machine code: flops are those of one thread and one pass through the code."""
+
+    registers: int
+    spills: int
+    wide_loads: int
+    loads: int
+    flops: int
 
 
 def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -82,7 +103,7 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
     return kinds
 
 
-def _nvidia(binary: bytes) -> tuple[int, int, int, int]:
+def _nvidia(binary: bytes) -> _Machine:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -94,20 +115,39 @@ def _nvidia(binary: bytes) -> tuple[int, int, int, int]:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     spills = int(re.search(r"STACK:(\d+)", usage).group(1)) + len(re.findall(r"\b(?:STL|LDL)\b", code))
     loads = re.findall(r"\bLDG(\S*)", code)
-    return registers, spills, sum(".128" in load for load in loads), len(loads)
+    # sm_100 has two-wide forms (FADD2 and so on).
+    flops = sum(
+        weight * (2 if wide else 1) * len(re.findall(rf"\b{name}{wide}\b", code))
+        for name, weight in {"FADD": 1, "FMUL": 1, "FMNMX": 1, "MUFU": 1, "FFMA": 2}.items()
+        for wide in ("", "2")
+    )
+    return _Machine(registers, spills, sum(".128" in load for load in loads), len(loads), flops)
 
 
-def _amd(assembly: str) -> tuple[int, int, int, int]:
+def _amd(assembly: str) -> _Machine:
     registers, *spills = (
         int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
         for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
     )
     loads = re.findall(r"\b(?:global|buffer)_load_(\w+)", assembly)
-    return registers, sum(spills), sum("dwordx4" in load for load in loads), len(loads)
+    work = re.findall(r"\bv_(pk_)?(add|sub|mul|max|exp|log|rcp|fma|fmac)_f32", assembly)
+    flops = sum((2 if packed else 1) * (2 if name.startswith("fma") else 1) for packed, name in work)
+    return _Machine(registers, sum(spills), sum("dwordx4" in load for load in loads), len(loads), flops)
 
 
-def compile_kernel(name: str, options: dict[str, Any], logits: str, gradient: str, target: str) -> Resources:
-    """Compile one kernel as it is launched: aligned pointers and strides."""
+def _column_bytes(name: str, options: dict[str, Any], logits: str, gradient: str) -> int:
+    """Bytes that one token moves for one column: every logit row once, every gradient row once."""
+    itemsize = {"fp32": 4, "bf16": 2}
+    read = (4 if options["FOUR"] else 2) * itemsize[logits]
+    if name == "statistics_kernel":
+        return read
+    return read + (1 + options["PRIOR"] + options["ADD"]) * itemsize[gradient]
+
+
+def compile_kernel(
+    name: str, options: dict[str, Any], logits: str, gradient: str, target: str, aligned: bool = True
+) -> Resources:
+    """Compile one kernel as it is launched, for a vocabulary (and row pitch) that is a multiple of 16 or is not."""
     kernel = getattr(rows_triton, name)
     block, warps = {
         "statistics_kernel": (rows_triton.STATISTICS_BLOCK, rows_triton.STATISTICS_WARPS),
@@ -115,24 +155,50 @@ def compile_kernel(name: str, options: dict[str, Any], logits: str, gradient: st
     }[name]
     constants = {**options, "BLOCK": block}
     signature = _signature(kernel, logits, gradient, constants)
-    aligned = {
+    divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
-        if argument.endswith(("_ptr", "_stride")) or argument == "n_columns"
+        if argument.endswith("_ptr") or (aligned and (argument.endswith("_stride") or argument == "n_columns"))
         if not argument.startswith("state")
     }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps[TARGETS[target].backend]})
-    nvidia = TARGETS[target].backend == "cuda"
-    registers, spills, wide, loads = _nvidia(compiled.asm["cubin"]) if nvidia else _amd(compiled.asm["amdgcn"])
-    return Resources(name, options, target, logits, gradient, registers, spills, compiled.metadata.shared, wide, loads)
+    backend = TARGETS[target].backend
+    machine = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
+    columns_a_thread = block / (TARGETS[target].warp_size * warps[backend])
+    return Resources(
+        *(name, options, target, logits, gradient),
+        *(machine.registers, machine.spills, compiled.metadata.shared, machine.wide_loads, machine.loads, aligned),
+        token_bytes=VOCABULARY * _column_bytes(name, options, logits, gradient),
+        token_flops=round(VOCABULARY * machine.flops / columns_a_thread),
+    )
 
 
 def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
-    """Resources of every variant on every target, as dictionaries."""
+    """Resources of every variant on every target, as dictionaries; of the plainest also for an odd vocabulary.
+
+    Raises:
+        ValueError: for an unknown target.
+    """
+    for target in targets or ():
+        if target not in TARGETS:
+            raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {target!r}.")
     return [
-        asdict(compile_kernel(name, *variant, target))
+        asdict(compile_kernel(name, *variant, target, aligned))
         for target in targets or TARGETS
         for name, variants in VARIANTS.items()
-        for variant in variants
+        for index, variant in enumerate(variants)
+        for aligned in ((True, False) if index == 0 else (True,))
+    ]
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a kernel, for people."""
+    return [
+        f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} "
+        f"{' '.join(key for key, value in row['options'].items() if value):38} "
+        f"{'' if row['aligned'] else 'odd V, '}{row['registers']} registers, {row['spills']} spills, "
+        f"{row['shared_bytes']} B shared, {row['wide_loads']}/{row['loads']} wide loads, "
+        f"{row['token_bytes'] / 1e6:.2f} MB and {row['token_flops'] / 1e6:.1f} MFLOP a token"
+        for row in rows
     ]

@@ -7,8 +7,19 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+CUDA = torch.cuda.is_available()
+if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+#: Tests against the oracle, on ``problems.DEVICE``: where that is a GPU, ``-m gpu`` selects them as well.
+EXACTNESS = ("test_loss_*.py", "test_divergence.py", "test_integration_torch.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if CUDA and any(item.path.match(pattern) for pattern in EXACTNESS):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -123,7 +123,7 @@ def fused_linear_vgs_loss(
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula.
         process_group: data-parallel ranks of ``vds_scope="ranks"``; None means all. Every rank must call, also one
             without tokens.
-        workspace_bytes: bound on the scratch memory beside gradients and [N] vectors.
+        workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the gated tokens' hidden states.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
             teacher's two projections become one (its hidden states are combined and rounded to their dtype); the loss
             is then (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another

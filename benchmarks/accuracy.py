@@ -1,0 +1,105 @@
+"""The gradient in float64, on a sample: what stands beside every time.
+
+The definition (:func:`vgs_kernels.reference.vgs_reference`, itself tested against an independent oracle) runs in
+float64 over all tokens, a few at a time; gradients are kept for a sample of tokens and, of the head, for a sample of
+vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vgs_kernels.gating import grouped_quantile
+from vgs_kernels.reference import kl_divergence, vgs_reference
+
+from .jobs import Job
+from .problem import VIEWS, DenseProblem
+
+_SAMPLED_TOKENS, _SAMPLED_COLUMNS = 64, 256
+#: float64 numbers of one [R, V] block: about thirty such blocks are alive at a time.
+_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+def _blocks(problem: DenseProblem) -> list[slice]:
+    vocab = problem.logits(slice(0, 1))[0].shape[1]
+    size = max(1, _BLOCK_ELEMENTS[problem.student.device.type] // vocab)
+    return [slice(i, min(i + size, problem.tokens)) for i in range(0, problem.tokens, size)]
+
+
+def vds_threshold(problem: DenseProblem, quantile: float) -> float:
+    """The quantile of KL(q_I || q_x) over all tokens."""
+    scores, problem = [], problem.wide()
+    for rows in _blocks(problem):
+        teacher, teacher_text = problem.logits(rows, ("teacher", "teacher_text"))
+        scores.append(kl_divergence(torch.log_softmax(teacher, -1), torch.log_softmax(teacher_text, -1)))
+    return grouped_quantile(torch.cat(scores), quantile)[0].item()
+
+
+def _loss(definition: str, logits: list[Tensor], job: Job, threshold: float | None, n: int) -> Tensor:
+    """Sum of the tokens' losses over ``n``."""
+    if job.plain:
+        log_p, log_q = (torch.log_softmax(row, -1) for row in logits)
+        pair = {"reverse_kl": (log_p, log_q), "forward_kl": (log_q, log_p)}[definition]
+        return kl_divergence(*pair).sum() / n
+    weights = torch.full_like(logits[0][:, 0], 1 / n)
+    limits = (float("inf") if threshold is None else threshold,)
+    return vgs_reference(*logits, job.objective, weights, vds_threshold=limits)["loss"]
+
+
+@dataclass
+class Exact:
+    """Gradients of the student's inputs at the sampled tokens and vocabulary rows, in float64."""
+
+    tokens: Tensor
+    columns: Tensor
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, problem: DenseProblem, job: Job, threshold: float | None, definition: str | None = None) -> Exact:
+        problem, n = problem.wide(), problem.tokens
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randperm(n, generator=generator)[:_SAMPLED_TOKENS].sort().values.to(problem.student.device)
+        student = problem.logits(slice(0, min(n, _SAMPLED_COLUMNS)))[0]
+        # Half of the vocabulary rows are ones that matter, half are any: most of a head receives next to nothing.
+        likely = student.argmax(-1)[: _SAMPLED_COLUMNS // 2]
+        some = torch.randperm(student.shape[1], generator=generator)[: _SAMPLED_COLUMNS // 2]
+        columns = torch.cat([likely, some.to(likely.device)]).unique()
+
+        views = {"student": [], "student_text": []}
+        d_weight = 0.0
+        for rows in _blocks(problem):
+            with torch.enable_grad():
+                logits = problem.logits(rows, VIEWS[::2] if job.plain else VIEWS)
+                leaves = [x.requires_grad_() for x in logits[: len(logits) // 2]]
+                loss = _loss(definition or job.objective.divergence, logits, job, threshold, n)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            wanted = tokens[(tokens >= rows.start) & (tokens < rows.stop)] - rows.start
+            for view, gradient in zip(views, gradients, strict=False):
+                if view not in job.trainable and "student_weight" not in job.trainable:
+                    continue
+                if gradient is None:
+                    continue
+                if job.dense:
+                    views[view].append(gradient[wanted])
+                    continue
+                views[view].append(gradient[wanted] @ problem.student_weight)
+                d_weight = d_weight + gradient[:, columns].T @ getattr(problem, view)[rows].double()
+        result = {view: torch.cat(parts) for view, parts in views.items() if parts and view in job.trainable}
+        if "student_weight" in job.trainable:
+            result["student_weight"] = d_weight
+        return cls(tokens, columns, result)
+
+    def errors(self, leaves: DenseProblem) -> dict[str, float]:
+        """||gradient - exact|| / ||exact|| of every input that requires grad, on the sample."""
+        errors = {}
+        for name, exact in self.gradients.items():
+            gradient = getattr(leaves, name).grad
+            if gradient is None:
+                raise RuntimeError(f"{name} requires grad and received none.")
+            sample = gradient[self.columns if name == "student_weight" else self.tokens].double()
+            errors[name] = ((sample - exact).norm() / exact.norm()).item()
+        return errors

@@ -1,0 +1,91 @@
+"""Time and memory of one call. Nothing here knows what is being measured."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def seconds(call: Callable[[], None], device: str) -> float:
+    """Duration of a call: between two events on a CUDA device, else by the wall clock."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Freed heap memory goes back to the system, so that using it again counts."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_extra_bytes(call: Callable[[], None], device: str) -> int | None:
+    """Largest memory in use during a call beyond what is in use before it.
+
+    On CUDA by PyTorch's allocator; on Linux the process's resident memory, which also counts what libraries take for
+    themselves; None elsewhere.
+    """
+    _return_freed_memory()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        _CLEAR.write_text("5")  # resets the peak
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+@contextlib.contextmanager
+def memory_limit(device: str) -> Iterator[None]:
+    """On Linux CPUs, let an allocation beyond the machine's memory fail instead of ending the process."""
+    if device == "cuda" or not Path("/proc/meminfo").exists():
+        yield
+        return
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_resident("VmData") + int(0.95 * available), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

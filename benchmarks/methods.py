@@ -1,0 +1,262 @@
+"""Everything that is timed: ours, and each peer on the same job.
+
+A method is made for one problem and one job and then called with fresh leaves; it leaves gradients in them. Peers are
+called through their public interface, with the options that give them their best accuracy at full speed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vgs_kernels import fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
+
+from .floor import make_floor
+from .jobs import Job
+from .problem import DenseProblem, Problem
+
+#: Tokens of a chunk of the checkpointed version: what Liger's chunked losses use.
+CHUNK_TOKENS = 1024
+
+Loss = Callable[[DenseProblem], Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is made from."""
+
+    problem: DenseProblem
+    job: Job
+    threshold: float | None
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------
+
+
+def _ours(context: Context) -> Loss:
+    job = context.job
+    threshold = context.threshold if job.threshold_given else None
+
+    def loss(x: DenseProblem) -> Tensor:
+        if job.dense:
+            return vgs_loss(*x.tensors, objective=job.objective).loss
+        if job.plain:
+            return fused_linear_divergence(x.student, x.student_weight, [(1.0, x.teacher, x.teacher_weight)]).loss
+        output = fused_linear_vgs_loss(
+            x.student,
+            x.student_text,
+            x.student_weight,
+            x.teacher,
+            x.teacher_text,
+            x.teacher_weight,
+            objective=job.objective,
+            vds_threshold=threshold,
+            return_terms=not job.folded,
+        )
+        return output.loss
+
+    return loss
+
+
+# --- PyTorch as one writes it -------------------------------------------------------------------------------------
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _logits(x: DenseProblem, job: Job) -> list[Tensor | None]:
+    """In the inputs' dtype, as a model's head gives them: student, text-only, teacher, text-only."""
+    if not isinstance(x, Problem):
+        return list(x.tensors)
+    student = x.student @ x.student_weight.T
+    with torch.no_grad():
+        teacher = x.teacher @ x.teacher_weight.T
+        if job.plain:
+            return [student, None, teacher, None]
+        teacher_text = x.teacher_text @ x.teacher_weight.T
+    with torch.set_grad_enabled(job.objective.lam > 0):
+        return [student, x.student_text @ x.student_weight.T, teacher, teacher_text]
+
+
+def _vds(teacher: Tensor, teacher_text: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _kl(F.log_softmax(teacher.float(), -1), F.log_softmax(teacher_text.float(), -1))
+
+
+def _plain_loss(x: DenseProblem, job: Job, threshold: Tensor | float | None = None) -> Tensor:
+    """Sum over the tokens: the formula of the paper on float32 log-probabilities, gradients by autograd."""
+    student, text, teacher, teacher_text = _logits(x, job)
+    log_p = F.log_softmax(student.float(), -1)
+    with torch.no_grad():
+        log_q = F.log_softmax(teacher.float(), -1)
+    if job.plain:
+        return _kl(log_p, log_q).sum()
+    objective = job.objective
+    with torch.set_grad_enabled(objective.lam > 0):
+        log_px = F.log_softmax(text.float(), -1)
+    with torch.no_grad():
+        log_qx = F.log_softmax(teacher_text.float(), -1)
+        steered = F.log_softmax(log_px + log_q - log_qx, -1)
+    loss = _kl(log_p, log_q) + objective.gamma * _kl(log_p, steered)
+    if objective.lam > 0:
+        with torch.no_grad():
+            vds = _kl(log_q, log_qx)
+            limit = torch.quantile(vds, objective.vds_quantile) if threshold is None else threshold
+        loss = loss + objective.lam * (vds > limit) * _kl(log_px, log_qx)
+    return objective.eta * loss.sum()
+
+
+def _eager(context: Context) -> Loss:
+    threshold = context.threshold if context.job.threshold_given else None
+    return lambda x: _plain_loss(x, context.job, threshold) / x.tokens
+
+
+def _compiled(context: Context) -> Loss:
+    torch._dynamo.reset()
+    job = context.job
+    threshold = context.threshold if job.threshold_given else None
+
+    def loss(*tensors: Tensor) -> Tensor:
+        x = type(context.problem)(*tensors)
+        return _plain_loss(x, job, threshold) / x.tokens
+
+    compiled = torch.compile(loss)
+    return lambda x: compiled(*x.tensors)
+
+
+def _checkpointed(context: Context) -> Loss:
+    """Chunks of tokens whose logits are formed again in the backward; one more pass of the teacher for the quantile."""
+    job = context.job
+
+    def chunks(x: Problem) -> list[Problem]:
+        views = [view.split(CHUNK_TOKENS) for view in (x.student, x.student_text, x.teacher, x.teacher_text)]
+        return [Problem(*parts, x.student_weight, x.teacher_weight) for parts in zip(*views, strict=True)]
+
+    def chunk_loss(*arguments: Tensor) -> Tensor:
+        *tensors, limit = arguments
+        return _plain_loss(Problem(*tensors), job, limit)
+
+    def loss(x: Problem) -> Tensor:
+        limit = context.threshold if job.threshold_given else None
+        if job.objective.lam > 0 and limit is None:
+            with torch.no_grad():
+                vds = [_vds(c.teacher @ c.teacher_weight.T, c.teacher_text @ c.teacher_weight.T) for c in chunks(x)]
+                limit = torch.quantile(torch.cat(vds), job.objective.vds_quantile)
+        parts = [checkpoint(chunk_loss, *c.tensors, limit, use_reentrant=False) for c in chunks(x)]
+        return torch.stack(parts).sum() / x.tokens
+
+    return loss
+
+
+# --- other packages: plain distillation ---------------------------------------------------------------------------
+
+
+def _trl(context: Context) -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(x: Problem) -> Tensor:
+        beta = 1.0  # KL(student || teacher)
+        divergence, _ = ChunkedDivergenceFunction.apply(
+            x.student, x.student_weight, None, x.teacher, x.teacher_weight, None, beta
+        )
+        return divergence.mean()
+
+    return loss
+
+
+def _liger_jsd(context: Context) -> Loss:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=1.0, accum_dtype=torch.float32)  # 1 is the reverse KL
+    return lambda x: module(x.student, x.student_weight, x.teacher, x.teacher_weight, None)
+
+
+def _liger_kl(context: Context) -> Loss:
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    module = LigerFusedLinearKLDivLoss(reduction="batchmean", accum_dtype=torch.float32)
+
+    def loss(x: Problem) -> Tensor:
+        with torch.no_grad():  # it takes the teacher's probabilities
+            target = torch.softmax((x.teacher @ x.teacher_weight.T).float(), -1)
+        return module(x.student, x.student_weight, target)
+
+    return loss
+
+
+def _liger_chunked(context: Context) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    labels = torch.zeros(context.problem.tokens, dtype=torch.int64, device=context.problem.student.device)
+    return lambda x: module(x.student, x.student_weight, x.teacher, x.teacher_weight, labels)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something to time.
+
+    Attributes:
+        title: for tables and legends.
+        make: builds the loss for one problem and job.
+        package: what must be installed.
+        cuda_only: whether it needs a CUDA device.
+        compiles: whether its first call for a size compiles.
+        jobs: which jobs it can do.
+        definition: what its gradient is compared with, if not the job's own.
+    """
+
+    title: str
+    make: Callable[[Context], Loss]
+    package: str | None = None
+    cuda_only: bool = False
+    compiles: bool = False
+    jobs: Callable[[Job], bool] = lambda job: True
+    definition: str | None = None
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return "needs CUDA" if self.cuda_only and device != "cuda" else None
+
+
+def _plain(job: Job) -> bool:
+    return job.plain
+
+
+FLOOR = "floor"
+METHODS = {
+    "ours": Method("ours", _ours),
+    "eager": Method("PyTorch, eager", _eager),
+    "compile": Method("PyTorch, torch.compile", _compiled, compiles=True),
+    "checkpointed": Method("PyTorch, checkpointed chunks", _checkpointed, jobs=lambda job: not job.dense),
+    "trl": Method("TRL ChunkedDivergenceFunction", _trl, "trl", jobs=_plain),
+    "liger-jsd": Method("Liger fused linear JSD (beta 1)", _liger_jsd, "liger_kernel", cuda_only=True, jobs=_plain),
+    "liger-kl": Method(
+        "Liger fused linear KL (forward KL)",
+        _liger_kl,
+        "liger_kernel",
+        cuda_only=True,
+        jobs=_plain,
+        definition="forward_kl",
+    ),
+    "liger-chunked": Method(
+        "Liger chunked JSD loss (beta 1)", _liger_chunked, "liger_kernel", compiles=True, jobs=_plain
+    ),
+}
+
+
+def runner(name: str, context: Context) -> Callable[[DenseProblem], None]:
+    """Forward and backward of a method (or the floor) as one call on leaves."""
+    if name == FLOOR:
+        return make_floor(context.problem, context.job)
+    loss = METHODS[name].make(context)
+    return lambda leaves: loss(leaves).backward()

@@ -1,0 +1,148 @@
+"""What every loss benchmark runs on: named head shapes, and inputs that look like a trained pair of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """Vocabulary and hidden sizes of a student-teacher pair's heads."""
+
+    vocab: int
+    student: int
+    teacher: int
+
+
+#: The teachers and students that people pair, and small ones for a CPU.
+SHAPES = {
+    "8b-2b": Shape(151_936, 2048, 4096),  # Qwen3-VL, the paper's first pair
+    "8b-4b": Shape(151_936, 2560, 4096),  # Qwen3-VL, the paper's second
+    "32b-8b": Shape(151_936, 4096, 5120),  # Qwen3-VL
+    "8b-0.6b": Shape(151_936, 1024, 4096),  # Qwen3
+    "gemma-12b-4b": Shape(262_144, 2560, 3840),
+    "llava-13b-7b": Shape(32_000, 4096, 5120),
+    "cpu": Shape(151_936, 1024, 2048),
+    "gate": Shape(32_000, 512, 1024),
+}
+
+#: Standard deviation of the logits that do not matter; the sampled token's logit stands out by what its odds demand.
+_SPREAD = 3.0
+VIEWS = ("student", "student_text", "teacher", "teacher_text")
+
+
+@dataclass(frozen=True)
+class DenseProblem:
+    """Four rows of logits that the caller holds, [N, V] each."""
+
+    student: Tensor
+    student_text: Tensor
+    teacher: Tensor
+    teacher_text: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.student)
+
+    def leaves(self, trainable: Sequence[str]) -> DenseProblem:
+        """The same storage as fresh leaves, of which the named ones require grad."""
+        return type(self)(*(getattr(self, f.name).detach().requires_grad_(f.name in trainable) for f in fields(self)))
+
+    def rotated(self, shift: int) -> DenseProblem:
+        """The same tokens in another order, elsewhere in memory."""
+        return type(self)(*(tensor.roll(shift, 0) for tensor in self.tensors))
+
+    def first(self, tokens: int) -> DenseProblem:
+        """The first tokens alone."""
+        return type(self)(*(tensor[:tokens] for tensor in self.tensors))
+
+    def wide(self) -> DenseProblem:
+        """The same with heads in float64, if any, for repeated calls of ``logits``."""
+        return self
+
+    def logits(self, rows: slice, views: Sequence[str] = VIEWS) -> list[Tensor]:
+        """float64 logits [R, V] of some tokens in the named views."""
+        return [getattr(self, view).detach()[rows].double() for view in views]
+
+
+@dataclass(frozen=True)
+class Problem(DenseProblem):
+    """Hidden states [N, Ds] and [N, Dt] of both views, and both heads [V, Ds] and [V, Dt]."""
+
+    student_weight: Tensor
+    teacher_weight: Tensor
+
+    def _views(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        return replace(self, **{view: change(getattr(self, view)) for view in VIEWS})
+
+    def rotated(self, shift: int) -> Problem:
+        return self._views(lambda view: view.roll(shift, 0))
+
+    def first(self, tokens: int) -> Problem:
+        return self._views(lambda view: view[:tokens])
+
+    def wide(self) -> Problem:
+        weights = {name: getattr(self, name).double() for name in ("student_weight", "teacher_weight")}
+        return replace(self, **weights)
+
+    def logits(self, rows: slice, views: Sequence[str] = VIEWS) -> list[Tensor]:
+        weights = {view: self.student_weight if view.startswith("student") else self.teacher_weight for view in views}
+        return [getattr(self, view).detach()[rows].double() @ weights[view].double().T for view in views]
+
+    def dense(self) -> DenseProblem:
+        """The same problem with its logits formed, in the dtype of the inputs."""
+        student, teacher = self.student_weight.T, self.teacher_weight.T
+        return DenseProblem(
+            self.student @ student, self.student_text @ student, self.teacher @ teacher, self.teacher_text @ teacher
+        )
+
+
+def make_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
+    """Peaked rows (sampled token's probability 0.3 to 0.999, the rest spread by 3), a teacher close to the student,
+    text-only rows that differ from the multimodal ones slightly for most tokens and strongly for some."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(tokens, 1, device=device).uniform_(low, high, generator=generator)
+
+    def near(hidden: Tensor, distance: Tensor | float) -> Tensor:
+        noise = normal(*hidden.shape)
+        return hidden + distance * noise * (hidden.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
+
+    vocab, student_size, teacher_size = shape
+    student_weight = normal(vocab, student_size).mul_(_SPREAD / student_size**0.5)
+    sampled = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    direction = student_weight[sampled]
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    student = normal(tokens, student_size)
+    # exp of V normal logits sums to about V * exp(spread^2 / 2): what the sampled token is to be measured against.
+    wanted = uniform(-0.8, 6.5) + torch.tensor(float(vocab)).log().item() + _SPREAD**2 / 2
+    present = (student * direction).sum(1, keepdim=True)
+    length = student_weight[sampled].norm(dim=1, keepdim=True)
+    student += (wanted / length - present) * direction
+    blind = 10 ** uniform(-1.7, 0)
+    student_text = near(student, blind)
+
+    # The teacher's head spans the same tokens in its first coordinates, or in as many as it has.
+    shared = min(student_size, teacher_size)
+    teacher_weight = normal(vocab, teacher_size).mul_(0.2 * _SPREAD / teacher_size**0.5)
+    teacher_weight[:, :shared] += student_weight[:, :shared]
+
+    def lift(hidden: Tensor) -> Tensor:
+        return torch.nn.functional.pad(hidden[:, :shared], (0, teacher_size - shared))
+
+    teacher = near(lift(student), 0.2)
+    teacher_text = near(teacher + 0.7 * lift(student_text - student), 0.7 * blind)
+    tensors = (student, student_text, teacher, teacher_text, student_weight, teacher_weight)
+    return Problem(*(tensor.to(dtype) for tensor in tensors))

@@ -1,0 +1,129 @@
+"""Result files as text: markdown tables, and one run against another. Ratios are always within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .jobs import JOBS
+from .methods import FLOOR, METHODS
+from .results import Results, Row, median, percentiles, worst_error
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def title(method: str) -> str:
+    return "floor" if method == FLOOR else METHODS[method].title if method in METHODS else method
+
+
+def _line(row: Row, floor: float | None, eager: float | None) -> list[str]:
+    own = median(row)
+    if own is None:
+        return [title(row["method"]), row["status"], *[""] * 4]
+    low, high = percentiles(row["seconds"])
+    error, peak = worst_error(row), row["peak_extra_bytes"]
+    return [
+        title(row["method"]),
+        f"{duration(own)} ({duration(low)}-{duration(high)})",
+        f"{own / floor:.2f}" if floor else "",
+        f"{own / eager:.2f}" if eager else "",
+        "" if peak is None else size(peak),
+        "" if error is None else f"{100 * error:.2g} %",
+    ]
+
+
+def describe(environment: dict) -> str:
+    """One line: where and with what."""
+    device = environment.get("device_name") or f"{environment['processor']}, {environment['threads']} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    commit = (environment["commit"] or "unknown")[:9] + (" and changes" if environment["uncommitted_changes"] else "")
+    return f"{device}; {packages}; Python {environment['python']}; commit {commit}; {environment['date']}"
+
+
+def markdown(results: Results) -> str:
+    """Every cell as a table."""
+    parts = [describe(results.environment)]
+    for (shape, tokens, dtype, job), rows in results.cells():
+        floor, eager = (median(rows.get(name)) for name in (FLOOR, "eager"))
+        sizes = next(iter(rows.values()))
+        parts.append(
+            f"**{JOBS[job].title}**: {shape} (V {sizes['vocab']:,}, Ds {sizes['student']:,}, Dt {sizes['teacher']:,}), "
+            f"N {tokens:,}, {dtype}; gradients {size(sizes['gradient_bytes'])}"
+        )
+        header = ["method", "median (p20-p80)", "x floor", "x eager", "peak extra memory", "gradient error"]
+        parts.append(table(header, [_line(row, floor, eager) for row in rows.values()]))
+    if results.environment.get("not_reached"):
+        parts.append("Not reached in the time given: " + "; ".join(results.environment["not_reached"]) + ".")
+    return "\n\n".join(parts)
+
+
+def summary(results: Results) -> str:
+    """One line a cell: how close to the floor, how far from the best peer."""
+    lines = []
+    for (shape, tokens, _, job), rows in results.cells():
+        floor, ours = (median(rows.get(name)) for name in (FLOOR, "ours"))
+        if floor is None or ours is None:
+            lines.append(
+                [shape, f"{tokens:,}", job, rows.get("ours", {}).get("status", "not measured"), "", "", "", ""]
+            )
+            continue
+        peers = {name: median(row) for name, row in rows.items() if name not in (FLOOR, "ours") and median(row)}
+        best = min(peers, key=peers.get) if peers else None
+        error, peak = worst_error(rows["ours"]), rows["ours"]["peak_extra_bytes"]
+        lines.append(
+            [
+                *(shape, f"{tokens:,}", job, duration(ours), f"{floor / ours:.2f}"),
+                f"{peers[best] / ours:.2f} ({best})" if best else "",
+                "" if peak is None else size(peak),
+                "" if error is None else f"{100 * error:.2g} %",
+            ]
+        )
+    header = ["shape", "N", "job", "ours", "floor/ours", "best peer/ours", "peak extra", "gradient error"]
+    return table(header, lines)
+
+
+def compare(before: Results, after: Results) -> str:
+    """Times as multiples of each run's own floor, so that different machines and days can be compared."""
+    old = dict(before.cells())
+    lines, unmatched = [], 0
+    for key, rows in after.cells():
+        if key not in old:
+            unmatched += len(rows)
+            continue
+        floors = median(old[key].get(FLOOR)), median(rows.get(FLOOR))
+        for method, row in rows.items():
+            times = median(old[key].get(method)), median(row)
+            if method == FLOOR or None in floors:
+                continue
+            if None in times:
+                statuses = (old[key].get(method, {}).get("status", "absent"), row["status"])
+                if "ok" in statuses:
+                    lines.append([*map(str, (key[0], key[1], key[3])), title(method), *statuses, "", ""])
+                continue
+            ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
+            peaks = [old[key][method]["peak_extra_bytes"], row["peak_extra_bytes"]]
+            memory = "" if None in peaks else f"{size(peaks[0])} -> {size(peaks[1])}"
+            lines.append(
+                [
+                    *map(str, (key[0], key[1], key[3])),
+                    title(method),
+                    *(f"{ratio:.2f} x floor" for ratio in ratios),
+                    f"{100 * (ratios[1] / ratios[0] - 1):+.1f} %",
+                    memory,
+                ]
+            )
+    parts = [f"A: {describe(before.environment)}", f"B: {describe(after.environment)}"]
+    parts.append(table(["shape", "N", "job", "method", "A", "B", "change", "peak extra memory"], lines))
+    if unmatched:
+        parts.append(f"{unmatched} rows of B have no counterpart in A.")
+    return "\n\n".join(parts)
