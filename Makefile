@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+RESULTS ?= benchmarks/results
 
 .PHONY: demo test gate lint bench bench-gpu clean
 
@@ -20,12 +21,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)  # about an hour on two cores
-	$(BIN)/python -m benchmarks loss --rounds 3 --out benchmarks/results/cpu.json
-	$(BIN)/python -m benchmarks report --plots benchmarks/results/cpu --short benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks loss --rounds 3 --out $(RESULTS)/cpu.json
+	$(BIN)/python -m benchmarks report --plots $(RESULTS)/cpu --short $(RESULTS)/cpu.json
 
 bench-gpu:  # under nine minutes, straight from the checkout, with whatever peers are installed
-	PYTHONPATH=. $(PYTHON) -m benchmarks loss --device cuda --minutes 7.5 --out benchmarks/results/gpu.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks report --plots benchmarks/results/gpu --short benchmarks/results/gpu.json
+	$(PYTHON) -m benchmarks loss --device cuda --minutes 7.5 $(if $(COMMIT),--commit $(COMMIT)) --out $(RESULTS)/gpu.json
+	$(PYTHON) -m benchmarks report --plots $(RESULTS)/gpu --short $(RESULTS)/gpu.json
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -29,8 +29,13 @@ def _loss(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     if args.shape is None and args.tokens is None:
+        jobs, methods = set(args.jobs or JOBS), set(args.methods or METHODS)
         cells = [
-            Cell(cell.shape, cell.tokens, tuple(args.jobs or cell.jobs), tuple(args.methods or cell.methods))
+            Cell(
+                *(cell.shape, cell.tokens),
+                tuple(job for job in cell.jobs if job in jobs),
+                tuple(method for method in cell.methods if method in methods),
+            )
             for cell in PLANS["gpu" if device == "cuda" else "cpu"]
         ]
     else:
@@ -39,7 +44,7 @@ def _loss(args: argparse.Namespace) -> int:
             Cell(shape, tokens, tuple(args.jobs or JOBS), tuple(args.methods or METHODS))
             for tokens in args.tokens or [512]
         ]
-    results = Results(args.out, environment(device))
+    results = Results(args.out, environment(device, args.commit))
     for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
         part = Results(None, results.environment)
         part.rows = rows
@@ -117,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     loss.add_argument("--device", choices=("cpu", "cuda"))
     loss.add_argument("--rounds", type=int, default=20, help="timed calls of each method at most, 3 at least")
     loss.add_argument("--minutes", type=float, help="start nothing new after this long")
+    loss.add_argument("--commit", help="for the result file, where the checkout is not a git repository")
     loss.add_argument("--out", type=Path, help="result file, written as rows come in")
     loss.set_defaults(run=_loss)
 

@@ -1,8 +1,8 @@
 """The gradient in float64, on a sample: what stands beside every time.
 
 The definition (:func:`vgs_kernels.reference.vgs_reference`, itself tested against an independent oracle) runs in
-float64 over all tokens, a few at a time; gradients are kept for a sample of tokens and, of the head, for a sample of
-vocabulary rows.
+float64, a few tokens at a time; gradients are kept for a sample of tokens and, of the head, for a sample of vocabulary
+rows. The head's takes all tokens: on a CPU it is left out where they are many.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from .problem import VIEWS, DenseProblem
 
 _SAMPLED_TOKENS, _SAMPLED_COLUMNS = 64, 256
 #: float64 numbers of one [R, V] block: about thirty such blocks are alive at a time.
+_HEAD_TOKENS = {"cpu": 512, "cuda": 1 << 62}  # more tokens than these: no head
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
-def _blocks(problem: DenseProblem) -> list[slice]:
-    vocab = problem.logits(slice(0, 1))[0].shape[1]
-    size = max(1, _BLOCK_ELEMENTS[problem.student.device.type] // vocab)
-    return [slice(i, min(i + size, problem.tokens)) for i in range(0, problem.tokens, size)]
+def _blocks(problem: DenseProblem, tokens: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Indices of some tokens (default: all), few enough at a time."""
+    device = problem.student.device
+    vocab = problem.logits(slice(0, 1), VIEWS[:1])[0].shape[1]
+    tokens = torch.arange(problem.tokens, device=device) if tokens is None else tokens
+    return tokens.split(max(1, _BLOCK_ELEMENTS[device.type] // vocab))
 
 
 def vds_threshold(problem: DenseProblem, quantile: float) -> float:
@@ -63,33 +66,30 @@ class Exact:
         problem, n = problem.wide(), problem.tokens
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randperm(n, generator=generator)[:_SAMPLED_TOKENS].sort().values.to(problem.student.device)
-        student = problem.logits(slice(0, min(n, _SAMPLED_COLUMNS)))[0]
+        student = problem.logits(slice(0, _SAMPLED_COLUMNS // 2), VIEWS[:1])[0]
         # Half of the vocabulary rows are ones that matter, half are any: most of a head receives next to nothing.
-        likely = student.argmax(-1)[: _SAMPLED_COLUMNS // 2]
         some = torch.randperm(student.shape[1], generator=generator)[: _SAMPLED_COLUMNS // 2]
-        columns = torch.cat([likely, some.to(likely.device)]).unique()
+        columns = torch.cat([student.argmax(-1), some.to(student.device)]).unique()
 
+        with_head = "student_weight" in job.trainable and n <= _HEAD_TOKENS[problem.student.device.type]
         views = {"student": [], "student_text": []}
         d_weight = 0.0
-        for rows in _blocks(problem):
+        for rows in _blocks(problem, None if with_head else tokens):
             with torch.enable_grad():
                 logits = problem.logits(rows, VIEWS[::2] if job.plain else VIEWS)
                 leaves = [x.requires_grad_() for x in logits[: len(logits) // 2]]
                 loss = _loss(definition or job.objective.divergence, logits, job, threshold, n)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            wanted = tokens[(tokens >= rows.start) & (tokens < rows.stop)] - rows.start
+            sampled = torch.isin(rows, tokens)
             for view, gradient in zip(views, gradients, strict=False):
-                if view not in job.trainable and "student_weight" not in job.trainable:
-                    continue
                 if gradient is None:
                     continue
-                if job.dense:
-                    views[view].append(gradient[wanted])
-                    continue
-                views[view].append(gradient[wanted] @ problem.student_weight)
-                d_weight = d_weight + gradient[:, columns].T @ getattr(problem, view)[rows].double()
+                wanted = gradient[sampled]
+                views[view].append(wanted if job.dense else wanted @ problem.student_weight)
+                if with_head:
+                    d_weight = d_weight + gradient[:, columns].T @ getattr(problem, view)[rows].double()
         result = {view: torch.cat(parts) for view, parts in views.items() if parts and view in job.trainable}
-        if "student_weight" in job.trainable:
+        if with_head:
             result["student_weight"] = d_weight
         return cls(tokens, columns, result)
 

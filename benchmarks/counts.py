@@ -15,6 +15,8 @@ def tables(tokens: int, flops: float, bytes_per_second: float) -> str:
     """Markdown: products and compulsory bytes for every shape and job, bf16."""
     lines = []
     for name, shape in SHAPES.items():
+        if name in ("cpu", "gate"):  # sizes for a CPU
+            continue
         for job_name, job in JOBS.items():
             if job.dense:
                 continue

@@ -1,8 +1,9 @@
 """The floor: a job's bare matrix products, back to back, on the same inputs and from preallocated memory.
 
-Logits are written in float32, as exactness demands; gradients of logits are read in the dtype in which a 16-bit
-product takes them. Nothing else happens: no softmax, no reduction. Where logits are given there is no product: their
-floor is two additions that read the four blocks once and write the two gradients once.
+Logits are written in float32, as exactness demands (in the inputs' dtype on devices that cannot); gradients of logits
+are read in the dtype in which a 16-bit product takes them; two views are stacked into one product. Nothing else
+happens: no softmax, no reduction. Where logits are given there is no product: their floor is two additions that read
+the four blocks once and write the two gradients once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from vgs_kernels.gemm import has_mixed_gemm
 
 from .jobs import Job, Phase
 from .problem import DenseProblem, Problem, Shape
@@ -37,13 +40,14 @@ class LinearFloor:
         dtype, device = problem.student.dtype, problem.student.device
         self.block = block = min(problem.tokens, _BLOCK_TOKENS[device.type])
         views = max(max(phase.student, phase.teacher) for phase in self.phases)
-        self._logits = torch.empty(views * block, self.shape.vocab, dtype=torch.float32, device=device)
+        wide = torch.float32 if has_mixed_gemm(device, dtype) else dtype
+        self._logits = torch.empty(views * block, self.shape.vocab, dtype=wide, device=device)
         # Products of zeros run faster than products of data: logit gradients look like p * noise.
         p = torch.softmax((problem.student[:64] @ problem.student_weight.T).float(), -1)
         pattern = (p * torch.randn_like(p)).to(dtype)
         self._d_logits = pattern.repeat(-(-block // len(pattern)), 1)[:block]
         self._d_hidden = torch.empty(block, self.shape.student, dtype=dtype, device=device)
-        self._d_weight = torch.empty(self.shape.vocab, self.shape.student, dtype=torch.float32, device=device)
+        self._d_weight = torch.empty(self.shape.vocab, self.shape.student, dtype=wide, device=device)
 
     def __call__(self, leaves: Problem) -> None:
         with torch.no_grad():

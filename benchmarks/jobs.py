@@ -67,10 +67,10 @@ class Job:
         phases = [Phase(1, 2, 2, 1, head)]
         if self.objective.lam > 0:
             gated = 1 - self.objective.vds_quantile
-            # Either all tokens' text gradients are multiplied out while their logits are there (zeros included), or
-            # the gated tokens' alone, which must be projected again unless the gate was known.
-            again = 0 if self.threshold_given else 1
-            options = [Phase(1, 0, 0, 1, head), Phase(gated, again, again, 1, head)]
+            again = 0 if self.threshold_given else 1  # the gated tokens are projected again unless the gate was known
+            options = [Phase(gated, again, again, 1, head)]
+            if not head:  # or all tokens are multiplied out while their logits are there, and masked afterwards
+                options.append(Phase(1, 0, 0, 1, 0))
             phases.append(min(options, key=lambda phase: phase.columns(shape)))
         return phases
 

@@ -20,7 +20,7 @@ from .results import Results, Row
 
 _WARM_UP_TOKENS = 64
 #: More rounds than the fewest only as long as a job takes no longer than this.
-_FEWEST_ROUNDS, _JOB_SECONDS = 3, 8.0
+_FEWEST_ROUNDS, _JOB_SECONDS = 3, 5.0
 _INPUTS = 3  # inputs of successive calls differ, so that none finds its own in a cache
 
 
@@ -35,19 +35,28 @@ class Cell:
 
 
 _MAIN = ("vgs", "reverse-kl")
-_PEERS = tuple(name for name in METHODS if name != "compile")  # compiled anew for every shape: once is enough
+_OTHERS = tuple(job for job in JOBS if job not in _MAIN)
+_PEERS = tuple(name for name in METHODS if name != "compile")  # compiled anew for every size: once is enough
+
+
+def _gpu(tokens: int, shape: str = "8b-2b") -> Cell:
+    # Liger's chunks are compiled anew for other head sizes, and after a few kinds no more.
+    return Cell(shape, tokens, _MAIN, tuple(name for name in _PEERS if shape == "8b-2b" or name != "liger-chunked"))
+
+
 #: What is measured by default, the most important first.
 PLANS = {
     "cpu": [
         Cell("cpu", 512, _MAIN),
         Cell("cpu", 2048, _MAIN, ("ours", "eager", "trl")),
-        Cell("cpu", 512, tuple(job for job in JOBS if job not in _MAIN), ("ours", "eager")),
+        Cell("cpu", 512, _OTHERS, ("ours", "eager")),
     ],
     "gpu": [
-        Cell("8b-2b", 8192),
-        *(Cell("8b-2b", tokens, _MAIN) for tokens in (65_536, 1024, 32_768, 2048, 16_384, 4096)),
-        Cell("8b-4b", 8192, _MAIN, _PEERS),
-        *(Cell(name, 8192, _MAIN, _PEERS) for name in ("gemma-12b-4b", "llava-13b-7b", "32b-8b", "8b-0.6b")),
+        Cell("8b-2b", 8192, _MAIN),
+        *(_gpu(65_536), _gpu(1024), _gpu(8192, "8b-4b")),
+        Cell("8b-2b", 8192, _OTHERS, ("ours", "eager")),
+        *(_gpu(32_768), _gpu(8192, "gemma-12b-4b"), _gpu(8192, "llava-13b-7b"), _gpu(4096), _gpu(16_384), _gpu(2048)),
+        *(_gpu(8192, "32b-8b"), _gpu(8192, "8b-0.6b")),
     ],
 }
 
@@ -63,33 +72,40 @@ class _Entry:
     seconds: list[float] = field(default_factory=list)
 
 
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _free(error: Exception) -> None:
+    """Give back what the frames of an exception hold."""
+    error.__traceback__ = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
     """Run something of a method; what it raises becomes its status, and it takes no further part."""
     try:
         action()
     except Exception as error:
-        if is_out_of_memory(error):
-            entry.status = "out of memory"
-        else:
+        entry.status, entry.run = _reason(error), None
+        if not is_out_of_memory(error):
             traceback.print_exc()
-            entry.status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        entry.run = None
-        error.__traceback__ = None  # its frames hold the tensors
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free(error)
 
 
 def _gradient_bytes(problem: DenseProblem, job: Job) -> int:
     return sum(getattr(problem, name).nbytes for name in job.trainable)
 
 
-def _prepare(
-    name: str, context: Context, exact: Callable[[str | None], Exact], device: str, with_errors: bool
-) -> _Entry:
-    """Build a method, warm it up, and take its gradient error and its peak memory."""
+def _prepare(name: str, context: Context, device: str) -> tuple[_Entry, DenseProblem | None]:
+    """Build a method, warm it up and take its peak memory; also returns the leaves that hold its gradients."""
     entry = _Entry()
     problem, job = context.problem, context.job
+    leaves = problem.leaves(job.trainable)
 
     def build() -> None:
         entry.run = runner(name, context)
@@ -98,38 +114,43 @@ def _prepare(
             runner(name, Context(small, job, context.threshold))(small.leaves(job.trainable))
 
     def first_call() -> None:
-        leaves = problem.leaves(job.trainable)
+        if name != FLOOR and METHODS[name].compiles:
+            entry.run(problem.leaves(job.trainable))
         peak = peak_extra_bytes(lambda: entry.run(leaves), device)
-        if name == FLOOR:
-            return
-        if METHODS[name].compiles:
-            fresh = problem.leaves(job.trainable)
-            peak = peak_extra_bytes(lambda: entry.run(fresh), device)
-        entry.peak_extra_bytes = peak
-        if with_errors:
-            entry.errors = exact(METHODS[name].definition).errors(leaves)
+        entry.peak_extra_bytes = None if name == FLOOR else peak
 
     reason = None if name == FLOOR else METHODS[name].missing(device)
     if reason is not None:
         entry.status = reason
-        return entry
+        return entry, None
     _attempt(entry, build)
     if entry.run is not None:
         _attempt(entry, first_call)
-    return entry
+    return entry, None if entry.run is None else leaves
 
 
 def _rounds(entries: dict[str, _Entry], inputs: Sequence[DenseProblem], job: Job, device: str, rounds: int) -> None:
     """Time all methods in turns, so that drift of the machine meets them all."""
+
+    def turn(index: int, keep: bool) -> None:
+        for entry in entries.values():
+            leaves = inputs[index % len(inputs)].leaves(job.trainable)
+
+            def timed(entry: _Entry = entry, leaves: DenseProblem = leaves) -> None:
+                sample = seconds(lambda: entry.run(leaves), device)
+                if keep:
+                    entry.seconds.append(sample)
+
+            if entry.run is not None:
+                _attempt(entry, timed)
+
+    if device == "cuda":
+        turn(0, keep=False)  # the allocator's cache was emptied to measure memory
     start = time.monotonic()
     for index in range(rounds):
         if index >= _FEWEST_ROUNDS and time.monotonic() - start > _JOB_SECONDS:
             return
-        for entry in entries.values():
-            if entry.run is None:
-                continue
-            leaves = inputs[index % len(inputs)].leaves(job.trainable)
-            _attempt(entry, lambda e=entry, x=leaves: e.seconds.append(seconds(lambda: e.run(x), device)))
+        turn(index, keep=True)
 
 
 def measure_job(
@@ -158,20 +179,22 @@ def measure_job(
     threshold = None
     if job.objective.lam > 0 and (with_errors or job.threshold_given):
         threshold = vds_threshold(problem, job.objective.vds_quantile)
-    exact_of: dict[str | None, Exact] = {}
-
-    def exact(definition: str | None) -> Exact:
-        if definition not in exact_of:
-            exact_of[definition] = Exact.of(problem, job, threshold, definition)
-        return exact_of[definition]
-
+    # Rotated inputs take memory: they are there before anything is found to fit.
+    inputs = [problem, *(problem.rotated(i * problem.tokens // _INPUTS) for i in range(1, _INPUTS))]
     context = Context(problem, job, threshold)
     names = [FLOOR, *(name for name in methods if METHODS[name].jobs(job))]
     entries: dict[str, _Entry] = {}
+    exact: dict[str | None, Exact] = {}
     for name in tqdm(names, desc=f"{shape_name} N {problem.tokens} {job_name}: warm-up", unit="method", leave=False):
-        entries[name] = _prepare(name, context, exact, device, with_errors)
-    exact_of.clear()
-    inputs = [problem.rotated(i * problem.tokens // _INPUTS) for i in range(_INPUTS)]
+        entries[name], leaves = _prepare(name, context, device)
+        if leaves is None or name == FLOOR or not with_errors:
+            continue
+        definition = METHODS[name].definition
+        if definition not in exact:
+            exact[definition] = Exact.of(problem, job, threshold, definition)
+        entries[name].errors = exact[definition].errors(leaves)
+        del leaves
+    exact.clear()
     _rounds(entries, inputs, job, device, rounds)
     common = {
         "shape": shape_name,
@@ -205,19 +228,31 @@ def run(
     rounds: int,
     deadline: float | None = None,
 ) -> Iterator[list[Row]]:
-    """Measure the cells and add their rows to the results; cells after the deadline (``time.monotonic``) are named."""
+    """Measure the cells and add their rows to the results, which also name what is missing and why.
+
+    After the deadline (of ``time.monotonic``) nothing new is started.
+    """
     results.environment["ceilings"] = ceilings(device, dtype)
-    results.environment["not_reached"] = []
+    missing = {f"{cell.shape} N {cell.tokens} {job}": "not reached" for cell in cells for job in cell.jobs}
+    results.environment["missing"] = missing
+    results.save()
     with memory_limit(device):
         for cell in tqdm(cells, desc="loss", unit="size"):
             problem = None
-            for job_name in cell.jobs:
+            for job in cell.jobs:
                 if deadline is not None and time.monotonic() > deadline:
-                    results.environment["not_reached"].append(f"{cell.shape} N {cell.tokens} {job_name}")
-                    results.save()
                     continue
-                problem = problem or make_problem(SHAPES[cell.shape], cell.tokens, dtype, device)
-                rows = measure_job(problem, cell.shape, job_name, cell.methods, device, rounds=rounds)
+                name = f"{cell.shape} N {cell.tokens} {job}"
+                try:
+                    problem = problem or make_problem(SHAPES[cell.shape], cell.tokens, dtype, device)
+                    rows = measure_job(problem, cell.shape, job, cell.methods, device, rounds=rounds)
+                except Exception as error:
+                    traceback.print_exc()
+                    missing[name] = _reason(error)
+                    results.save()
+                    _free(error)
+                    continue
+                del missing[name]
                 results.add(*rows)
                 yield rows
 

@@ -15,19 +15,30 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection in the middle of something timed."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def seconds(call: Callable[[], None], device: str) -> float:
     """Duration of a call: between two events on a CUDA device, else by the wall clock."""
-    if device != "cuda":
-        start = time.perf_counter()
+    with _no_collection():
+        if device != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
         call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
 def _resident(field: str) -> int:
@@ -86,6 +97,6 @@ def memory_limit(device: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    """Whether PyTorch, cuBLAS, Triton or the system had no memory left."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

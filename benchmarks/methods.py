@@ -67,8 +67,12 @@ def _ours(context: Context) -> Loss:
 # --- PyTorch as one writes it -------------------------------------------------------------------------------------
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1, dtype=torch.float32)
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (p * (log_p - log_q)).sum(-1)
 
 
 def _logits(x: DenseProblem, job: Job) -> list[Tensor | None]:
@@ -85,31 +89,31 @@ def _logits(x: DenseProblem, job: Job) -> list[Tensor | None]:
         return [student, x.student_text @ x.student_weight.T, teacher, teacher_text]
 
 
-def _vds(teacher: Tensor, teacher_text: Tensor) -> Tensor:
+def _vds(log_q: Tensor, log_qx: Tensor) -> Tensor:
     with torch.no_grad():
-        return _kl(F.log_softmax(teacher.float(), -1), F.log_softmax(teacher_text.float(), -1))
+        return _kl(log_q.exp(), log_q, log_qx)
 
 
 def _plain_loss(x: DenseProblem, job: Job, threshold: Tensor | float | None = None) -> Tensor:
     """Sum over the tokens: the formula of the paper on float32 log-probabilities, gradients by autograd."""
     student, text, teacher, teacher_text = _logits(x, job)
-    log_p = F.log_softmax(student.float(), -1)
+    log_p = _log_softmax(student)
+    p = log_p.exp()
     with torch.no_grad():
-        log_q = F.log_softmax(teacher.float(), -1)
+        log_q = _log_softmax(teacher)
     if job.plain:
-        return _kl(log_p, log_q).sum()
+        return _kl(p, log_p, log_q).sum()
     objective = job.objective
     with torch.set_grad_enabled(objective.lam > 0):
-        log_px = F.log_softmax(text.float(), -1)
+        log_px = _log_softmax(text)
     with torch.no_grad():
-        log_qx = F.log_softmax(teacher_text.float(), -1)
-        steered = F.log_softmax(log_px + log_q - log_qx, -1)
-    loss = _kl(log_p, log_q) + objective.gamma * _kl(log_p, steered)
+        log_qx = _log_softmax(teacher_text)
+        steered = _log_softmax(log_px + log_q - log_qx)
+    loss = _kl(p, log_p, log_q) + objective.gamma * _kl(p, log_p, steered)
     if objective.lam > 0:
-        with torch.no_grad():
-            vds = _kl(log_q, log_qx)
-            limit = torch.quantile(vds, objective.vds_quantile) if threshold is None else threshold
-        loss = loss + objective.lam * (vds > limit) * _kl(log_px, log_qx)
+        vds = _vds(log_q, log_qx)
+        limit = torch.quantile(vds, objective.vds_quantile) if threshold is None else threshold
+        loss = loss + objective.lam * (vds > limit) * _kl(log_px.exp(), log_px, log_qx)
     return objective.eta * loss.sum()
 
 
@@ -127,7 +131,7 @@ def _compiled(context: Context) -> Loss:
         x = type(context.problem)(*tensors)
         return _plain_loss(x, job, threshold) / x.tokens
 
-    compiled = torch.compile(loss)
+    compiled = torch.compile(loss, fullgraph=True)
     return lambda x: compiled(*x.tensors)
 
 
@@ -143,13 +147,17 @@ def _checkpointed(context: Context) -> Loss:
         *tensors, limit = arguments
         return _plain_loss(Problem(*tensors), job, limit)
 
+    def chunk_vds(x: Problem) -> Tensor:
+        views = (x.teacher, x.teacher_text)
+        return _vds(*(_log_softmax(view @ x.teacher_weight.T) for view in views))
+
     def loss(x: Problem) -> Tensor:
         limit = context.threshold if job.threshold_given else None
         if job.objective.lam > 0 and limit is None:
             with torch.no_grad():
-                vds = [_vds(c.teacher @ c.teacher_weight.T, c.teacher_text @ c.teacher_weight.T) for c in chunks(x)]
-                limit = torch.quantile(torch.cat(vds), job.objective.vds_quantile)
-        parts = [checkpoint(chunk_loss, *c.tensors, limit, use_reentrant=False) for c in chunks(x)]
+                limit = torch.quantile(torch.cat([chunk_vds(c) for c in chunks(x)]), job.objective.vds_quantile)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = [checkpoint(chunk_loss, *chunk.tensors, limit, **options) for chunk in chunks(x)]
         return torch.stack(parts).sum() / x.tokens
 
     return loss
@@ -185,7 +193,7 @@ def _liger_kl(context: Context) -> Loss:
 
     def loss(x: Problem) -> Tensor:
         with torch.no_grad():  # it takes the teacher's probabilities
-            target = torch.softmax((x.teacher @ x.teacher_weight.T).float(), -1)
+            target = torch.softmax(x.teacher @ x.teacher_weight.T, -1, dtype=torch.float32)
         return module(x.student, x.student_weight, target)
 
     return loss

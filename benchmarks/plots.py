@@ -125,7 +125,7 @@ def floor_ratio(results: Results) -> Figure:
     caption = f"{_size(results.rows[0])}; {describe(results.environment)}"
     figure, axes = _panels(len(jobs), 5.5, 2.6, caption)
     for axis, (job, rows) in zip(axes, jobs.items(), strict=True):
-        floor = median(rows[FLOOR])
+        floor = median(rows[FLOOR]) or float("nan")
         shown = [name for name in reversed(rows) if name != FLOOR and median(rows[name])]
         ratios = [floor / median(rows[name]) for name in shown]
         bars = axis.barh([title(name) for name in shown], ratios, color=[_COLOURS[name] for name in shown])
@@ -162,7 +162,7 @@ def roofline(results: Results) -> Figure:
     """Necessary FLOPs per second over necessary FLOPs per byte, under the ceilings measured in the same run."""
     ceilings = results.environment["ceilings"]
     figure, (axis,) = _panels(1, 9, 5, describe(results.environment))
-    rows = [row for row in results.rows if row["seconds"] and row["floor_flops"]]
+    rows = [row for row in results.rows if median(row) and row["floor_flops"]]
     intensity = np.array([row["floor_flops"] / row["compulsory_bytes"] for row in rows])
     x = np.geomspace(
         min(intensity.min() / 4, ceilings["flops"] / ceilings["bytes_per_second"] / 4), intensity.max() * 2
@@ -201,7 +201,13 @@ FIGURES = {
 
 
 def save_all(results: Results, folder: Path) -> list[Path]:
-    """Write every picture that the results allow as ``folder/<name>.png``."""
+    """Write every picture that the results allow as ``folder/<name>.png``.
+
+    Raises:
+        ValueError: without any row.
+    """
+    if not results.rows:
+        raise ValueError(f"{results.path} holds no row to draw.")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in FIGURES.items():

@@ -68,7 +68,7 @@ class DenseProblem:
         """The same with heads in float64, if any, for repeated calls of ``logits``."""
         return self
 
-    def logits(self, rows: slice, views: Sequence[str] = VIEWS) -> list[Tensor]:
+    def logits(self, rows: slice | Tensor, views: Sequence[str] = VIEWS) -> list[Tensor]:
         """float64 logits [R, V] of some tokens in the named views."""
         return [getattr(self, view).detach()[rows].double() for view in views]
 
@@ -93,7 +93,7 @@ class Problem(DenseProblem):
         weights = {name: getattr(self, name).double() for name in ("student_weight", "teacher_weight")}
         return replace(self, **weights)
 
-    def logits(self, rows: slice, views: Sequence[str] = VIEWS) -> list[Tensor]:
+    def logits(self, rows: slice | Tensor, views: Sequence[str] = VIEWS) -> list[Tensor]:
         weights = {view: self.student_weight if view.startswith("student") else self.teacher_weight for view in views}
         return [getattr(self, view).detach()[rows].double() @ weights[view].double().T for view in views]
 

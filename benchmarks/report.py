@@ -26,19 +26,24 @@ def title(method: str) -> str:
     return "floor" if method == FLOOR else METHODS[method].title if method in METHODS else method
 
 
+def _percent(row: Row) -> str:
+    error = worst_error(row)
+    return "" if error is None else f"{100 * error:.2g} %"
+
+
 def _line(row: Row, floor: float | None, eager: float | None) -> list[str]:
     own = median(row)
     if own is None:
         return [title(row["method"]), row["status"], *[""] * 4]
     low, high = percentiles(row["seconds"])
-    error, peak = worst_error(row), row["peak_extra_bytes"]
+    peak = row["peak_extra_bytes"]
     return [
         title(row["method"]),
         f"{duration(own)} ({duration(low)}-{duration(high)})",
         f"{own / floor:.2f}" if floor else "",
         f"{own / eager:.2f}" if eager else "",
         "" if peak is None else size(peak),
-        "" if error is None else f"{100 * error:.2g} %",
+        _percent(row),
     ]
 
 
@@ -46,7 +51,9 @@ def describe(environment: dict) -> str:
     """One line: where and with what."""
     device = environment.get("device_name") or f"{environment['processor']}, {environment['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    commit = (environment["commit"] or "unknown")[:9] + (" and changes" if environment["uncommitted_changes"] else "")
+    commit = (environment["commit"] or "unknown")[:9] + {True: " and changes", None: " or later"}.get(
+        environment["uncommitted_changes"], ""
+    )
     return f"{device}; {packages}; Python {environment['python']}; commit {commit}; {environment['date']}"
 
 
@@ -62,8 +69,9 @@ def markdown(results: Results) -> str:
         )
         header = ["method", "median (p20-p80)", "x floor", "x eager", "peak extra memory", "gradient error"]
         parts.append(table(header, [_line(row, floor, eager) for row in rows.values()]))
-    if results.environment.get("not_reached"):
-        parts.append("Not reached in the time given: " + "; ".join(results.environment["not_reached"]) + ".")
+    missing = results.environment.get("missing", {})
+    if missing:
+        parts.append("Missing: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + ".")
     return "\n\n".join(parts)
 
 
@@ -72,20 +80,21 @@ def summary(results: Results) -> str:
     lines = []
     for (shape, tokens, _, job), rows in results.cells():
         floor, ours = (median(rows.get(name)) for name in (FLOOR, "ours"))
-        if floor is None or ours is None:
-            lines.append(
-                [shape, f"{tokens:,}", job, rows.get("ours", {}).get("status", "not measured"), "", "", "", ""]
-            )
+        if ours is None:
+            lines.append([shape, f"{tokens:,}", job, rows.get("ours", {}).get("status", "not measured"), *[""] * 4])
             continue
-        peers = {name: median(row) for name, row in rows.items() if name not in (FLOOR, "ours") and median(row)}
+        # of those that compute the same objective
+        peers = {name: median(row) for name, row in rows.items() if name in METHODS and not METHODS[name].definition}
+        peers = {name: time for name, time in peers.items() if name != "ours" and time is not None}
         best = min(peers, key=peers.get) if peers else None
-        error, peak = worst_error(rows["ours"]), rows["ours"]["peak_extra_bytes"]
+        peak = rows["ours"]["peak_extra_bytes"]
         lines.append(
             [
-                *(shape, f"{tokens:,}", job, duration(ours), f"{floor / ours:.2f}"),
-                f"{peers[best] / ours:.2f} ({best})" if best else "",
+                *(shape, f"{tokens:,}", job, duration(ours)),
+                f"{floor / ours:.2f}" if floor else "",
+                f"{peers[best] / ours:.2f} ({best}, error {_percent(rows[best])})" if best else "",
                 "" if peak is None else size(peak),
-                "" if error is None else f"{100 * error:.2g} %",
+                _percent(rows["ours"]),
             ]
         )
     header = ["shape", "N", "job", "ours", "floor/ours", "best peer/ours", "peak extra", "gradient error"]
@@ -94,36 +103,35 @@ def summary(results: Results) -> str:
 
 def compare(before: Results, after: Results) -> str:
     """Times as multiples of each run's own floor, so that different machines and days can be compared."""
-    old = dict(before.cells())
-    lines, unmatched = [], 0
-    for key, rows in after.cells():
-        if key not in old:
-            unmatched += len(rows)
-            continue
-        floors = median(old[key].get(FLOOR)), median(rows.get(FLOOR))
-        for method, row in rows.items():
-            times = median(old[key].get(method)), median(row)
-            if method == FLOOR or None in floors:
+    old, new = dict(before.cells()), dict(after.cells())
+    lines, alone = [], 0
+    for key in (*old, *(key for key in new if key not in old)):
+        rows = old.get(key, {}), new.get(key, {})
+        floors = [median(side.get(FLOOR)) for side in rows]
+        for method in (*rows[0], *(name for name in rows[1] if name not in rows[0])):
+            if method == FLOOR:
                 continue
-            if None in times:
-                statuses = (old[key].get(method, {}).get("status", "absent"), row["status"])
-                if "ok" in statuses:
-                    lines.append([*map(str, (key[0], key[1], key[3])), title(method), *statuses, "", ""])
+            pair = [side.get(method) for side in rows]
+            if None in pair:
+                alone += 1
+                continue
+            times = [median(row) for row in pair]
+            where = [*map(str, (key[0], key[1], key[3])), title(method)]
+            if None in times or None in floors:
+                lines.append([*where, *(row["status"] for row in pair), "", ""])
                 continue
             ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
-            peaks = [old[key][method]["peak_extra_bytes"], row["peak_extra_bytes"]]
-            memory = "" if None in peaks else f"{size(peaks[0])} -> {size(peaks[1])}"
+            peaks = [row["peak_extra_bytes"] for row in pair]
             lines.append(
                 [
-                    *map(str, (key[0], key[1], key[3])),
-                    title(method),
+                    *where,
                     *(f"{ratio:.2f} x floor" for ratio in ratios),
                     f"{100 * (ratios[1] / ratios[0] - 1):+.1f} %",
-                    memory,
+                    "" if None in peaks else f"{size(peaks[0])} -> {size(peaks[1])}",
                 ]
             )
     parts = [f"A: {describe(before.environment)}", f"B: {describe(after.environment)}"]
     parts.append(table(["shape", "N", "job", "method", "A", "B", "change", "peak extra memory"], lines))
-    if unmatched:
-        parts.append(f"{unmatched} rows of B have no counterpart in A.")
+    if alone:
+        parts.append(f"{alone} rows are in one of the two alone.")
     return "\n\n".join(parts)

@@ -45,13 +45,13 @@ def _processor() -> str:
         return platform.processor()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Hardware, driver, versions and commit."""
+def environment(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Hardware, driver, versions and commit (given, or git's)."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     result = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": commit or _output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in _PACKAGES},
@@ -107,13 +107,16 @@ class Results:
         """((shape, tokens, dtype, job), {method: row}) in the order of measurement."""
         cells: dict[tuple, dict[str, Row]] = {}
         for row in self.rows:
-            cells.setdefault(tuple(row[name] for name in _KEY[:-1]), {})[row["method"]] = row
+            cell = cells.setdefault(tuple(row[name] for name in _KEY[:-1]), {})
+            if row["method"] in cell:
+                raise ValueError(f"{self.path} holds two rows of {', '.join(str(row[name]) for name in _KEY)}.")
+            cell[row["method"]] = row
         yield from cells.items()
 
 
 def median(row: Row | None) -> float | None:
-    """Median seconds, or None where nothing was measured."""
-    return statistics.median(row["seconds"]) if row and row["seconds"] else None
+    """Median seconds, or None where it was not measured to the end."""
+    return statistics.median(row["seconds"]) if row and row["status"] == "ok" and row["seconds"] else None
 
 
 def percentiles(samples: Iterable[float]) -> tuple[float, float]:

@@ -52,10 +52,22 @@ def test_floor_flops_are_those_of_the_2b_8b_table(job, columns):
 
 
 def test_floor_takes_the_cheaper_way_to_the_language_term():
-    """With a large teacher, multiplying out all tokens is cheaper than projecting the gated ones again."""
-    again, dense = JOBS["vgs"].phases(Shape(10, 1000, 1000))[1], JOBS["vgs"].phases(Shape(10, 1000, 9000))[1]
+    """With a frozen head and a large teacher, masking all tokens' gradients beats projecting the gated ones again; a
+    trainable head's gradient cannot be masked afterwards."""
+    job = JOBS["vgs-frozen-head"]
+    again, dense = job.phases(Shape(10, 1000, 1000))[1], job.phases(Shape(10, 1000, 9000))[1]
     assert (again.fraction, again.teacher) == (pytest.approx(0.3), 1)
-    assert (dense.fraction, dense.teacher, dense.d_weight) == (1, 0, 1)
+    assert (dense.fraction, dense.teacher, dense.d_weight) == (1, 0, 0)
+    assert JOBS["vgs"].phases(Shape(10, 1000, 9000))[1].teacher == 1
+
+
+@pytest.mark.parametrize("plan", loss.PLANS)
+def test_plans_name_what_exists_once(plan):
+    cells = [(cell.shape, cell.tokens, job) for cell in loss.PLANS[plan] for job in cell.jobs]
+    assert len(set(cells)) == len(cells)
+    for cell in loss.PLANS[plan]:
+        assert cell.shape in SHAPES and set(cell.jobs) <= set(JOBS) and {"ours", "eager"} <= set(cell.methods)
+        assert set(cell.methods) <= set(METHODS)
 
 
 @pytest.mark.parametrize("job", [name for name, job in JOBS.items() if not job.dense])
@@ -163,7 +175,44 @@ def test_failures_are_rows(problem, monkeypatch):
 def test_out_of_memory_is_told_apart():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_failure_among_the_timed_calls_leaves_no_time(problem, monkeypatch):
+    def make(context):
+        calls = []
+
+        def loss(x):
+            calls.append(x)
+            if len(calls) == 3:
+                raise RuntimeError("CUDA error: out of memory")
+            return METHODS["eager"].make(context)(x)
+
+        return loss
+
+    monkeypatch.setitem(METHODS, "trl", methods.Method("late", make))
+    row = measured(problem, "reverse-kl", ("ours", "trl"))[2]
+    assert row["status"] == "out of memory" and len(row["seconds"]) == 1 and median(row) is None
+
+
+def test_what_cannot_be_set_up_is_named(tmp_path, monkeypatch, small_shape):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loss, "make_problem", fail)
+    monkeypatch.setattr(loss, "ceilings", lambda device, dtype: {})
+    results = Results(tmp_path / "r.json", environment("cpu"))
+    assert list(loss.run([loss.Cell("gate", TOKENS, ("vgs",))], results, "cpu", torch.float32, rounds=3)) == []
+    assert Results.load(results.path).environment["missing"] == {f"gate N {TOKENS} vgs": "out of memory"}
+
+
+def test_the_head_of_many_tokens_is_left_out_on_a_cpu(problem, monkeypatch):
+    monkeypatch.setattr("benchmarks.accuracy._HEAD_TOKENS", {"cpu": TOKENS - 1})
+    row = measured(problem, "vgs", ("ours",))[1]
+    assert set(row["gradient_errors"]) == {"student", "student_text"}
+    assert 0 < max(row["gradient_errors"].values()) < 1e-3
 
 
 def test_memory_limit_turns_a_huge_allocation_into_an_error():
@@ -187,11 +236,12 @@ def test_peak_memory_counts_what_is_freed():
     assert peak == pytest.approx(64 << 20, rel=0.1)
 
 
-def test_after_the_deadline_nothing_starts_and_the_file_says_so(tmp_path, small_shape):
+def test_after_the_deadline_nothing_starts_and_the_file_says_so(tmp_path, monkeypatch, small_shape):
+    monkeypatch.setattr(loss, "ceilings", lambda device, dtype: {})
     results = Results(tmp_path / "r.json", environment("cpu"))
     cells = [loss.Cell("gate", TOKENS, ("vgs",))]
     assert list(loss.run(cells, results, "cpu", torch.float32, rounds=3, deadline=-math.inf)) == []
-    assert Results.load(tmp_path / "r.json").environment["not_reached"] == [f"gate N {TOKENS} vgs"]
+    assert Results.load(results.path).environment["missing"] == {f"gate N {TOKENS} vgs": "not reached"}
 
 
 # --- files, tables, pictures --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ once for each sweep, which costs one more projection and keeps the workspace as 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -136,6 +137,8 @@ class Plan:
             return cls(rows, min(max(columns, _MIN_COLUMNS), vocab), rows)
         if _ROW_MULTIPLE < rows < n:
             rows -= rows % _ROW_MULTIPLE
+            even = math.ceil(n / math.ceil(n / rows))  # no small remainder behind large tiles
+            rows = math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE
         return cls(rows, vocab, gradient_rows // rows * rows if gradient_bytes else rows)
 
 
