@@ -27,6 +27,7 @@ TARGETS = {
 }
 #: The vocabulary for which bytes and floating-point work of a token are given (Qwen3).
 VOCABULARY = 151_936
+_ITEMSIZE = {"fp32": 4, "bf16": 2}
 _NO_CAPS = {"STUDENT_CAP": False, "TARGET_CAP": False}
 _CAPS = {"STUDENT_CAP": True, "TARGET_CAP": True}
 #: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32
@@ -137,11 +138,10 @@ def _amd(assembly: str) -> _Machine:
 
 def _column_bytes(name: str, options: dict[str, Any], logits: str, gradient: str) -> int:
     """Bytes that one token moves for one column: every logit row once, every gradient row once."""
-    itemsize = {"fp32": 4, "bf16": 2}
-    read = (4 if options["FOUR"] else 2) * itemsize[logits]
+    read = (4 if options["FOUR"] else 2) * _ITEMSIZE[logits]
     if name == "statistics_kernel":
         return read
-    return read + (1 + options["PRIOR"] + options["ADD"]) * itemsize[gradient]
+    return read + (1 + options["PRIOR"] + options["ADD"]) * _ITEMSIZE[gradient]
 
 
 def compile_kernel(
@@ -149,11 +149,14 @@ def compile_kernel(
 ) -> Resources:
     """Compile one kernel as it is launched, for a vocabulary (and row pitch) that is a multiple of 16 or is not."""
     kernel = getattr(rows_triton, name)
-    block, warps = {
-        "statistics_kernel": (rows_triton.STATISTICS_BLOCK, rows_triton.STATISTICS_WARPS),
-        "gradient_kernel": (rows_triton.GRADIENT_BLOCK, rows_triton.GRADIENT_WARPS),
-    }[name]
-    constants = {**options, "BLOCK": block}
+    backend = TARGETS[target].backend
+    if name == "statistics_kernel":
+        warps, layout = rows_triton.STATISTICS_WARPS, rows_triton.statistics_layout(backend, _ITEMSIZE[logits])
+        block = layout["LANES"] * layout["WIDTH"]
+    else:
+        warps, block = rows_triton.GRADIENT_WARPS, rows_triton.GRADIENT_BLOCK
+        layout = {"BLOCK": block}
+    constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
     divisible = {
         (index,): [["tt.divisibility", 16]]
@@ -162,8 +165,7 @@ def compile_kernel(
         if not argument.startswith("state")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps[TARGETS[target].backend]})
-    backend = TARGETS[target].backend
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps[backend]})
     machine = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     columns_a_thread = block / (TARGETS[target].warp_size * warps[backend])
     return Resources(

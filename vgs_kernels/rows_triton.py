@@ -1,8 +1,10 @@
 """The row backend in Triton, for CUDA and ROCm. See rows.py for the notation and rows_torch.py for the same in PyTorch.
 
 Both kernels stream a tile once: the statistics sweep with one program per token, the gradient sweep with one program
-per token and column block. Every load is guarded by the same rule as in PyTorch: where a softmax weight is 0, the gap
-that it multiplies does not count, which covers columns masked to -inf and the columns behind the tile's end alike.
+per token and column block. In the statistics sweep every thread keeps statistics of its own columns, and they meet
+once, behind the last column: nothing waits for other warps on the way. Every load is guarded by the same rule as in
+PyTorch: where a softmax weight is 0, the gap that it multiplies does not count, which covers columns masked to -inf and
+the columns behind the tile's end alike.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from .rows import RowCoefficients, RowTile
 
-#: Columns of a block, and warps by vendor: 16-byte loads of float32 logits, and no spills.
-STATISTICS_BLOCK, STATISTICS_WARPS = 2048, {"cuda": 16, "hip": 8}
+#: Warps by vendor, and columns of a block of gradients: 16-byte loads, and no spills. A block of statistics has as many
+#: columns as its threads can load at once: more of them for each thread take registers and save few instructions.
+STATISTICS_WARPS = {"cuda": 8, "hip": 4}
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
+_THREADS = {"cuda": 32, "hip": 64}  # of a warp
 _VENDOR = "cuda" if torch.version.hip is None else "hip"
 
 
@@ -43,18 +47,36 @@ def _anchor(maximum):
 
 
 @triton.jit
-def _centre(x, maximum):
-    """Fold a block into a running maximum: the new one, the centred block, the anchor's shift, the sums' discount."""
-    raised = tl.maximum(maximum, tl.max(x, axis=0))
+def _lane_sum(x):
+    """[LANES, WIDTH] -> [LANES]: a thread's own elements."""
+    return tl.sum(x, axis=1)
+
+
+@triton.jit
+def _raise(maximum, raised):
+    """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
     anchor = _anchor(raised)
-    return raised, x - anchor, _anchor(maximum) - anchor, tl.exp(maximum - anchor)
+    return anchor, _anchor(maximum) - anchor, tl.exp(maximum - anchor)
+
+
+@triton.jit
+def _centre(x, maximum):
+    """Fold a block into the lanes' maxima: the new ones, the centred block, the anchors' shift, the sums' discount."""
+    raised = tl.maximum(maximum, tl.max(x, axis=1))
+    anchor, shift, discount = _raise(maximum, raised)
+    return raised, x - anchor[:, None], shift, discount
+
+
+@triton.jit
+def _kept(total, sum_before, shift, discount):
+    """What remains of a weighted sum of gaps that was centred at the old anchors."""
+    return tl.where(discount > 0, (total + shift * sum_before) * discount, 0.0)
 
 
 @triton.jit
 def _expect(total, sum_before, shift, discount, weights, gap):
-    """Fold a block into a weighted sum of gaps; what was summed before was centred at the old anchors."""
-    kept = tl.where(discount > 0, (total + shift * sum_before) * discount, 0.0)
-    return kept + tl.sum(tl.where(weights > 0, weights * gap, 0.0), axis=0)
+    """Fold a block into a weighted sum of gaps."""
+    return _kept(total, sum_before, shift, discount) + _lane_sum(tl.where(weights > 0, weights * gap, 0.0))
 
 
 @triton.jit
@@ -69,7 +91,8 @@ def statistics_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     state_ptr, state_stride, n_columns,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     s_ptr += row * s_stride
@@ -79,27 +102,31 @@ def statistics_kernel(
         w_ptr += row * w_stride
     state_ptr += row
 
-    # The order of rows.PAIR_STATE and rows.VGS_STATE.
-    s_max = tl.load(state_ptr)
-    s_sum = tl.load(state_ptr + state_stride)
-    t_max = tl.load(state_ptr + 2 * state_stride)
-    t_sum = tl.load(state_ptr + 3 * state_stride)
-    s_logit = tl.load(state_ptr + 4 * state_stride)
-    s_gap = tl.load(state_ptr + 5 * state_stride)
-    if FOUR:
-        a_max = tl.load(state_ptr + 6 * state_stride)
-        a_sum = tl.load(state_ptr + 7 * state_stride)
-        w_max = tl.load(state_ptr + 8 * state_stride)
-        w_sum = tl.load(state_ptr + 9 * state_stride)
-        q_max = tl.load(state_ptr + 10 * state_stride)
-        q_sum = tl.load(state_ptr + 11 * state_stride)
-        s_prior_gap = tl.load(state_ptr + 12 * state_stride)
-        s_view_gap = tl.load(state_ptr + 13 * state_stride)
-        t_view_gap = tl.load(state_ptr + 14 * state_stride)
-        a_gap = tl.load(state_ptr + 15 * state_stride)
+    lane = tl.arange(0, LANES)
+    offsets = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
 
-    for start in range(0, n_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    # What earlier tiles gave is the first lane's. The order of rows.PAIR_STATE and rows.VGS_STATE.
+    first = lane == 0
+    s_max = tl.where(first, tl.load(state_ptr), float("-inf"))
+    s_sum = tl.where(first, tl.load(state_ptr + state_stride), 0.0)
+    t_max = tl.where(first, tl.load(state_ptr + 2 * state_stride), float("-inf"))
+    t_sum = tl.where(first, tl.load(state_ptr + 3 * state_stride), 0.0)
+    s_logit = tl.where(first, tl.load(state_ptr + 4 * state_stride), 0.0)
+    s_gap = tl.where(first, tl.load(state_ptr + 5 * state_stride), 0.0)
+    if FOUR:
+        a_max = tl.where(first, tl.load(state_ptr + 6 * state_stride), float("-inf"))
+        a_sum = tl.where(first, tl.load(state_ptr + 7 * state_stride), 0.0)
+        w_max = tl.where(first, tl.load(state_ptr + 8 * state_stride), float("-inf"))
+        w_sum = tl.where(first, tl.load(state_ptr + 9 * state_stride), 0.0)
+        q_max = tl.where(first, tl.load(state_ptr + 10 * state_stride), float("-inf"))
+        q_sum = tl.where(first, tl.load(state_ptr + 11 * state_stride), 0.0)
+        s_prior_gap = tl.where(first, tl.load(state_ptr + 12 * state_stride), 0.0)
+        s_view_gap = tl.where(first, tl.load(state_ptr + 13 * state_stride), 0.0)
+        t_view_gap = tl.where(first, tl.load(state_ptr + 14 * state_stride), 0.0)
+        a_gap = tl.where(first, tl.load(state_ptr + 15 * state_stride), 0.0)
+
+    for start in range(0, n_columns, LANES * WIDTH):
+        columns = start + offsets
         valid = columns < n_columns
         s = _load(s_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
         t = _load(t_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
@@ -122,29 +149,42 @@ def statistics_kernel(
             t_view_gap = _expect(t_view_gap, t_sum, t_shift - w_shift, t_discount, p_t, t - w)
             a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w)
             q_max, q, _, q_discount = _centre(_steered(a, t, w), q_max + (a_shift + t_shift - w_shift))
-            a_sum = a_sum * a_discount + tl.sum(p_a, axis=0)
-            w_sum = w_sum * w_discount + tl.sum(tl.exp(w), axis=0)
-            q_sum = q_sum * q_discount + tl.sum(tl.exp(q), axis=0)
-        s_sum = s_sum * s_discount + tl.sum(p_s, axis=0)
-        t_sum = t_sum * t_discount + tl.sum(p_t, axis=0)
+            a_sum = a_sum * a_discount + _lane_sum(p_a)
+            w_sum = w_sum * w_discount + _lane_sum(tl.exp(w))
+            q_sum = q_sum * q_discount + _lane_sum(tl.exp(q))
+        s_sum = s_sum * s_discount + _lane_sum(p_s)
+        t_sum = t_sum * t_discount + _lane_sum(p_t)
 
-    tl.store(state_ptr, s_max)
-    tl.store(state_ptr + state_stride, s_sum)
-    tl.store(state_ptr + 2 * state_stride, t_max)
-    tl.store(state_ptr + 3 * state_stride, t_sum)
-    tl.store(state_ptr + 4 * state_stride, s_logit)
-    tl.store(state_ptr + 5 * state_stride, s_gap)
+    # The lanes meet: each is a block that was centred at its own anchors.
+    s_top = tl.max(s_max, axis=0)
+    t_top = tl.max(t_max, axis=0)
+    _, s_shift, s_discount = _raise(s_max, s_top)
+    _, t_shift, t_discount = _raise(t_max, t_top)
+    tl.store(state_ptr, s_top)
+    tl.store(state_ptr + state_stride, tl.sum(s_sum * s_discount, axis=0))
+    tl.store(state_ptr + 2 * state_stride, t_top)
+    tl.store(state_ptr + 3 * state_stride, tl.sum(t_sum * t_discount, axis=0))
+    tl.store(state_ptr + 4 * state_stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount), axis=0))
+    tl.store(state_ptr + 5 * state_stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount), axis=0))
     if FOUR:
-        tl.store(state_ptr + 6 * state_stride, a_max)
-        tl.store(state_ptr + 7 * state_stride, a_sum)
-        tl.store(state_ptr + 8 * state_stride, w_max)
-        tl.store(state_ptr + 9 * state_stride, w_sum)
-        tl.store(state_ptr + 10 * state_stride, q_max)
-        tl.store(state_ptr + 11 * state_stride, q_sum)
-        tl.store(state_ptr + 12 * state_stride, s_prior_gap)
-        tl.store(state_ptr + 13 * state_stride, s_view_gap)
-        tl.store(state_ptr + 14 * state_stride, t_view_gap)
-        tl.store(state_ptr + 15 * state_stride, a_gap)
+        a_top = tl.max(a_max, axis=0)
+        w_top = tl.max(w_max, axis=0)
+        _, a_shift, a_discount = _raise(a_max, a_top)
+        _, w_shift, w_discount = _raise(w_max, w_top)
+        q_max += a_shift + t_shift - w_shift
+        q_top = tl.max(q_max, axis=0)
+        _, _, q_discount = _raise(q_max, q_top)
+        prior_kept = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount)
+        tl.store(state_ptr + 6 * state_stride, a_top)
+        tl.store(state_ptr + 7 * state_stride, tl.sum(a_sum * a_discount, axis=0))
+        tl.store(state_ptr + 8 * state_stride, w_top)
+        tl.store(state_ptr + 9 * state_stride, tl.sum(w_sum * w_discount, axis=0))
+        tl.store(state_ptr + 10 * state_stride, q_top)
+        tl.store(state_ptr + 11 * state_stride, tl.sum(q_sum * q_discount, axis=0))
+        tl.store(state_ptr + 12 * state_stride, tl.sum(prior_kept, axis=0))
+        tl.store(state_ptr + 13 * state_stride, tl.sum(_kept(s_view_gap, s_sum, s_shift - a_shift, s_discount), axis=0))
+        tl.store(state_ptr + 14 * state_stride, tl.sum(_kept(t_view_gap, t_sum, t_shift - w_shift, t_discount), axis=0))
+        tl.store(state_ptr + 15 * state_stride, tl.sum(_kept(a_gap, a_sum, a_shift - w_shift, a_discount), axis=0))
 
 
 @triton.jit
@@ -215,13 +255,19 @@ def _transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
     return scalars, {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
 
 
+def statistics_layout(vendor: str, itemsize: int) -> dict[str, int]:
+    """How a block's columns are dealt out: 16 bytes to every thread."""
+    return {"LANES": STATISTICS_WARPS[vendor] * _THREADS[vendor], "WIDTH": 16 // itemsize}
+
+
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
     n_rows, n_columns = tile.student.shape
     scalars, caps = _transform_arguments(tile)
     statistics_kernel[(n_rows,)](
         *_row_arguments(tile), state, state.stride(0), n_columns, *scalars,
-        FOUR=tile.four, **caps, BLOCK=STATISTICS_BLOCK, num_warps=STATISTICS_WARPS[_VENDOR],
+        FOUR=tile.four, **caps, **statistics_layout(_VENDOR, tile.student.element_size()),
+        num_warps=STATISTICS_WARPS[_VENDOR],
     )  # fmt: skip
 
 
