@@ -22,7 +22,7 @@ def _loss(args: argparse.Namespace) -> int:
     from .jobs import JOBS
     from .loss import PLANS, Cell, run
     from .methods import METHODS
-    from .report import markdown, summary
+    from .report import summary, tables
     from .results import Results, environment
 
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
@@ -48,7 +48,7 @@ def _loss(args: argparse.Namespace) -> int:
     for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
         part = Results(None, results.environment)
         part.rows = rows
-        print(f"\n{markdown(part).split(chr(10), 2)[2]}\n", flush=True)
+        print(f"\n{tables(part)}\n", flush=True)
     print(summary(results))
     return 0
 

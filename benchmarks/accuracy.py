@@ -19,8 +19,9 @@ from .jobs import Job
 from .problem import VIEWS, DenseProblem
 
 _SAMPLED_TOKENS, _SAMPLED_COLUMNS = 64, 256
+#: With more tokens than these, the head is left out.
+_HEAD_TOKENS = {"cpu": 512, "cuda": float("inf")}
 #: float64 numbers of one [R, V] block: about thirty such blocks are alive at a time.
-_HEAD_TOKENS = {"cpu": 512, "cuda": 1 << 62}  # more tokens than these: no head
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 

@@ -161,7 +161,6 @@ def measure_job(
     device: str,
     *,
     rounds: int,
-    with_errors: bool = True,
 ) -> list[Row]:
     """Rows of one job on one problem, the floor's first.
 
@@ -169,16 +168,13 @@ def measure_job(
         problem: with hidden states; a job on given logits forms them here.
         methods: names out of ``METHODS``; those that cannot do the job are left out.
         rounds: timed calls of each method; fewer if they take long.
-        with_errors: whether to compare gradients with float64.
     """
     job = JOBS[job_name]
     shape = Shape(*problem.student_weight.shape, problem.teacher_weight.shape[1])
     dtype = str(problem.student.dtype).removeprefix("torch.")
     if job.dense:
         problem = problem.dense()
-    threshold = None
-    if job.objective.lam > 0 and (with_errors or job.threshold_given):
-        threshold = vds_threshold(problem, job.objective.vds_quantile)
+    threshold = vds_threshold(problem, job.objective.vds_quantile) if job.objective.lam > 0 else None
     # Rotated inputs take memory: they are there before anything is found to fit.
     inputs = [problem, *(problem.rotated(i * problem.tokens // _INPUTS) for i in range(1, _INPUTS))]
     context = Context(problem, job, threshold)
@@ -187,7 +183,7 @@ def measure_job(
     exact: dict[str | None, Exact] = {}
     for name in tqdm(names, desc=f"{shape_name} N {problem.tokens} {job_name}: warm-up", unit="method", leave=False):
         entries[name], leaves = _prepare(name, context, device)
-        if leaves is None or name == FLOOR or not with_errors:
+        if leaves is None or name == FLOOR:
             continue
         definition = METHODS[name].definition
         if definition not in exact:

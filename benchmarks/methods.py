@@ -19,7 +19,7 @@ from vgs_kernels import fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
 
 from .floor import make_floor
 from .jobs import Job
-from .problem import DenseProblem, Problem
+from .problem import VIEWS, DenseProblem, Problem
 
 #: Tokens of a chunk of the checkpointed version: what Liger's chunked losses use.
 CHUNK_TOKENS = 1024
@@ -35,13 +35,17 @@ class Context:
     job: Job
     threshold: float | None
 
+    @property
+    def given_threshold(self) -> float | None:
+        """The VDS threshold where the job knows it beforehand."""
+        return self.threshold if self.job.threshold_given else None
+
 
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
 def _ours(context: Context) -> Loss:
     job = context.job
-    threshold = context.threshold if job.threshold_given else None
 
     def loss(x: DenseProblem) -> Tensor:
         if job.dense:
@@ -56,7 +60,7 @@ def _ours(context: Context) -> Loss:
             x.teacher_text,
             x.teacher_weight,
             objective=job.objective,
-            vds_threshold=threshold,
+            vds_threshold=context.given_threshold,
             return_terms=not job.folded,
         )
         return output.loss
@@ -118,17 +122,15 @@ def _plain_loss(x: DenseProblem, job: Job, threshold: Tensor | float | None = No
 
 
 def _eager(context: Context) -> Loss:
-    threshold = context.threshold if context.job.threshold_given else None
-    return lambda x: _plain_loss(x, context.job, threshold) / x.tokens
+    return lambda x: _plain_loss(x, context.job, context.given_threshold) / x.tokens
 
 
 def _compiled(context: Context) -> Loss:
     torch._dynamo.reset()
-    job = context.job
-    threshold = context.threshold if job.threshold_given else None
+    kind, job, threshold = type(context.problem), context.job, context.given_threshold
 
     def loss(*tensors: Tensor) -> Tensor:
-        x = type(context.problem)(*tensors)
+        x = kind(*tensors)
         return _plain_loss(x, job, threshold) / x.tokens
 
     compiled = torch.compile(loss, fullgraph=True)
@@ -140,7 +142,7 @@ def _checkpointed(context: Context) -> Loss:
     job = context.job
 
     def chunks(x: Problem) -> list[Problem]:
-        views = [view.split(CHUNK_TOKENS) for view in (x.student, x.student_text, x.teacher, x.teacher_text)]
+        views = [getattr(x, view).split(CHUNK_TOKENS) for view in VIEWS]
         return [Problem(*parts, x.student_weight, x.teacher_weight) for parts in zip(*views, strict=True)]
 
     def chunk_loss(*arguments: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ def _checkpointed(context: Context) -> Loss:
         return _vds(*(_log_softmax(view @ x.teacher_weight.T) for view in views))
 
     def loss(x: Problem) -> Tensor:
-        limit = context.threshold if job.threshold_given else None
+        limit = context.given_threshold
         if job.objective.lam > 0 and limit is None:
             with torch.no_grad():
                 limit = torch.quantile(torch.cat([chunk_vds(c) for c in chunks(x)]), job.objective.vds_quantile)

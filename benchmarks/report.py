@@ -57,9 +57,9 @@ def describe(environment: dict) -> str:
     return f"{device}; {packages}; Python {environment['python']}; commit {commit}; {environment['date']}"
 
 
-def markdown(results: Results) -> str:
+def tables(results: Results) -> str:
     """Every cell as a table."""
-    parts = [describe(results.environment)]
+    parts = []
     for (shape, tokens, dtype, job), rows in results.cells():
         floor, eager = (median(rows.get(name)) for name in (FLOOR, "eager"))
         sizes = next(iter(rows.values()))
@@ -69,6 +69,12 @@ def markdown(results: Results) -> str:
         )
         header = ["method", "median (p20-p80)", "x floor", "x eager", "peak extra memory", "gradient error"]
         parts.append(table(header, [_line(row, floor, eager) for row in rows.values()]))
+    return "\n\n".join(parts)
+
+
+def markdown(results: Results) -> str:
+    """Where it was measured, every cell as a table, and what is missing."""
+    parts = [describe(results.environment), tables(results)]
     missing = results.environment.get("missing", {})
     if missing:
         parts.append("Missing: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()) + ".")
