@@ -53,6 +53,26 @@ def test_folded_and_plain_divergence_stay_within_their_workspace(problem):
     assert meter.largest < 4 * N * V // 8
 
 
+def test_a_frozen_head_costs_no_gradient(problem):
+    peaks = {}
+    for frozen in (False, True):
+        arguments = leaves(problem)
+        arguments[2].requires_grad_(not frozen)
+        with AllocationMeter() as meter:
+            fused_linear_vgs_loss(*arguments, workspace_bytes=2**20)
+        peaks[frozen] = meter.peak
+    assert peaks[False] - peaks[True] >= 4 * V * D
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_backward_scales_the_gradients_in_place_unless_the_graph_is_kept(keep):
+    problem = make_problem(Shape(V, D, D), 64, torch.float32, "cpu")
+    loss = fused_linear_vgs_loss(*leaves(problem)).loss
+    with AllocationMeter() as meter:
+        loss.backward(retain_graph=keep)
+    assert (meter.peak >= 4 * V * D) == keep
+
+
 def test_the_meter_sees_dense_logits(problem):
     with AllocationMeter() as meter:
         torch.mm(problem.student, problem.student_weight.T)

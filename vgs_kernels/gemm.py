@@ -44,16 +44,17 @@ def project(
         _multiply(part, hidden, weight[columns].to(out.dtype).t(), addend, alpha)
 
 
-def add_hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor, alpha: float) -> None:
-    """out [R, D] += alpha * d_logits [R, C] @ weight [C, D]."""
+def add_hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor, alpha: float, *, keep: bool) -> None:
+    """out [R, D] = keep * out + alpha * d_logits [R, C] @ weight [C, D]."""
     if _direct(out, d_logits, weight):
-        return _multiply(out, d_logits, weight, out, alpha)
+        return _multiply(out, d_logits, weight, out if keep else None, alpha)
     for part, columns in zip(weight.split(UPCAST_COLUMNS), d_logits.split(UPCAST_COLUMNS, dim=1), strict=True):
-        _multiply(out, columns.to(out.dtype), part.to(out.dtype), out, alpha)
+        _multiply(out, columns.to(out.dtype), part.to(out.dtype), out if keep else None, alpha)
+        keep = True
 
 
-def add_weight_gradient(d_logits: Tensor, hidden: Tensor, out: Tensor, alpha: float) -> None:
-    """out [C, D] += alpha * d_logits [R, C]^T @ hidden [R, D]."""
+def add_weight_gradient(d_logits: Tensor, hidden: Tensor, out: Tensor, alpha: float, *, keep: bool) -> None:
+    """out [C, D] = keep * out + alpha * d_logits [R, C]^T @ hidden [R, D]."""
     if not _direct(out, d_logits, hidden):
         d_logits, hidden = d_logits.to(out.dtype), hidden.to(out.dtype)
-    _multiply(out, d_logits.t(), hidden, out, alpha)
+    _multiply(out, d_logits.t(), hidden, out if keep else None, alpha)

@@ -54,6 +54,13 @@ def _empty_gradients(needs: list[bool], like: list[Tensor | None], dtype: torch.
     ]
 
 
+def _head_gradient(need: bool, weight: Tensor, vocab: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Like weight [V, D]; its first ``vocab`` rows are left to the sweep, which overwrites them if there is a token."""
+    gradient = weight.new_empty(weight.shape if need else 0, dtype=dtype)
+    gradient[vocab if n else 0 :].zero_()
+    return gradient
+
+
 def _wanted(gradient: Tensor, need: bool) -> Tensor | None:
     return gradient if need else None
 
@@ -128,8 +135,11 @@ def _linear_vgs(
             steering.find_limits()
             del pair  # frees the slabs
 
-        d_hidden, d_text, d_weight, d_bias = _empty_gradients(needs, [hidden, text_hidden, weight, bias], dtype)
         need_hidden, need_text, need_weight, need_bias = needs
+        d_hidden, d_text, d_bias = _empty_gradients(
+            [need_hidden, need_text, need_bias], [hidden, text_hidden, bias], dtype
+        )
+        d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
         need_head = need_weight or need_bias
         head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
 
@@ -162,7 +172,7 @@ def _linear_vgs(
                 gradient_bytes(text, 1),
             )
             d_gated = torch.zeros_like(text, dtype=dtype) if need_text else None
-            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan, alpha=lam)
+            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan, alpha=lam, add=True)
             weights = steering.language_weights()[gated]
             gain = student.transform.gain
             sweep(source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink)
@@ -264,8 +274,9 @@ def _linear_divergence(
     dtype = accumulation_dtype(hidden)
     with guard(hidden.device):
         weights, unit = unit_weights(token_weights, dtype)
-        d_hidden, d_weight, d_bias = _empty_gradients(needs, [hidden, weight, bias], dtype)
         need_hidden, need_weight, need_bias = needs
+        d_hidden, d_bias = _empty_gradients([need_hidden, need_bias], [hidden, bias], dtype)
+        d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
         target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
         source = LinearSource(
             [StackedRows(student, [hidden]), target],
@@ -291,8 +302,9 @@ def _linear_divergence(
 
 
 def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once and without a float32 copy; out of place, for a graph may run backward twice."""
-    out = torch.empty_like(gradient, dtype=dtype)
+    """gradient * factor, rounded once and without a float32 copy; in place where nobody needs the gradient again."""
+    last = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    out = gradient if last and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,22 +10,48 @@ from torch import Tensor
 
 from .rows import GAPS, PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
 
-#: Elements of a temporary: small enough for the second-level cache of a CPU core.
-_BLOCK_ELEMENTS = 1 << 18
+#: Tokens and elements of a block: an operator's start must be small beside its work, and long stretches of few rows are
+#: read faster than short ones of many. The temporaries of a block take 20 MiB.
+_BLOCK_ROWS, _BLOCK_ELEMENTS = 64, 1 << 19
+_LOG2_E = math.log2(math.e)
 
 
-def _column_blocks(rows: int, columns: int) -> Iterator[slice]:
-    width = max(64, _BLOCK_ELEMENTS // max(rows, 1))
-    return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+class _Blocks:
+    """The blocks of a tile, and temporaries that all blocks share: memory is slow where it is touched first."""
+
+    def __init__(self, tile: RowTile, like: Tensor, count: int) -> None:
+        self._rows, self._columns = tile.student.shape
+        height = max(1, min(self._rows, _BLOCK_ROWS))
+        self._width = min(self._columns, max(64, _BLOCK_ELEMENTS // height))
+        self._memory = like.new_empty(count, height * self._width)
+
+    def rows(self) -> Iterator[slice]:
+        return _slices(self._rows, _BLOCK_ROWS)
+
+    def columns(self) -> Iterator[slice]:
+        return _slices(self._columns, self._width)
+
+    def temporaries(self, rows: slice, columns: slice) -> list[Tensor]:
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        return list(self._memory[:, : height * width].view(-1, height, width))
 
 
-def _load(tile: RowTile, columns: slice, dtype: torch.dtype) -> list[Tensor]:
-    """Transformed logits of one column block: [s, t] or [s, t, a, w]."""
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _load(tile: RowTile, rows: slice, columns: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Transformed logits of one block: s, t and, of four rows, a, w."""
     student, target = tile.student_transform, tile.target_transform
-    rows = [student(tile.student[:, columns].to(dtype)), target(tile.target[:, columns].to(dtype))]
+    logits = {"s": (tile.student, student), "t": (tile.target, target)}
     if tile.four:
-        rows += [student(tile.student_text[:, columns].to(dtype)), target(tile.teacher_text[:, columns].to(dtype))]
-    return rows
+        logits |= {"a": (tile.student_text, student), "w": (tile.teacher_text, target)}
+    return {name: transform(x[rows, columns].to(dtype)) for name, (x, transform) in logits.items()}
+
+
+def _exp(x: Tensor, out: Tensor) -> Tensor:
+    """e^x; ``out`` may be x. ``torch.exp`` takes twice as long on a CPU, and twenty times where it underflows."""
+    return torch.mul(x, _LOG2_E, out=out).exp2_()
 
 
 def _anchor(maximum: Tensor) -> Tensor:
@@ -32,57 +59,74 @@ def _anchor(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
-def _steered(centred: dict[str, Tensor], masked: bool) -> Tensor:
+def _raise(maximum: Tensor, raised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
+    anchor = _anchor(raised)
+    return anchor, _anchor(maximum) - anchor, (maximum - anchor).exp_()
+
+
+def _steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
     """q' = a' + (t' - w'), and -inf where any of the three is."""
-    steered = centred["a"] + (centred["t"] - centred["w"])
-    return steered.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else steered
-
-
-def _raise_maximum(maximum: Tensor, total: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold a block into a running maximum and discount the sum of exp for it; returns (anchor, discount)."""
-    old = maximum.clone()
-    torch.maximum(maximum, logits.amax(1), out=maximum)
-    anchor = _anchor(maximum)
-    discount = (old - anchor).exp_()
-    total.mul_(discount)
-    return anchor, discount
+    torch.sub(centred["t"], centred["w"], out=out).add_(centred["a"])
+    return out.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else out
 
 
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R], in place."""
-    names = VGS_STATE if tile.four else PAIR_STATE
-    x = dict(zip(names, state, strict=True))
+    blocks = _Blocks(tile, state, 10 if tile.four else 6)
+    for rows in blocks.rows():
+        _fold(tile, rows, blocks, state[:, rows])
+
+
+def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
+    """``statistics`` of a few tokens. What is done to [R] vectors is done to all rows, or to all gaps, at once."""
     masked = tile.may_be_masked
-    for columns in _column_blocks(*tile.student.shape):
-        centred, weights, shift, discount = {}, {}, {}, {}
-        before = {name: total.clone() for name, total in x.items() if name.endswith("_sum")}
-        for row, logits in zip("staw", _load(tile, columns, state.dtype), strict=False):
-            old_anchor = _anchor(x[f"{row}_max"])
-            anchor, discount[row] = _raise_maximum(x[f"{row}_max"], x[f"{row}_sum"], logits)
-            shift[row] = old_anchor - anchor
-            centred[row] = logits - anchor.unsqueeze(1)
-            weights[row] = centred[row].exp()
-            x[f"{row}_sum"] += weights[row].sum(1)
-        for name, (row, upper, lower) in GAPS.items():
-            if name not in x:
-                continue
-            # What was summed before was centred at the old anchors.
-            offset = shift[upper] if lower is None else shift[upper] - shift[lower]
-            x[name].add_(offset * before[f"{row}_sum"]).mul_(discount[row])
-            if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
-                x[name].masked_fill_(discount[row] == 0, 0)
-            gap = centred[upper] if lower is None else centred[upper] - centred[lower]
+    names = "staw" if tile.four else "st"
+    x = dict(zip(VGS_STATE if tile.four else PAIR_STATE, state, strict=True))
+    gaps = {name: gap for name, gap in GAPS.items() if name in x}
+    maxima, sums = (torch.stack([x[f"{name}_{kind}"] for name in names]) for kind in ("max", "sum"))
+    totals = torch.stack([x[name] for name in gaps])
+    block_sums, block_totals = torch.empty_like(sums), torch.empty_like(totals)
+    places = [[names.index(name) if name else len(names) for name in gap] for gap in gaps.values()]
+    weighting, upper, lower = torch.tensor(places, device=state.device).T
+
+    for columns in blocks.columns():
+        *temporaries, difference, product = blocks.temporaries(rows, columns)
+        centred, weights = (dict(zip(names, temporaries[i::2], strict=True)) for i in range(2))
+        logits = _load(tile, rows, columns, state.dtype)
+        raised = torch.maximum(maxima, torch.stack([values.amax(1) for values in logits.values()]))
+        anchors, shift, discount = _raise(maxima, raised)
+        maxima = raised
+        for name, anchor, total in zip(names, anchors, block_sums, strict=True):
+            torch.sub(logits[name], anchor.unsqueeze(1), out=centred[name])
+            torch.sum(_exp(centred[name], weights[name]), 1, out=total)
+        for (name, (weight, high, low)), total in zip(gaps.items(), block_totals, strict=True):
+            gap = centred[high] if low is None else torch.sub(centred[high], centred[low], out=difference)
             if masked and name == "s_prior_gap":  # outside the support of q*, where log q* is -inf
                 gap.masked_fill_(centred["w"] == -torch.inf, -torch.inf)
-            product = weights[row] * gap
+            torch.mul(weights[weight], gap, out=product)
             if masked:  # 0 * inf is 0
-                product.masked_fill_(weights[row] == 0, 0)
-            x[name] += product.sum(1)
+                product.masked_fill_(weights[weight] == 0, 0)
+            torch.sum(product, 1, out=total)
+        # What was summed before was centred at the old anchors.
+        shift = torch.cat([shift, torch.zeros_like(shift[:1])])
+        totals.add_((shift[upper] - shift[lower]) * sums[weighting]).mul_(discount[weighting])
+        if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
+            totals.masked_fill_(discount[weighting] == 0, 0)
+        totals += block_totals
+        sums.mul_(discount).add_(block_sums)
         if tile.four:
-            x["q_max"] += shift["a"] + shift["t"] - shift["w"]
-            steered = _steered(centred, masked)
-            anchor, _ = _raise_maximum(x["q_max"], x["q_sum"], steered)
-            x["q_sum"] += (steered - anchor.unsqueeze(1)).exp_().sum(1)
+            steered = _steered(centred, masked, out=difference)
+            maximum = x["q_max"] + (shift[2] + shift[1] - shift[3])
+            torch.maximum(maximum, steered.amax(1), out=x["q_max"])
+            anchor, _, discount = _raise(maximum, x["q_max"])
+            x["q_sum"].mul_(discount).add_(_exp(steered.sub_(anchor.unsqueeze(1)), out=steered).sum(1))
+
+    for name, maximum, total in zip(names, maxima, sums, strict=True):
+        x[f"{name}_max"].copy_(maximum)
+        x[f"{name}_sum"].copy_(total)
+    for name, total in zip(gaps, totals, strict=True):
+        x[name].copy_(total)
 
 
 def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
@@ -105,29 +149,37 @@ def gradient(
 
     ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds.
     """
-    x = {name: values.unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
-    weight, mean_gap, gamma = (values.unsqueeze(1) for values in coefficients)
     masked = tile.may_be_masked
-    for columns in _column_blocks(*tile.student.shape):
-        logits = dict(zip("staw", _load(tile, columns, state.dtype), strict=False))
-        centred = {row: values - _anchor(x[f"{row}_max"]) for row, values in logits.items()}
-        p = centred["s"].exp().div_(x["s_sum"])
-        gap = centred["s"] - centred["t"]
-        if tile.four:
-            prior_gap = (centred["a"] - centred["w"]).mul_(gamma)
-            if masked:  # 0 * inf is 0
-                prior_gap.masked_fill_(gamma == 0, 0)
-            gap = gap.mul_(1 + gamma).sub_(prior_gap)
-        p_weight = p * weight
-        d_s = _chain(gap.sub_(mean_gap).mul_(p_weight), logits["s"], tile)
-        if masked:
-            d_s.masked_fill_(p_weight == 0, 0)
-        if out_text is not None:
-            q = (_steered(centred, masked) - _anchor(x["q_max"])).exp_().div_(x["q_sum"])
-            d_a = _chain(q.sub_(p).mul_(weight * gamma), logits["a"], tile)
+    blocks = _Blocks(tile, state, 6 if tile.four else 3)
+    for rows in blocks.rows():
+        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
+        weight, mean_gap, gamma = (values[rows].unsqueeze(1) for values in coefficients)
+        for columns in blocks.columns():
+            p, *temporaries = blocks.temporaries(rows, columns)
+            logits = _load(tile, rows, columns, state.dtype)
+            centred = {
+                name: torch.sub(values, _anchor(x[f"{name}_max"]), out=temporary)
+                for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
+            }
+            _exp(centred["s"], out=p).div_(x["s_sum"])
+            if out_text is not None:
+                q = _steered(centred, masked, out=temporaries[-1]).sub_(_anchor(x["q_max"]))
+                q = _exp(q, out=q).div_(x["q_sum"])
+                d_a = _chain(q.sub_(p).mul_(weight * gamma), logits["a"], tile)
+                if masked:
+                    d_a.masked_fill_((logits["a"] == -torch.inf) | (weight * gamma == 0), 0)
+            gap = centred["s"].sub_(centred["t"])
+            if tile.four:
+                prior_gap = centred["a"].sub_(centred["w"])
+                if masked:  # 0 * inf is 0
+                    prior_gap.masked_fill_(gamma == 0, 0)
+                gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1)
+            p_weight = p.mul_(weight)
+            d_s = _chain(gap.sub_(mean_gap).mul_(p_weight), logits["s"], tile)
             if masked:
-                d_a.masked_fill_((logits["a"] == -torch.inf) | (weight * gamma == 0), 0)
-            out_text[:, columns] = d_a
-        if add:
-            d_s.add_(out[:, columns])
-        out[:, columns] = d_s
+                d_s.masked_fill_(p_weight == 0, 0)
+            if add:
+                d_s.add_(out[rows, columns])
+            out[rows, columns] = d_s
+            if out_text is not None:
+                out_text[rows, columns] = d_a

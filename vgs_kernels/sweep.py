@@ -247,11 +247,12 @@ class LinearSink:
 
     Args:
         views: the student's hidden states whose logits receive gradient: [multimodal] or [multimodal, text-only].
-        d_views: their gradients, or None where not required; added to.
+        d_views: their gradients, or None where not required; overwritten, as long as there is a token.
         head: the student's head.
-        d_weight, d_bias: its gradients, or None where not required; added to.
+        d_weight, d_bias: its gradients, or None where not required.
         plan: of the source.
         alpha: factor on all gradients, kept out of 16-bit logit gradients.
+        add: add to ``d_weight``; else the first block of tokens overwrites it. ``d_bias`` is always added to.
     """
 
     def __init__(
@@ -262,11 +263,13 @@ class LinearSink:
         d_weight: Tensor | None,
         d_bias: Tensor | None,
         plan: Plan,
+        *,
         alpha: float = 1.0,
+        add: bool = False,
     ) -> None:
         self.views, self.d_views, self.head = views, d_views, head
         self.d_weight, self.d_bias = d_weight, d_bias
-        self.plan, self.alpha = plan, alpha
+        self.plan, self.alpha, self.add = plan, alpha, add
         self._start = 0
         self._blocks: list[Tensor] | None = None
         if shares_slab(views[0]):
@@ -300,9 +303,11 @@ class LinearSink:
             else:
                 d_logits = self._block(index, slice(0, filled), columns)
             if d_hidden is not None:
-                add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block], self.alpha)
+                keep = columns.start > 0
+                add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block], self.alpha, keep=keep)
             if self.d_weight is not None:
-                add_weight_gradient(d_logits, hidden[block], self.d_weight[columns], self.alpha)
+                keep = self.add or self._start > 0 or index > 0
+                add_weight_gradient(d_logits, hidden[block], self.d_weight[columns], self.alpha, keep=keep)
             if self.d_bias is not None:
                 self.d_bias[columns].add_(d_logits.sum(0, dtype=self.d_bias.dtype), alpha=self.alpha)
         if columns.stop == len(self.head.weight):
