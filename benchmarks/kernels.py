@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vgs_kernels import rows_triton
+from vgs_kernels.rows import PAIR_STATE, VGS_STATE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,24 +29,28 @@ TARGETS = {
 #: The vocabulary for which bytes and floating-point work of a token are given (Qwen3).
 VOCABULARY = 151_936
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
-_NO_CAPS = {"STUDENT_CAP": False, "TARGET_CAP": False}
-_CAPS = {"STUDENT_CAP": True, "TARGET_CAP": True}
-#: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32
-#: and may be capped; logits that the caller holds are of any dtype, which their gradient shares.
+_PLAIN = {"STUDENT_CAP": False, "TARGET_CAP": False, "MASKED": False}
+_CAPS = {**_PLAIN, "STUDENT_CAP": True, "TARGET_CAP": True}
+_MASKED = {**_PLAIN, "MASKED": True}
+#: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32,
+#: may be capped, and masked where a head has a bias; logits that the caller holds are of any dtype, which their
+#: gradient shares, and may be masked.
 VARIANTS = {
     "statistics_kernel": [
-        ({"FOUR": four, **caps}, logits, "fp32")
+        ({"FOUR": four, **options}, logits, "fp32")
         for four in (True, False)
-        for caps, logits in ((_NO_CAPS, "fp32"), (_CAPS, "fp32"), (_NO_CAPS, "bf16"))
+        for options, logits in ((_PLAIN, "fp32"), (_CAPS, "fp32"), (_MASKED, "fp32"), (_MASKED, "bf16"))
     ],
+    "meet_kernel": [({"FOUR": four}, "fp32", "fp32") for four in (True, False)],
     "gradient_kernel": [
-        ({"FOUR": four, "PRIOR": prior, "ADD": add, **caps}, logits, gradient)
+        ({"FOUR": four, "PRIOR": prior, "ADD": add, **options}, logits, gradient)
         for four, prior, add in ((True, False, False), (True, True, False), (False, False, False), (False, False, True))
-        for caps, logits, gradient in (
-            (_NO_CAPS, "fp32", "fp32"),
-            (_NO_CAPS, "fp32", "bf16"),
+        for options, logits, gradient in (
+            (_PLAIN, "fp32", "fp32"),
+            (_PLAIN, "fp32", "bf16"),
             (_CAPS, "fp32", "bf16"),
-            (_NO_CAPS, "bf16", "bf16"),
+            (_MASKED, "fp32", "bf16"),
+            (_MASKED, "bf16", "bf16"),
         )
         if not (add and logits != gradient)  # only gradients of held logits are added to
     ],
@@ -56,9 +61,9 @@ VARIANTS = {
 class Resources:
     """What one compiled kernel takes.
 
-    Spills are bytes (NVIDIA) or registers (AMD). ``aligned`` is whether rows begin at multiples of 16 bytes, which an
-    odd vocabulary size denies. ``token_bytes`` are those that one token reads and writes at ``VOCABULARY`` columns;
-    ``token_flops`` come from the instructions of one column block, a fused multiply-add being two.
+    Spills are bytes (NVIDIA) or registers (AMD). ``aligned`` is whether rows begin at multiples of 16 bytes, as ours
+    do and a caller's logits may not. ``token_bytes`` are those that one token reads and writes at ``VOCABULARY``
+    columns; ``token_flops`` come from the instructions of one column block, a fused multiply-add being two.
     """
 
     kernel: str
@@ -100,7 +105,7 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
         elif name.endswith("_stride"):
             kinds[name] = "i64"
         else:
-            kinds[name] = "i32" if name == "n_columns" else "fp32"
+            kinds[name] = "i32" if name.startswith("n_") else "fp32"
     return kinds
 
 
@@ -147,37 +152,48 @@ def _column_bytes(name: str, options: dict[str, Any], logits: str, gradient: str
 def compile_kernel(
     name: str, options: dict[str, Any], logits: str, gradient: str, target: str, aligned: bool = True
 ) -> Resources:
-    """Compile one kernel as it is launched, for a vocabulary (and row pitch) that is a multiple of 16 or is not."""
+    """Compile one kernel as it is launched, on rows that are aligned to 16 bytes or are not."""
     kernel = getattr(rows_triton, name)
     backend = TARGETS[target].backend
+    warps, layout, block = 1, {"LANES": rows_triton.MEETING_LANES}, 0
     if name == "statistics_kernel":
-        warps, layout = rows_triton.STATISTICS_WARPS, rows_triton.statistics_layout(backend, _ITEMSIZE[logits])
+        warps, layout = (
+            rows_triton.STATISTICS_WARPS[backend],
+            rows_triton.statistics_layout(backend, _ITEMSIZE[logits], aligned),
+        )
         block = layout["LANES"] * layout["WIDTH"]
-    else:
-        warps, block = rows_triton.GRADIENT_WARPS, rows_triton.GRADIENT_BLOCK
+    elif name == "gradient_kernel":
+        warps, block = rows_triton.GRADIENT_WARPS[backend], rows_triton.GRADIENT_BLOCK
         layout = {"BLOCK": block}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
+    specialized = [argument.name for argument in kernel.params if not argument.do_not_specialize]
     divisible = {
         (index,): [["tt.divisibility", 16]]
-        for index, argument in enumerate(kernel.arg_names)
-        if argument.endswith("_ptr") or (aligned and (argument.endswith("_stride") or argument == "n_columns"))
-        if not argument.startswith("state")
+        for index, argument in enumerate(kernel.params)
+        if argument.name in specialized and not argument.do_not_specialize_on_alignment
+        if argument.name.endswith("_ptr")
+        or (aligned and (argument.name.endswith("_stride") or argument.name == "n_loaded"))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps[backend]})
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
     machine = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
-    columns_a_thread = block / (TARGETS[target].warp_size * warps[backend])
+    if block:
+        columns_a_thread = block / (TARGETS[target].warp_size * warps)
+        token_bytes = VOCABULARY * _column_bytes(name, options, logits, gradient)
+        token_flops = round(VOCABULARY * machine.flops / columns_a_thread)
+    else:  # once a token, one lane a thread
+        token_bytes = 4 * (layout["LANES"] + 1) * len(VGS_STATE if options["FOUR"] else PAIR_STATE)
+        token_flops = machine.flops * TARGETS[target].warp_size
     return Resources(
         *(name, options, target, logits, gradient),
         *(machine.registers, machine.spills, compiled.metadata.shared, machine.wide_loads, machine.loads, aligned),
-        token_bytes=VOCABULARY * _column_bytes(name, options, logits, gradient),
-        token_flops=round(VOCABULARY * machine.flops / columns_a_thread),
+        *(token_bytes, token_flops),
     )
 
 
 def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
-    """Resources of every variant on every target, as dictionaries; of the plainest also for an odd vocabulary.
+    """Resources of every variant on every target, as dictionaries; for logits that a caller holds, also unaligned.
 
     Raises:
         ValueError: for an unknown target.
@@ -189,8 +205,8 @@ def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
         asdict(compile_kernel(name, *variant, target, aligned))
         for target in targets or TARGETS
         for name, variants in VARIANTS.items()
-        for index, variant in enumerate(variants)
-        for aligned in ((True, False) if index == 0 else (True,))
+        for variant in variants
+        for aligned in ((True, False) if variant[1] == "bf16" else (True,))
     ]
 
 
@@ -198,8 +214,8 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     """One line a kernel, for people."""
     return [
         f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} "
-        f"{' '.join(key for key, value in row['options'].items() if value):38} "
-        f"{'' if row['aligned'] else 'odd V, '}{row['registers']} registers, {row['spills']} spills, "
+        f"{' '.join(key for key, value in row['options'].items() if value is True):38} "
+        f"{'' if row['aligned'] else 'unaligned, '}{row['registers']} registers, {row['spills']} spills, "
         f"{row['shared_bytes']} B shared, {row['wide_loads']}/{row['loads']} wide loads, "
         f"{row['token_bytes'] / 1e6:.2f} MB and {row['token_flops'] / 1e6:.1f} MFLOP a token"
         for row in rows

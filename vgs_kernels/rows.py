@@ -75,6 +75,8 @@ class RowTile(NamedTuple):
     target_transform: LogitTransform
     may_be_masked: bool
     """Whether a logit can be -inf."""
+    readable: int
+    """Columns >= C that may be read in all rows, and overwritten in those of gradients; what stands there is void."""
 
     @property
     def four(self) -> bool:

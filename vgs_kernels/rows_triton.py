@@ -1,20 +1,26 @@
 """The row backend in Triton, for CUDA and ROCm. See rows.py for the notation and rows_torch.py for the same in PyTorch.
 
-Both kernels stream a tile once: the statistics sweep with one program per token, the gradient sweep with one program
-per token and column block. In the statistics sweep every thread keeps statistics of its own columns, and they meet
-once, behind the last column: nothing waits for other warps on the way. Every load is guarded by the same rule as in
-PyTorch: where a softmax weight is 0, the gap that it multiplies does not count, which covers columns masked to -inf and
-the columns behind the tile's end alike.
+Both sweeps stream a tile once. In the statistics sweep a program takes a stretch of one token's columns, and each
+thread keeps statistics of its own columns; they meet once, behind the last column, so that nothing waits for other
+warps on the way. A second, small kernel lets the stretches meet. In the gradient sweep a program takes one token and
+one column block.
+
+Loads are 16 bytes wide whatever the vocabulary: they may reach into the ``readable`` columns behind the tile's end,
+whose values do not count. Where a column may be masked (MASKED), every sum follows the same rule as in PyTorch: where a
+softmax weight is 0, the gap that it multiplies does not count. Elsewhere all numbers are finite and 0 * gap is 0.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import RowCoefficients, RowTile
+from .rows import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
 
 #: Warps by vendor, and columns of a block of gradients: 16-byte loads, and no spills. A block of statistics has as many
 #: columns as its threads can load at once: more of them for each thread take registers and save few instructions.
@@ -22,6 +28,21 @@ STATISTICS_WARPS = {"cuda": 8, "hip": 4}
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
 _THREADS = {"cuda": 32, "hip": 64}  # of a warp
 _VENDOR = "cuda" if torch.version.hip is None else "hip"
+#: A row is cut until there are this many programs for each multiprocessor, twice what runs there at a time; stretches
+#: keep so many blocks that their start and their meeting are small beside them. Whatever their number, they meet in one
+#: compilation.
+_PROGRAMS_PER_PROCESSOR, _MIN_STRETCH_BLOCKS, MEETING_LANES = 8, 8, 32
+_LOAD_COLUMNS = 16  # what Triton takes for aligned is a multiple of this
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+#: A logit that has no weight beside any other, but is finite, so that differences of such logits are.
+_NOTHING = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _exp(x):
+    # tl.exp spends three more instructions on results below 2^-126; these become 0.
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -29,21 +50,26 @@ def _tanh(x):
     # 1 - 2 / (e^2x + 1) cancels near zero; there, the odd series.
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    return tl.where(x2 < 0.0625, series, 1 - 2 / (tl.exp(2 * x) + 1))
+    return tl.where(x2 < 0.0625, series, 1 - 2 / (_exp(2 * x) + 1))
 
 
 @triton.jit
-def _load(pointer, columns, valid, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr):
-    x = tl.load(pointer + columns, mask=valid, other=float("-inf")).to(tl.float32)
+def _load(
+    pointer, columns, n_columns, n_loaded, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
+):
+    x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
     if HAS_CAP:
-        return tl.where(x == float("-inf"), x, _tanh(x * scale / softcap) * softcap * inv_temperature)
-    return x * (scale * inv_temperature)
+        capped = _tanh(x * (scale / softcap)) * (softcap * inv_temperature)
+        x = tl.where(x == float("-inf"), x, capped) if MASKED else capped
+    else:
+        x *= scale * inv_temperature
+    return tl.where(columns < n_columns, x, float("-inf") if MASKED else _NOTHING)
 
 
 @triton.jit
-def _anchor(maximum):
+def _anchor(maximum, MASKED: tl.constexpr):
     """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
+    return tl.where(maximum == float("-inf"), 0.0, maximum) if MASKED else maximum
 
 
 @triton.jit
@@ -53,221 +79,337 @@ def _lane_sum(x):
 
 
 @triton.jit
-def _raise(maximum, raised):
+def _raise(maximum, raised, MASKED: tl.constexpr):
     """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
-    anchor = _anchor(raised)
-    return anchor, _anchor(maximum) - anchor, tl.exp(maximum - anchor)
+    anchor = _anchor(raised, MASKED)
+    return anchor, _anchor(maximum, MASKED) - anchor, _exp(maximum - anchor)
 
 
 @triton.jit
-def _centre(x, maximum):
+def _centre(x, maximum, MASKED: tl.constexpr):
     """Fold a block into the lanes' maxima: the new ones, the centred block, the anchors' shift, the sums' discount."""
     raised = tl.maximum(maximum, tl.max(x, axis=1))
-    anchor, shift, discount = _raise(maximum, raised)
+    anchor, shift, discount = _raise(maximum, raised, MASKED)
     return raised, x - anchor[:, None], shift, discount
 
 
 @triton.jit
-def _kept(total, sum_before, shift, discount):
+def _kept(total, sum_before, shift, discount, MASKED: tl.constexpr):
     """What remains of a weighted sum of gaps that was centred at the old anchors."""
-    return tl.where(discount > 0, (total + shift * sum_before) * discount, 0.0)
+    kept = (total + shift * sum_before) * discount
+    return tl.where(discount > 0, kept, 0.0) if MASKED else kept
 
 
 @triton.jit
-def _expect(total, sum_before, shift, discount, weights, gap):
+def _expect(total, sum_before, shift, discount, weights, gap, MASKED: tl.constexpr):
     """Fold a block into a weighted sum of gaps."""
-    return _kept(total, sum_before, shift, discount) + _lane_sum(tl.where(weights > 0, weights * gap, 0.0))
+    product = weights * gap
+    if MASKED:
+        product = tl.where(weights > 0, product, 0.0)
+    return _kept(total, sum_before, shift, discount, MASKED) + _lane_sum(product)
 
 
 @triton.jit
-def _steered(a, t, w):
+def _steered(a, t, w, MASKED: tl.constexpr):
     """q' = a' + (t' - w'), and -inf where any of the three is."""
-    return tl.where(w == float("-inf"), float("-inf"), a + (t - w))
+    steered = a + (t - w)
+    return tl.where(w == float("-inf"), float("-inf"), steered) if MASKED else steered
 
 
-# The number of tokens decides the state's stride and offset: no recompilation for another batch length.
-@triton.jit(do_not_specialize=["state_stride"], do_not_specialize_on_alignment=["state_ptr"])
+@triton.jit
+def _meet_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
+    """Statistics [LANES] of a pair, each lane a block centred at its own anchors: join them and store them."""
+    s_top = tl.max(s_max, axis=0)
+    t_top = tl.max(t_max, axis=0)
+    _, s_shift, s_discount = _raise(s_max, s_top, MASKED)
+    _, t_shift, t_discount = _raise(t_max, t_top, MASKED)
+    tl.store(pointer, s_top)
+    tl.store(pointer + stride, tl.sum(s_sum * s_discount, axis=0))
+    tl.store(pointer + 2 * stride, t_top)
+    tl.store(pointer + 3 * stride, tl.sum(t_sum * t_discount, axis=0))
+    tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
+    tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
+    return s_shift, s_discount, t_shift, t_discount
+
+
+@triton.jit
+def _meet_text(
+    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+    a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What four rows have more than a pair; the order of rows.VGS_STATE."""
+    a_top = tl.max(a_max, axis=0)
+    w_top = tl.max(w_max, axis=0)
+    _, a_shift, a_discount = _raise(a_max, a_top, MASKED)
+    _, w_shift, w_discount = _raise(w_max, w_top, MASKED)
+    q_max += a_shift + t_shift - w_shift
+    q_top = tl.max(q_max, axis=0)
+    _, _, q_discount = _raise(q_max, q_top, MASKED)
+    prior_gap = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount, MASKED)
+    s_view_gap = _kept(s_view_gap, s_sum, s_shift - a_shift, s_discount, MASKED)
+    t_view_gap = _kept(t_view_gap, t_sum, t_shift - w_shift, t_discount, MASKED)
+    tl.store(pointer + 6 * stride, a_top)
+    tl.store(pointer + 7 * stride, tl.sum(a_sum * a_discount, axis=0))
+    tl.store(pointer + 8 * stride, w_top)
+    tl.store(pointer + 9 * stride, tl.sum(w_sum * w_discount, axis=0))
+    tl.store(pointer + 10 * stride, q_top)
+    tl.store(pointer + 11 * stride, tl.sum(q_sum * q_discount, axis=0))
+    tl.store(pointer + 12 * stride, tl.sum(prior_gap, axis=0))
+    tl.store(pointer + 13 * stride, tl.sum(s_view_gap, axis=0))
+    tl.store(pointer + 14 * stride, tl.sum(t_view_gap, axis=0))
+    tl.store(pointer + 15 * stride, tl.sum(_kept(a_gap, a_sum, a_shift - w_shift, a_discount, MASKED), axis=0))
+
+
+# The numbers of tokens and of columns are no reason to compile again; ``n_loaded`` is, if it is no multiple of 16.
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "n_blocks"])
 def statistics_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
-    state_ptr, state_stride, n_columns,
+    out_ptr, n_rows, n_columns, n_loaded, n_blocks,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
+    FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
+    """Statistics of ``n_blocks`` blocks of a token's columns, out [stretches, K, R]."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     s_ptr += row * s_stride
     t_ptr += row * t_stride
     if FOUR:
         a_ptr += row * a_stride
         w_ptr += row * w_stride
-    state_ptr += row
+    begin = tl.program_id(1) * (n_blocks * LANES * WIDTH)
+    end = tl.minimum(begin + n_blocks * LANES * WIDTH, n_columns)
+    lane = tl.arange(0, LANES)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
 
-    lane = tl.arange(0, LANES)
-    offsets = (lane * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-
-    # What earlier tiles gave is the first lane's. The order of rows.PAIR_STATE and rows.VGS_STATE.
-    first = lane == 0
-    s_max = tl.where(first, tl.load(state_ptr), float("-inf"))
-    s_sum = tl.where(first, tl.load(state_ptr + state_stride), 0.0)
-    t_max = tl.where(first, tl.load(state_ptr + 2 * state_stride), float("-inf"))
-    t_sum = tl.where(first, tl.load(state_ptr + 3 * state_stride), 0.0)
-    s_logit = tl.where(first, tl.load(state_ptr + 4 * state_stride), 0.0)
-    s_gap = tl.where(first, tl.load(state_ptr + 5 * state_stride), 0.0)
+    zero = tl.zeros([LANES], tl.float32)
+    lowest = zero + (float("-inf") if MASKED else _NOTHING)
+    s_max, s_sum, t_max, t_sum, s_logit, s_gap = lowest, zero, lowest, zero, zero, zero
     if FOUR:
-        a_max = tl.where(first, tl.load(state_ptr + 6 * state_stride), float("-inf"))
-        a_sum = tl.where(first, tl.load(state_ptr + 7 * state_stride), 0.0)
-        w_max = tl.where(first, tl.load(state_ptr + 8 * state_stride), float("-inf"))
-        w_sum = tl.where(first, tl.load(state_ptr + 9 * state_stride), 0.0)
-        q_max = tl.where(first, tl.load(state_ptr + 10 * state_stride), float("-inf"))
-        q_sum = tl.where(first, tl.load(state_ptr + 11 * state_stride), 0.0)
-        s_prior_gap = tl.where(first, tl.load(state_ptr + 12 * state_stride), 0.0)
-        s_view_gap = tl.where(first, tl.load(state_ptr + 13 * state_stride), 0.0)
-        t_view_gap = tl.where(first, tl.load(state_ptr + 14 * state_stride), 0.0)
-        a_gap = tl.where(first, tl.load(state_ptr + 15 * state_stride), 0.0)
+        a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
+        s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero
 
-    for start in range(0, n_columns, LANES * WIDTH):
-        columns = start + offsets
-        valid = columns < n_columns
-        s = _load(s_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
-        t = _load(t_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-        s_max, s, s_shift, s_discount = _centre(s, s_max)
-        t_max, t, t_shift, t_discount = _centre(t, t_max)
-        p_s = tl.exp(s)
-        p_t = tl.exp(t)
-        s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s)
-        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t)
+    for start in range(begin, end, LANES * WIDTH):
+        at = start + offsets
+        s = _load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+        t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+        s_max, s, s_shift, s_discount = _centre(s, s_max, MASKED)
+        t_max, t, t_shift, t_discount = _centre(t, t_max, MASKED)
+        p_s = _exp(s)
+        p_t = _exp(t)
+        s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s, MASKED)
+        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
         if FOUR:
-            a = _load(a_ptr, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
-            w = _load(w_ptr, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-            a_max, a, a_shift, a_discount = _centre(a, a_max)
-            w_max, w, w_shift, w_discount = _centre(w, w_max)
-            p_a = tl.exp(a)
-            # Outside the support of q*, log q* is -inf.
-            prior_gap = tl.where(w == float("-inf"), float("-inf"), a - w)
-            s_prior_gap = _expect(s_prior_gap, s_sum, a_shift - w_shift, s_discount, p_s, prior_gap)
-            s_view_gap = _expect(s_view_gap, s_sum, s_shift - a_shift, s_discount, p_s, s - a)
-            t_view_gap = _expect(t_view_gap, t_sum, t_shift - w_shift, t_discount, p_t, t - w)
-            a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w)
-            q_max, q, _, q_discount = _centre(_steered(a, t, w), q_max + (a_shift + t_shift - w_shift))
+            a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+            w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+            a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
+            w_max, w, w_shift, w_discount = _centre(w, w_max, MASKED)
+            p_a = _exp(a)
+            prior_gap = a - w
+            if MASKED:  # outside the support of q*, log q* is -inf
+                prior_gap = tl.where(w == float("-inf"), float("-inf"), prior_gap)
+            s_prior_gap = _expect(s_prior_gap, s_sum, a_shift - w_shift, s_discount, p_s, prior_gap, MASKED)
+            s_view_gap = _expect(s_view_gap, s_sum, s_shift - a_shift, s_discount, p_s, s - a, MASKED)
+            t_view_gap = _expect(t_view_gap, t_sum, t_shift - w_shift, t_discount, p_t, t - w, MASKED)
+            a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w, MASKED)
+            q_before = q_max + (a_shift + t_shift - w_shift)
+            q_max, q, _, q_discount = _centre(_steered(a, t, w, MASKED), q_before, MASKED)
             a_sum = a_sum * a_discount + _lane_sum(p_a)
-            w_sum = w_sum * w_discount + _lane_sum(tl.exp(w))
-            q_sum = q_sum * q_discount + _lane_sum(tl.exp(q))
+            w_sum = w_sum * w_discount + _lane_sum(_exp(w))
+            q_sum = q_sum * q_discount + _lane_sum(_exp(q))
         s_sum = s_sum * s_discount + _lane_sum(p_s)
         t_sum = t_sum * t_discount + _lane_sum(p_t)
 
-    # The lanes meet: each is a block that was centred at its own anchors.
-    s_top = tl.max(s_max, axis=0)
-    t_top = tl.max(t_max, axis=0)
-    _, s_shift, s_discount = _raise(s_max, s_top)
-    _, t_shift, t_discount = _raise(t_max, t_top)
-    tl.store(state_ptr, s_top)
-    tl.store(state_ptr + state_stride, tl.sum(s_sum * s_discount, axis=0))
-    tl.store(state_ptr + 2 * state_stride, t_top)
-    tl.store(state_ptr + 3 * state_stride, tl.sum(t_sum * t_discount, axis=0))
-    tl.store(state_ptr + 4 * state_stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount), axis=0))
-    tl.store(state_ptr + 5 * state_stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount), axis=0))
+    out_ptr += tl.program_id(1) * (16 if FOUR else 6) * n_rows + row
+    s_shift, s_discount, t_shift, t_discount = _meet_pair(
+        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
+    )
     if FOUR:
-        a_top = tl.max(a_max, axis=0)
-        w_top = tl.max(w_max, axis=0)
-        _, a_shift, a_discount = _raise(a_max, a_top)
-        _, w_shift, w_discount = _raise(w_max, w_top)
-        q_max += a_shift + t_shift - w_shift
-        q_top = tl.max(q_max, axis=0)
-        _, _, q_discount = _raise(q_max, q_top)
-        prior_kept = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount)
-        tl.store(state_ptr + 6 * state_stride, a_top)
-        tl.store(state_ptr + 7 * state_stride, tl.sum(a_sum * a_discount, axis=0))
-        tl.store(state_ptr + 8 * state_stride, w_top)
-        tl.store(state_ptr + 9 * state_stride, tl.sum(w_sum * w_discount, axis=0))
-        tl.store(state_ptr + 10 * state_stride, q_top)
-        tl.store(state_ptr + 11 * state_stride, tl.sum(q_sum * q_discount, axis=0))
-        tl.store(state_ptr + 12 * state_stride, tl.sum(prior_kept, axis=0))
-        tl.store(state_ptr + 13 * state_stride, tl.sum(_kept(s_view_gap, s_sum, s_shift - a_shift, s_discount), axis=0))
-        tl.store(state_ptr + 14 * state_stride, tl.sum(_kept(t_view_gap, t_sum, t_shift - w_shift, t_discount), axis=0))
-        tl.store(state_ptr + 15 * state_stride, tl.sum(_kept(a_gap, a_sum, a_shift - w_shift, a_discount), axis=0))
+        _meet_text(
+            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+            a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED,
+        )  # fmt: skip
+
+
+# The number of tokens decides strides and offsets: no recompilation for another batch length.
+@triton.jit(
+    do_not_specialize=["state_stride", "n_rows", "n_stretches"],
+    do_not_specialize_on_alignment=["state_ptr", "stretch_ptr"],
+)
+def meet_kernel(
+    state_ptr, state_stride, stretch_ptr, n_rows, n_stretches, FOUR: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Join the statistics of a token's stretches [n_stretches, K, R] with the state, that of earlier tiles."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    inside = lane <= n_stretches
+    earlier = lane == 0
+    stretch = stretch_ptr + (lane - 1) * ((16 if FOUR else 6) * n_rows)
+    lanes = tl.where(earlier, state_ptr, stretch) + row
+    stride = tl.where(earlier, state_stride, n_rows)
+    s_max = tl.load(lanes, mask=inside, other=float("-inf"))
+    s_sum = tl.load(lanes + stride, mask=inside, other=0.0)
+    t_max = tl.load(lanes + 2 * stride, mask=inside, other=float("-inf"))
+    t_sum = tl.load(lanes + 3 * stride, mask=inside, other=0.0)
+    s_logit = tl.load(lanes + 4 * stride, mask=inside, other=0.0)
+    s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
+    state_ptr += row
+    if FOUR:
+        a_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
+        a_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
+        w_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
+        w_sum = tl.load(lanes + 9 * stride, mask=inside, other=0.0)
+        q_max = tl.load(lanes + 10 * stride, mask=inside, other=float("-inf"))
+        q_sum = tl.load(lanes + 11 * stride, mask=inside, other=0.0)
+        s_prior_gap = tl.load(lanes + 12 * stride, mask=inside, other=0.0)
+        s_view_gap = tl.load(lanes + 13 * stride, mask=inside, other=0.0)
+        t_view_gap = tl.load(lanes + 14 * stride, mask=inside, other=0.0)
+        a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
+    tl.debug_barrier()  # the state is read before it is written
+    s_shift, s_discount, t_shift, t_discount = _meet_pair(
+        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
+    )
+    if FOUR:
+        _meet_text(
+            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+            a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, True,
+        )  # fmt: skip
 
 
 @triton.jit
 def _cap_slope(z, softcap, inv_temperature):
     """Derivative of the soft-cap; the linear gain is already in the token weights."""
-    capped = z / (softcap * inv_temperature)
+    capped = z * (1 / (softcap * inv_temperature))
     return 1 - capped * capped
 
 
-@triton.jit(do_not_specialize=["state_stride"], do_not_specialize_on_alignment=["state_ptr"])
+@triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride,
-    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr, n_columns,
+    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr, n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
     FOUR: tl.constexpr, PRIOR: tl.constexpr, ADD: tl.constexpr,
-    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, BLOCK: tl.constexpr,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = columns < n_columns
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    stored = at < n_loaded  # zeros behind the tile's end
     state_ptr += row
     weight = tl.load(weight_ptr + row)
-    s = _load(s_ptr + row * s_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
-    t = _load(t_ptr + row * t_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-    s_centred = s - _anchor(tl.load(state_ptr))
-    t_centred = t - _anchor(tl.load(state_ptr + 2 * state_stride))
-    p = tl.exp(s_centred) / tl.load(state_ptr + state_stride)
+    inv_sum = 1 / tl.load(state_ptr + state_stride)
+    s_ptr += row * s_stride
+    t_ptr += row * t_stride
+    s = _load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+    t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+    s_centred = s - _anchor(tl.load(state_ptr), MASKED)
+    t_centred = t - _anchor(tl.load(state_ptr + 2 * state_stride), MASKED)
+    exp_s = _exp(s_centred)
     gap = s_centred - t_centred
     if FOUR:
-        a = _load(a_ptr + row * a_stride, columns, valid, student_scale, student_cap, inv_temperature, STUDENT_CAP)
-        w = _load(w_ptr + row * w_stride, columns, valid, target_scale, target_cap, inv_temperature, TARGET_CAP)
-        a_centred = a - _anchor(tl.load(state_ptr + 6 * state_stride))
-        w_centred = w - _anchor(tl.load(state_ptr + 8 * state_stride))
+        a_ptr += row * a_stride
+        w_ptr += row * w_stride
+        a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+        w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+        a_centred = a - _anchor(tl.load(state_ptr + 6 * state_stride), MASKED)
+        w_centred = w - _anchor(tl.load(state_ptr + 8 * state_stride), MASKED)
         gamma = tl.load(gamma_ptr + row)
-        gap = (1 + gamma) * gap - tl.where(gamma > 0, gamma * (a_centred - w_centred), 0.0)
-    p_weight = weight * p
+        prior_gap = gamma * (a_centred - w_centred)
+        if MASKED:  # 0 * inf is 0
+            prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+        gap = (1 + gamma) * gap - prior_gap
+    p_weight = (weight * inv_sum) * exp_s
     d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
     if STUDENT_CAP:
         d_s *= _cap_slope(s, student_cap, inv_temperature)
-    d_s = tl.where(p_weight != 0, d_s, 0.0)  # 0 * inf is 0
+    if MASKED:
+        d_s = tl.where(p_weight != 0, d_s, 0.0)
     if PRIOR:
-        q = _steered(a_centred, t_centred, w_centred) - _anchor(tl.load(state_ptr + 10 * state_stride))
-        prior_weight = tl.where(a > float("-inf"), weight * gamma, 0.0)
-        d_a = prior_weight * (tl.exp(q) / tl.load(state_ptr + 11 * state_stride) - p)
+        q = _steered(a_centred, t_centred, w_centred, MASKED)
+        q -= _anchor(tl.load(state_ptr + 10 * state_stride), MASKED)
+        prior_weight = weight * gamma
+        if MASKED:
+            prior_weight = tl.where(a > float("-inf"), prior_weight, 0.0)
+        d_a = prior_weight * (_exp(q) / tl.load(state_ptr + 11 * state_stride) - inv_sum * exp_s)
         if STUDENT_CAP:
             d_a *= _cap_slope(a, student_cap, inv_temperature)
-        d_a = tl.where(prior_weight != 0, d_a, 0.0)
-        tl.store(out_text_ptr + row * out_text_stride + columns, d_a, mask=valid)
+        if MASKED:
+            d_a = tl.where(prior_weight != 0, d_a, 0.0)
+        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
     out_ptr += row * out_stride
     if ADD:
-        d_s += tl.load(out_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + columns, d_s, mask=valid)
+        d_s += tl.load(out_ptr + at, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, d_s, mask=stored)
 
 
-def _row_arguments(tile: RowTile) -> list:
+def _rows(tile: RowTile) -> list[Tensor]:
     # A pair has no text rows: its own rows stand in for them and are never read.
     rows = [tile.student, tile.target]
     rows += [tile.student_text, tile.teacher_text] if tile.four else rows
     if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
         raise ValueError("rows must be contiguous along the vocabulary.")
-    return [*rows, *(row.stride(0) for row in rows)]
+    return rows
+
+
+def _columns(tile: RowTile) -> tuple[int, int]:
+    """The tile's columns, and how many of them to load."""
+    n_columns = tile.student.shape[1]
+    aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
+    return n_columns, aligned if aligned <= tile.readable else n_columns
 
 
 def _transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
     student, target = tile.student_transform, tile.target_transform
     scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
-    return scalars, {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
+    caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
+    return scalars, {**caps, "MASKED": tile.may_be_masked}
 
 
-def statistics_layout(vendor: str, itemsize: int) -> dict[str, int]:
-    """How a block's columns are dealt out: 16 bytes to every thread."""
-    return {"LANES": STATISTICS_WARPS[vendor] * _THREADS[vendor], "WIDTH": 16 // itemsize}
+def statistics_layout(vendor: str, itemsize: int, aligned: bool) -> dict[str, int | bool]:
+    """How a block's columns are dealt out: 16 contiguous bytes to every thread; of unaligned rows, every LANES-th one.
+
+    Each keeps a thread's columns its own: else threads would have to meet in every block.
+    """
+    lanes = STATISTICS_WARPS[vendor] * _THREADS[vendor]
+    return {"LANES": lanes, "WIDTH": 16 // itemsize if aligned else 4, "INTERLEAVED": not aligned}
+
+
+def _aligned(rows: Sequence[Tensor], n_loaded: int) -> bool:
+    """Whether Triton can load these rows, each at its own pitch, 16 bytes at a time."""
+    pitches = [row.stride(0) for row in rows]
+    return all(x % _LOAD_COLUMNS == 0 for x in (n_loaded, *pitches)) and all(x.data_ptr() % 16 == 0 for x in rows)
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def stretches(n_rows: int, n_blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """Into how many stretches to cut each of ``n_rows`` rows of ``n_blocks`` column blocks; blocks of a stretch."""
+    wanted = max(1, _PROGRAMS_PER_PROCESSOR * multiprocessors // n_rows)
+    count = max(1, min(wanted, n_blocks // _MIN_STRETCH_BLOCKS, MEETING_LANES - 1))
+    blocks = triton.cdiv(n_blocks, count)
+    return triton.cdiv(n_blocks, blocks), blocks
 
 
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
-    n_rows, n_columns = tile.student.shape
-    scalars, caps = _transform_arguments(tile)
-    statistics_kernel[(n_rows,)](
-        *_row_arguments(tile), state, state.stride(0), n_columns, *scalars,
-        FOUR=tile.four, **caps, **statistics_layout(_VENDOR, tile.student.element_size()),
-        num_warps=STATISTICS_WARPS[_VENDOR],
+    n_rows = len(tile.student)
+    rows = _rows(tile)
+    n_columns, n_loaded = _columns(tile)
+    scalars, options = _transform_arguments(tile)
+    layout = statistics_layout(_VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
+    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
+    count, blocks = stretches(n_rows, n_blocks, _multiprocessors(state.device))
+    parts = state.new_empty(count, len(VGS_STATE if tile.four else PAIR_STATE), n_rows)
+    statistics_kernel[(n_rows, count)](
+        *rows, *(row.stride(0) for row in rows), parts, n_rows, n_columns, n_loaded, blocks, *scalars,
+        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[_VENDOR],
+    )  # fmt: skip
+    meet_kernel[(n_rows,)](
+        state, state.stride(0), parts, n_rows, count,
+        FOUR=tile.four, LANES=MEETING_LANES, num_warps=1,
     )  # fmt: skip
 
 
@@ -281,16 +423,18 @@ def gradient(
 ) -> None:
     """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
 
-    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds.
+    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds. Columns behind C that are
+    ``readable`` are overwritten with 0 (or 0 is added).
     """
-    n_rows, n_columns = tile.student.shape
-    scalars, caps = _transform_arguments(tile)
+    rows = _rows(tile)
+    n_columns, n_loaded = _columns(tile)
+    scalars, options = _transform_arguments(tile)
     prior = out_text is not None
     other = out_text if prior else out
-    gradient_kernel[(n_rows, triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *_row_arguments(tile), out, other, out.stride(0), other.stride(0),
-        state, state.stride(0), *(values.contiguous() for values in coefficients), n_columns, *scalars,
-        FOUR=tile.four, PRIOR=prior, ADD=add, **caps, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
+    gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
+        *rows, *(row.stride(0) for row in rows), out, other, out.stride(0), other.stride(0),
+        state, state.stride(0), *(values.contiguous() for values in coefficients), n_columns, n_loaded, *scalars,
+        FOUR=tile.four, PRIOR=prior, ADD=add, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
     )  # fmt: skip
 
 

@@ -26,6 +26,18 @@ _GRADIENT_ROWS = 2048
 _MIN_ROWS, _CUT_ROWS, _MIN_COLUMNS = 32, 128, 128
 #: Whole GEMM tiles: no tensor-core tile is left partly empty except at the last token.
 _ROW_MULTIPLE = 64
+_PITCH_COLUMNS = 64
+
+
+def pitch(columns: int) -> int:
+    """Elements from one row of a slab to the next: rows begin at multiples of 128 bytes whatever the vocabulary."""
+    return math.ceil(columns / _PITCH_COLUMNS) * _PITCH_COLUMNS
+
+
+def _rows(slab: Tensor, rows: slice, columns: int) -> Tensor:
+    """These rows of a slab, [R, columns]."""
+    width = pitch(columns)
+    return slab[rows.start * width : rows.stop * width].view(-1, width)[:, :columns]
 
 
 def row_backend(name: str):
@@ -124,12 +136,12 @@ class Plan:
     @classmethod
     def fit(cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int) -> Plan:
         """Largest tiles within the workspace; the bytes are those of one token and one column."""
-        n = max(n, 1)
-        rows = workspace_bytes // (vocab * slab_bytes)
+        n, width = max(n, 1), pitch(vocab)
+        rows = workspace_bytes // (width * slab_bytes)
         gradient_rows = n
         if gradient_bytes:  # at most half of the workspace for the gradient block
-            gradient_rows = min(n, _GRADIENT_ROWS, workspace_bytes // (2 * vocab * gradient_bytes))
-            rows = (workspace_bytes - gradient_rows * vocab * gradient_bytes) // (vocab * slab_bytes)
+            gradient_rows = min(n, _GRADIENT_ROWS, workspace_bytes // (2 * width * gradient_bytes))
+            rows = (workspace_bytes - gradient_rows * width * gradient_bytes) // (width * slab_bytes)
         rows = min(rows, gradient_rows)
         if rows < min(n, _MIN_ROWS):
             rows = min(n, _CUT_ROWS)
@@ -183,7 +195,7 @@ class LinearSource:
         count = sum(len(part.views) for part in parts)
         self.plan = Plan.fit(self.n, self.vocab, count * dtype.itemsize, gradient_bytes, workspace_bytes)
         self._slabs = [
-            hidden.new_empty(len(part.views) * self.plan.rows * self.plan.columns, dtype=dtype) for part in parts
+            hidden.new_empty(len(part.views) * self.plan.rows * pitch(self.plan.columns), dtype=dtype) for part in parts
         ]
 
     def new_state(self) -> Tensor:
@@ -193,11 +205,11 @@ class LinearSource:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
         tiles: list[Tensor] = []
         for part, slab in zip(self.parts, self._slabs, strict=True):
-            out = slab[: len(part.views) * n_rows * n_columns].view(-1, n_columns)
+            out = _rows(slab, slice(0, len(part.views) * n_rows), n_columns)
             part.project(rows, columns, out)
             tiles += out.split(n_rows)
         s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if len(tiles) == 4 else (*tiles, None, None)
-        return RowTile(s, t, a, w, *self.transforms, self.may_be_masked)
+        return RowTile(s, t, a, w, *self.transforms, self.may_be_masked, pitch(n_columns))
 
 
 class DenseSource:
@@ -217,9 +229,12 @@ class DenseSource:
         return new_state(self.n, len(self._logits) == 4, first.new_empty(0, dtype=dtype))
 
     def load(self, rows: slice, columns: slice) -> RowTile:
+        # The caller's columns behind the vocabulary can be read, and their gradient is 0.
+        readable = min(x.shape[1] for x in self._logits) - columns.start
         tiles = [x[rows, columns] for x in self._logits]
-        tiles = [x if x.stride(1) == 1 else x.contiguous() for x in tiles]
-        return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True)
+        if any(x.stride(1) != 1 for x in tiles):
+            tiles, readable = [x.contiguous() for x in tiles], columns.stop - columns.start
+        return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True, readable=readable)
 
 
 class DenseSink:
@@ -274,20 +289,15 @@ class LinearSink:
         self._blocks: list[Tensor] | None = None
         if shares_slab(views[0]):
             return  # the gradient overwrites the logits
-        size = plan.gradient_rows * plan.columns
+        size = plan.gradient_rows * pitch(plan.columns)
         self._blocks = [views[0].new_empty(size, dtype=gradient_dtype(views[0])) for _ in views]
-
-    def _block(self, index: int, rows: slice, columns: slice) -> Tensor:
-        """Rows (counted from the start of the gradient block) of a block that is this many columns wide."""
-        width = columns.stop - columns.start
-        return self._blocks[index][rows.start * width : rows.stop * width].view(-1, width)
 
     def tile(self, rows: slice, columns: slice, source: RowTile) -> tuple[Tensor, Tensor | None]:
         if self._blocks is None:
             self._tiles = [source.student, source.student_text][: len(self.views)]
         else:
             local = slice(rows.start - self._start, rows.stop - self._start)
-            self._tiles = [self._block(i, local, columns) for i in range(len(self.views))]
+            self._tiles = [_rows(block, local, columns.stop - columns.start) for block in self._blocks]
         return self._tiles[0], self._tiles[1] if len(self.views) == 2 else None
 
     def collect(self, rows: slice, columns: slice) -> None:
@@ -301,7 +311,7 @@ class LinearSink:
             if self._blocks is None:
                 d_logits = self._tiles[index]
             else:
-                d_logits = self._block(index, slice(0, filled), columns)
+                d_logits = _rows(self._blocks[index], slice(0, filled), columns.stop - columns.start)
             if d_hidden is not None:
                 keep = columns.start > 0
                 add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block], self.alpha, keep=keep)
