@@ -43,8 +43,15 @@ VARIANTS = {
     ],
     "meet_kernel": [({"FOUR": four}, "fp32", "fp32") for four in (True, False)],
     "gradient_kernel": [
-        ({"FOUR": four, "PRIOR": prior, "ADD": add, **options}, logits, gradient)
-        for four, prior, add in ((True, False, False), (True, True, False), (False, False, False), (False, False, True))
+        ({"FOUR": four, "PRIOR": prior, "LANGUAGE": language, "COMPACT": compact, **options}, logits, gradient)
+        for four, prior, language, compact in (
+            (True, False, False, False),
+            (True, True, False, False),
+            (True, True, True, False),
+            (True, False, True, False),
+            (True, False, True, True),
+            (False, False, False, False),
+        )
         for options, logits, gradient in (
             (_PLAIN, "fp32", "fp32"),
             (_PLAIN, "fp32", "bf16"),
@@ -52,7 +59,7 @@ VARIANTS = {
             (_MASKED, "fp32", "bf16"),
             (_MASKED, "bf16", "bf16"),
         )
-        if not (add and logits != gradient)  # only gradients of held logits are added to
+        if not (compact and logits != "fp32") and (four or logits == "fp32")  # only of projected logits
     ],
 }
 
@@ -96,6 +103,8 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
+        elif name == "text_row_ptr":
+            kinds[name] = "*i64"
         elif name in ("s_ptr", "t_ptr", "a_ptr", "w_ptr"):
             kinds[name] = f"*{logits}"
         elif name in ("out_ptr", "out_text_ptr"):
@@ -146,7 +155,7 @@ def _column_bytes(name: str, options: dict[str, Any], logits: str, gradient: str
     read = (4 if options["FOUR"] else 2) * _ITEMSIZE[logits]
     if name == "statistics_kernel":
         return read
-    return read + (1 + options["PRIOR"] + options["ADD"]) * _ITEMSIZE[gradient]
+    return read + (1 + (options["PRIOR"] or options["LANGUAGE"])) * _ITEMSIZE[gradient]
 
 
 def compile_kernel(

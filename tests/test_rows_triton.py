@@ -50,17 +50,24 @@ def test_statistics_and_gradient_of_a_tile(stretches, columns, width, dtype, fou
         states.append(state)
     torch.testing.assert_close(states[1], states[0], rtol=2e-5, atol=2e-6)
 
-    coefficients = RowCoefficients(*torch.rand(3, n))
-    expected, expected_text = torch.empty(n, columns), torch.empty(n, columns) if four else None
-    rows_torch.gradient(tile, states[0], coefficients, expected, expected_text)
-    whole, whole_text = torch.full((2, n, width or columns), torch.nan)
-    out, out_text = whole[:, :columns], whole_text[:, :columns] if four else None
-    rows_triton.gradient(tile, states[0], coefficients, out, out_text)
-    for got, wanted in ((out, expected), (out_text, expected_text)):
-        if wanted is not None:
-            assert (got - wanted).norm() <= 1e-5 * wanted.norm()
-    behind = whole[:, columns:]
-    assert bool(((behind == 0) | behind.isnan()).all()) and bool((behind[:, : -columns % 16] == 0).all())
+    # Every way of forming the text-only gradient; compact, the second token alone.
+    ways = [(True, False, False), (True, True, False), (False, True, False), (False, True, True)] if four else [None]
+    for way in ways:
+        prior, language, compact = way or (False, False, False)
+        scalars = torch.rand(5, n)
+        coefficients = RowCoefficients(*scalars[:3], prior, *(scalars[3:] if language else ()))
+        text_rows = torch.tensor([-1, 0, -1]) if compact else None
+        whole = torch.full((2, 2, n, width or columns), torch.nan)
+        for backend, gradients in zip((rows_torch, rows_triton), whole, strict=True):
+            out, out_text = gradients[..., :columns]
+            backend.gradient(tile, states[0], coefficients, out, out_text if four else None, text_rows)
+        for got, wanted in zip(whole[1, :, :, :columns], whole[0, :, :, :columns], strict=True):
+            written = ~wanted.isnan()
+            assert torch.equal(written, ~got.isnan())
+            assert (got - wanted)[written].norm() <= 1e-5 * wanted[written].norm()
+        assert (~whole[1, 1, :, 0].isnan()).sum() == (0 if not four else 1 if compact else n)
+        behind = whole[1, :, :, columns:]
+        assert bool(((behind == 0) | behind.isnan()).all()) and bool((behind[0, :, : -columns % 16] == 0).all())
 
 
 def test_stretches_share_a_row_among_multiprocessors():

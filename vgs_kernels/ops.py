@@ -8,25 +8,17 @@ An operator's outputs are (loss, terms [K, N], unit, d_*): d_x are gradients in 
 is not asked for is an empty tensor.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .objective import VGSObjective
-from .rows import VGS_STATE, LogitTransform, RowCoefficients, Statistics, accumulation_dtype, scaled
+from .plan import GradientView
+from .rows import LogitTransform, RowCoefficients, Statistics, accumulation_dtype, scaled
+from .sinks import DenseSink, LinearSink
 from .steering import Steering, unit_weights
-from .sweep import (
-    ComposedRow,
-    DenseSink,
-    DenseSource,
-    Head,
-    LinearSink,
-    LinearSource,
-    StackedRows,
-    gradient_bytes,
-    guard,
-    row_backend,
-    sweep,
-)
+from .sweep import ComposedRow, DenseSource, Head, LinearSource, StackedRows, guard, row_backend, sweep
 
 #: Rows of the ``terms`` that the VGS operators return; ``target_logps`` follows if asked for.
 VGS_TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
@@ -63,12 +55,6 @@ def _head_gradient(need: bool, weight: Tensor, vocab: int, n: int, dtype: torch.
 
 def _wanted(gradient: Tensor, need: bool) -> Tensor | None:
     return gradient if need else None
-
-
-def _language_state(state: Tensor) -> Tensor:
-    """Statistics of the pair (a, w) out of those of four rows."""
-    x = dict(zip(VGS_STATE, state, strict=True))
-    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], torch.zeros_like(x["a_gap"]), x["a_gap"]])
 
 
 def _pair_coefficients(state: Tensor, weights: Tensor, gain: float) -> RowCoefficients:
@@ -143,41 +129,51 @@ def _linear_vgs(
         need_head = need_weight or need_bias
         head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
 
-        # Phase 1: standard + gamma * visual, on all four rows.
+        # Phase 1: standard + gamma * visual, on all four rows. The language term comes with it where the gate is known
+        # and either all text-only rows have gradient anyway or the host may count the gated ones, and where the head
+        # is frozen: then ungated tokens are taken out afterwards.
         prior = not detach_prior and gamma > 0 and (need_text or need_head)
-        views = [hidden, text_hidden] if prior else [hidden]
+        language = lam > 0 and (need_text or need_head)
+        gate_known = steering.limits is not None
+        at_once = language and ((gate_known and (prior or steering.counts_gated_tokens)) or not (prior or need_head))
+        compact = at_once and gate_known and not prior and steering.counts_gated_tokens
+        views = [GradientView(hidden, _wanted(d_hidden, need_hidden))]
+        if prior or at_once:
+            alpha = 1.0 if prior else lam
+            views.append(GradientView(text_hidden, _wanted(d_text, need_text), alpha, compact))
         source = LinearSource(
-            [StackedRows(student, [hidden, text_hidden]), teacher_rows],
-            transforms,
-            workspace_bytes,
-            gradient_bytes(hidden, len(views)),
+            [StackedRows(student, [hidden, text_hidden]), teacher_rows], transforms, workspace_bytes, views
+        )
+        coefficients = functools.partial(
+            steering.coefficients, live_prior=prior, language=(lam if prior else 1.0) if at_once else 0.0
         )
         sink = None
-        if need_hidden or need_head or (prior and need_text):
-            d_views = [_wanted(d_hidden, need_hidden), _wanted(d_text, need_text)][: len(views)]
-            sink = LinearSink(views, d_views, student, *head_gradients, source.plan)
-        state, target_logits = sweep(source, rows, None, steering.coefficients, sink, target_ids)
+        if need_hidden or need_head or len(views) == 2:
+            sink = LinearSink(views, student.weight, *head_gradients, source.plan)
+        state, target_logits = sweep(source, rows, None, coefficients, sink, target_ids)
         loss, terms = steering.finish(state, target_logits)
+        if at_once and not gate_known:
+            d_text.masked_fill_(~steering.gate.unsqueeze(1), 0)
 
         # Phase 2: language preservation, the pair (a, w) of the gated tokens. Their statistics are taken again: in a
         # GEMM of another shape the logits are rounded otherwise, and p * (gap - mean_gap) would no longer cancel.
-        if lam > 0 and (need_text or need_head):
+        if language and not at_once:
             del source, sink  # frees the slabs
             gated = steering.gated_tokens()
             text, teacher_text = text_hidden[gated], teacher_text_hidden[gated]
+            view = GradientView(text, torch.empty_like(text, dtype=dtype) if need_text else None, lam)
             source = LinearSource(
                 [StackedRows(student, [text]), StackedRows(teacher, [teacher_text])],
                 transforms,
                 workspace_bytes,
-                gradient_bytes(text, 1),
+                [view],
             )
-            d_gated = torch.zeros_like(text, dtype=dtype) if need_text else None
-            sink = LinearSink([text], [d_gated], student, *head_gradients, source.plan, alpha=lam, add=True)
+            sink = LinearSink([view], student.weight, *head_gradients, source.plan, add=True)
             weights = steering.language_weights()[gated]
             gain = student.transform.gain
             sweep(source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink)
             if need_text:
-                d_text.index_add_(0, gated, d_gated)
+                d_text.index_add_(0, gated, view.d_hidden)
     return loss, terms, steering.unit, d_hidden, d_text, d_weight, d_bias
 
 
@@ -222,22 +218,13 @@ def _dense_vgs(
         need_student, need_text = needs
         d_student, d_text = _empty_gradients(needs, [logits, text_logits], logits.dtype)
         prior = not detach_prior and gamma > 0 and need_text
-        if need_student or prior:
+        language = lam if need_text else 0.0
+        if need_student or prior or language:
             # The two come from one sweep: the student's gradient is formed even where only the other is wanted.
             d_view = d_student if need_student else logits.new_empty(logits.shape)
-            sink = DenseSink(d_view, d_text if prior else None)
-            sweep(source, rows, state, steering.coefficients, sink)
-        if lam > 0 and need_text:
-            source = DenseSource([text_logits, teacher_text_logits], (transform, transform), vocab, tile_rows)
-            weights = lam * steering.language_weights()
-            sweep(
-                source,
-                rows,
-                _language_state(state),
-                lambda at, x: _pair_coefficients(x, weights[at], transform.gain),
-                DenseSink(d_text, None),
-                add=prior,
-            )
+            sink = DenseSink(d_view, d_text if prior or language else None)
+            coefficients = functools.partial(steering.coefficients, live_prior=prior, language=language)
+            sweep(source, rows, state, coefficients, sink)
     return loss, terms, steering.unit, d_student, d_text
 
 
@@ -277,17 +264,18 @@ def _linear_divergence(
         need_hidden, need_weight, need_bias = needs
         d_hidden, d_bias = _empty_gradients([need_hidden, need_bias], [hidden, bias], dtype)
         d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
+        view = GradientView(hidden, _wanted(d_hidden, need_hidden))
         target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
         source = LinearSource(
             [StackedRows(student, [hidden]), target],
             (student.transform, LogitTransform(inv_temperature=1.0 / temperature)),
             workspace_bytes,
-            gradient_bytes(hidden, 1),
+            [view],
         )
         sink = None
         if any(needs):
             head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
-            sink = LinearSink([hidden], [_wanted(d_hidden, need_hidden)], student, *head_gradients, source.plan)
+            sink = LinearSink([view], student.weight, *head_gradients, source.plan)
         gain = student.transform.gain
         state, target_logits = sweep(
             source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink, target_ids

@@ -86,13 +86,17 @@ class RowTile(NamedTuple):
 class RowCoefficients(NamedTuple):
     """Per-token scalars of the gradient sweep, [R] each.
 
-    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'); where the
-    prior is live, d_a = weight * gamma * (softmax(q) - p) as well. A pair of rows has gamma = 0.
+    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
+    rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) where the prior is live, and of
+    language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given.
     """
 
     weight: Tensor
     mean_gap: Tensor
     gamma: Tensor
+    live_prior: bool = False
+    language_weight: Tensor | None = None
+    language_mean_gap: Tensor | None = None
 
 
 def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:

@@ -137,23 +137,38 @@ def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
     return gradient.mul_(1 - (logits / (transform.softcap * transform.inv_temperature)).square_())
 
 
+def _language(centred: dict[str, Tensor], total: Tensor, weight: Tensor, mean_gap: Tensor, masked: bool) -> Tensor:
+    """weight * softmax(a) * (a' - w' - mean_gap)."""
+    p_weight = _exp(centred["a"], out=torch.empty_like(centred["a"])).mul_(weight / total)
+    term = (centred["a"] - centred["w"]).sub_(mean_gap).mul_(p_weight)
+    return term.masked_fill_(p_weight == 0, 0) if masked else term
+
+
 def gradient(
     tile: RowTile,
     state: Tensor,
     coefficients: RowCoefficients,
     out: Tensor,
     out_text: Tensor | None = None,
-    add: bool = False,
+    text_rows: Tensor | None = None,
 ) -> None:
-    """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
+    """Write d_s to ``out`` [R, C] and, if given, d_a to ``out_text``; they may be the student's tiles themselves.
 
-    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds.
+    Args:
+        state: [K, R] statistics over all columns.
+        text_rows: [R] row of ``out_text`` for each token, -1 for none; None stands for the tile's own order. Without
+            a live prior only.
     """
     masked = tile.may_be_masked
     blocks = _Blocks(tile, state, 6 if tile.four else 3)
     for rows in blocks.rows():
         x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
-        weight, mean_gap, gamma = (values[rows].unsqueeze(1) for values in coefficients)
+        scalars = [value[rows].unsqueeze(1) if isinstance(value, Tensor) else value for value in coefficients]
+        weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap = scalars
+        tokens, text_at = slice(None), rows
+        if text_rows is not None:
+            tokens = (text_rows[rows] >= 0).nonzero().squeeze(1)
+            text_at = text_rows[rows][tokens]
         for columns in blocks.columns():
             p, *temporaries = blocks.temporaries(rows, columns)
             logits = _load(tile, rows, columns, state.dtype)
@@ -163,11 +178,20 @@ def gradient(
             }
             _exp(centred["s"], out=p).div_(x["s_sum"])
             if out_text is not None:
-                q = _steered(centred, masked, out=temporaries[-1]).sub_(_anchor(x["q_max"]))
-                q = _exp(q, out=q).div_(x["q_sum"])
-                d_a = _chain(q.sub_(p).mul_(weight * gamma), logits["a"], tile)
+                d_a = None
+                if live_prior:
+                    q = _steered(centred, masked, out=temporaries[-1]).sub_(_anchor(x["q_max"]))
+                    d_a = _exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
+                    if masked:  # 0 * inf is 0
+                        d_a.masked_fill_(weight * gamma == 0, 0)
+                if language_weight is not None:
+                    chosen = {name: centred[name][tokens] for name in "aw"}
+                    scale = (values[tokens] for values in (x["a_sum"], language_weight, language_mean_gap))
+                    term = _language(chosen, *scale, masked)
+                    d_a = term if d_a is None else d_a.add_(term)
+                d_a = _chain(d_a, logits["a"][tokens], tile)
                 if masked:
-                    d_a.masked_fill_((logits["a"] == -torch.inf) | (weight * gamma == 0), 0)
+                    d_a.masked_fill_(logits["a"][tokens] == -torch.inf, 0)
             gap = centred["s"].sub_(centred["t"])
             if tile.four:
                 prior_gap = centred["a"].sub_(centred["w"])
@@ -178,8 +202,6 @@ def gradient(
             d_s = _chain(gap.sub_(mean_gap).mul_(p_weight), logits["s"], tile)
             if masked:
                 d_s.masked_fill_(p_weight == 0, 0)
-            if add:
-                d_s.add_(out[rows, columns])
             out[rows, columns] = d_s
             if out_text is not None:
-                out_text[rows, columns] = d_a
+                out_text[text_at, columns] = d_a.to(out_text.dtype)

@@ -287,9 +287,10 @@ def _cap_slope(z, softcap, inv_temperature):
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride,
-    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr, n_columns, n_loaded,
+    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr,
+    language_weight_ptr, language_mean_gap_ptr, text_row_ptr, n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, PRIOR: tl.constexpr, ADD: tl.constexpr,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, LANGUAGE: tl.constexpr, COMPACT: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -324,22 +325,31 @@ def gradient_kernel(
         d_s *= _cap_slope(s, student_cap, inv_temperature)
     if MASKED:
         d_s = tl.where(p_weight != 0, d_s, 0.0)
-    if PRIOR:
-        q = _steered(a_centred, t_centred, w_centred, MASKED)
-        q -= _anchor(tl.load(state_ptr + 10 * state_stride), MASKED)
-        prior_weight = weight * gamma
-        if MASKED:
-            prior_weight = tl.where(a > float("-inf"), prior_weight, 0.0)
-        d_a = prior_weight * (_exp(q) / tl.load(state_ptr + 11 * state_stride) - inv_sum * exp_s)
-        if STUDENT_CAP:
-            d_a *= _cap_slope(a, student_cap, inv_temperature)
-        if MASKED:
-            d_a = tl.where(prior_weight != 0, d_a, 0.0)
-        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
-    out_ptr += row * out_stride
-    if ADD:
-        d_s += tl.load(out_ptr + at, mask=stored, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, d_s, mask=stored)
+    tl.store(out_ptr + row * out_stride + at, d_s, mask=stored)
+    if PRIOR or LANGUAGE:
+        text_row = tl.load(text_row_ptr + row) if COMPACT else row
+        if text_row >= 0:
+            d_a = tl.zeros([BLOCK], tl.float32)
+            if PRIOR:
+                q = _steered(a_centred, t_centred, w_centred, MASKED)
+                q -= _anchor(tl.load(state_ptr + 10 * state_stride), MASKED)
+                prior_weight = weight * gamma
+                inv_q_sum = 1 / tl.load(state_ptr + 11 * state_stride)
+                d_a = prior_weight * (inv_q_sum * _exp(q) - inv_sum * exp_s)
+                if MASKED:
+                    d_a = tl.where(prior_weight != 0, d_a, 0.0)
+            if LANGUAGE:
+                language_weight = tl.load(language_weight_ptr + row) / tl.load(state_ptr + 7 * state_stride)
+                p_weight = language_weight * _exp(a_centred)
+                term = p_weight * (a_centred - w_centred - tl.load(language_mean_gap_ptr + row))
+                if MASKED:
+                    term = tl.where(p_weight != 0, term, 0.0)
+                d_a += term
+            if STUDENT_CAP:
+                d_a *= _cap_slope(a, student_cap, inv_temperature)
+            if MASKED:
+                d_a = tl.where(a > float("-inf"), d_a, 0.0)
+            tl.store(out_text_ptr + text_row * out_text_stride + at, d_a, mask=stored)
 
 
 def _rows(tile: RowTile) -> list[Tensor]:
@@ -419,22 +429,30 @@ def gradient(
     coefficients: RowCoefficients,
     out: Tensor,
     out_text: Tensor | None = None,
-    add: bool = False,
+    text_rows: Tensor | None = None,
 ) -> None:
-    """Write d_s to ``out`` [R, C], which may be the student's tile itself, and d_a to ``out_text`` if given.
+    """Write d_s to ``out`` [R, C] and, if given, d_a to ``out_text``; they may be the student's tiles themselves.
 
-    ``state`` [K, R] are the statistics over all columns; ``add`` adds to what ``out`` holds. Columns behind C that are
-    ``readable`` are overwritten with 0 (or 0 is added).
+    Columns behind C that are ``readable`` are overwritten with 0.
+
+    Args:
+        state: [K, R] statistics over all columns.
+        text_rows: [R] int64 row of ``out_text`` for each token, -1 for none; None stands for the tile's own order.
+            Such rows must not be those of the tile, which other tokens may not have read yet.
     """
     rows = _rows(tile)
     n_columns, n_loaded = _columns(tile)
     scalars, options = _transform_arguments(tile)
-    prior = out_text is not None
-    other = out_text if prior else out
+    weight, mean_gap, gamma, prior, *language = coefficients
+    text = out if out_text is None else out_text
+    # What a variant does not read is stood in for by what it does.
+    language = [weight if value is None else value for value in language]
+    vectors = [value.contiguous() for value in (weight, mean_gap, gamma, *language)]
     gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, other, out.stride(0), other.stride(0),
-        state, state.stride(0), *(values.contiguous() for values in coefficients), n_columns, n_loaded, *scalars,
-        FOUR=tile.four, PRIOR=prior, ADD=add, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
+        *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
+        state, state.stride(0), *vectors, weight if text_rows is None else text_rows, n_columns, n_loaded, *scalars,
+        FOUR=tile.four, PRIOR=prior, LANGUAGE=coefficients.language_weight is not None, COMPACT=text_rows is not None,
+        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
     )  # fmt: skip
 
 

@@ -60,17 +60,34 @@ class Steering:
     def find_limits(self) -> None:
         self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
 
-    def coefficients(self, rows: slice, state: Tensor) -> RowCoefficients:
-        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels."""
+    @property
+    def counts_gated_tokens(self) -> bool:
+        """Whether only the host can tell how many tokens are gated: no quantile of this very call bounds them."""
+        return not self._bounded
+
+    def coefficients(
+        self, rows: slice, state: Tensor, live_prior: bool = False, language: float = 0.0
+    ) -> RowCoefficients:
+        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels.
+
+        With ``language`` also those of language * KL(p_x || q_x): of the gated tokens if the limits are known, else of
+        all tokens.
+        """
         x = Statistics(state)
+        limits = None if self.limits is None else [limit[rows] for limit in self.limits]
+        if limits is not None:
+            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
         if self.objective.schedule == "constant":
             gamma = torch.full_like(x["s_max"], self.objective.gamma)
         else:
-            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
-            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
+            gamma = gating.token_gamma(vds, self.objective, limits)
         weight = self.gain * self.unit_weights[rows]
         mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
-        return RowCoefficients(*(value.to(state.dtype) for value in (weight, mean_gap, gamma)))
+        weight, mean_gap, gamma = (value.to(state.dtype) for value in (weight, mean_gap, gamma))
+        if not language:
+            return RowCoefficients(weight, mean_gap, gamma, live_prior)
+        language_weight = language * (weight if limits is None else weight * (vds > limits[-1]))
+        return RowCoefficients(weight, mean_gap, gamma, live_prior, language_weight, x.mean("a_gap").to(state.dtype))
 
     def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss and terms from the statistics of all tokens; settles the gate."""

@@ -1,6 +1,6 @@
 """The chunk driver: brings logit rows into memory tile by tile, runs the two sweeps, collects gradients.
 
-A tile holds the rows of a few tokens. If all columns of at least ``_MIN_ROWS`` tokens fit into the workspace, each
+A tile holds the rows of a few tokens. If all columns of a few dozen tokens fit into the workspace (see plan.py), each
 tile spans the vocabulary and is projected once; else the vocabulary is cut as well and the tiles are projected twice,
 once for each sweep, which costs one more projection and keeps the workspace as small as one likes.
 """
@@ -8,7 +8,6 @@ once for each sweep, which costs one more projection and keeps the workspace as 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,27 +16,10 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient, has_mixed_gemm, project
+from .gemm import UPCAST_COLUMNS, project
+from .plan import GradientView, Plan, pitch, slab_rows
 from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state
-
-#: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
-_GRADIENT_ROWS = 2048
-#: Fewer rows than these starve the projections: cut the vocabulary instead.
-_MIN_ROWS, _CUT_ROWS, _MIN_COLUMNS = 32, 128, 128
-#: Whole GEMM tiles: no tensor-core tile is left partly empty except at the last token.
-_ROW_MULTIPLE = 64
-_PITCH_COLUMNS = 64
-
-
-def pitch(columns: int) -> int:
-    """Elements from one row of a slab to the next: rows begin at multiples of 128 bytes whatever the vocabulary."""
-    return math.ceil(columns / _PITCH_COLUMNS) * _PITCH_COLUMNS
-
-
-def _rows(slab: Tensor, rows: slice, columns: int) -> Tensor:
-    """These rows of a slab, [R, columns]."""
-    width = pitch(columns)
-    return slab[rows.start * width : rows.stop * width].view(-1, width)[:, :columns]
+from .sinks import Sink
 
 
 def row_backend(name: str):
@@ -125,35 +107,6 @@ def _times(coefficient: float, values: Tensor) -> Tensor:
     return (coefficient * values).masked_fill_(values == -torch.inf, -torch.inf)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of the tiles: tokens and columns of a projection, tokens of a gradient block."""
-
-    rows: int
-    columns: int
-    gradient_rows: int
-
-    @classmethod
-    def fit(cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int) -> Plan:
-        """Largest tiles within the workspace; the bytes are those of one token and one column."""
-        n, width = max(n, 1), pitch(vocab)
-        rows = workspace_bytes // (width * slab_bytes)
-        gradient_rows = n
-        if gradient_bytes:  # at most half of the workspace for the gradient block
-            gradient_rows = min(n, _GRADIENT_ROWS, workspace_bytes // (2 * width * gradient_bytes))
-            rows = (workspace_bytes - gradient_rows * width * gradient_bytes) // (width * slab_bytes)
-        rows = min(rows, gradient_rows)
-        if rows < min(n, _MIN_ROWS):
-            rows = min(n, _CUT_ROWS)
-            columns = workspace_bytes // (rows * (slab_bytes + gradient_bytes)) // _MIN_COLUMNS * _MIN_COLUMNS
-            return cls(rows, min(max(columns, _MIN_COLUMNS), vocab), rows)
-        if _ROW_MULTIPLE < rows < n:
-            rows -= rows % _ROW_MULTIPLE
-            even = math.ceil(n / math.ceil(n / rows))  # no small remainder behind large tiles
-            rows = math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return cls(rows, vocab, gradient_rows // rows * rows if gradient_bytes else rows)
-
-
 class Source(Protocol):
     """Where tiles come from."""
 
@@ -166,14 +119,6 @@ class Source(Protocol):
     def load(self, rows: slice, columns: slice) -> RowTile: ...
 
 
-class Sink(Protocol):
-    """Where gradient tiles go."""
-
-    def tile(self, rows: slice, columns: slice, source: RowTile) -> tuple[Tensor, Tensor | None]: ...
-
-    def collect(self, rows: slice, columns: slice) -> None: ...
-
-
 class LinearSource:
     """Tiles projected from hidden states into float32 (float64) slabs that are allocated once."""
 
@@ -182,7 +127,7 @@ class LinearSource:
         parts: Sequence[StackedRows | ComposedRow],
         transforms: tuple[LogitTransform, LogitTransform],
         workspace_bytes: int,
-        gradient_bytes: int = 0,
+        views: Sequence[GradientView] = (),
     ) -> None:
         hidden = parts[0].views[0]
         self.n = len(hidden)
@@ -193,7 +138,7 @@ class LinearSource:
         self.may_be_masked = any(head.bias is not None for head in heads)
         dtype = accumulation_dtype(hidden)
         count = sum(len(part.views) for part in parts)
-        self.plan = Plan.fit(self.n, self.vocab, count * dtype.itemsize, gradient_bytes, workspace_bytes)
+        self.plan = Plan.of(self.n, self.vocab, count * dtype.itemsize, views, workspace_bytes)
         self._slabs = [
             hidden.new_empty(len(part.views) * self.plan.rows * pitch(self.plan.columns), dtype=dtype) for part in parts
         ]
@@ -205,7 +150,7 @@ class LinearSource:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
         tiles: list[Tensor] = []
         for part, slab in zip(self.parts, self._slabs, strict=True):
-            out = _rows(slab, slice(0, len(part.views) * n_rows), n_columns)
+            out = slab_rows(slab, slice(0, len(part.views) * n_rows), n_columns)
             part.project(rows, columns, out)
             tiles += out.split(n_rows)
         s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if len(tiles) == 4 else (*tiles, None, None)
@@ -237,103 +182,6 @@ class DenseSource:
         return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True, readable=readable)
 
 
-class DenseSink:
-    """Gradients of logits that the caller holds."""
-
-    def __init__(self, d_student: Tensor, d_text: Tensor | None) -> None:
-        self._gradients = d_student, d_text
-
-    def tile(self, rows: slice, columns: slice, source: RowTile) -> tuple[Tensor, Tensor | None]:
-        return tuple(None if x is None else x[rows, columns] for x in self._gradients)
-
-    def collect(self, rows: slice, columns: slice) -> None:
-        pass
-
-
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """dtype of logit gradients: 16 bits only where a GEMM takes 16-bit operands and keeps a float32 result."""
-    if has_mixed_gemm(hidden.device, hidden.dtype) or hidden.dtype == torch.float64:
-        return hidden.dtype
-    return torch.float32
-
-
-class LinearSink:
-    """Collects logit gradients into gradients of hidden states [N, D] and of one head, in float32 (float64).
-
-    Args:
-        views: the student's hidden states whose logits receive gradient: [multimodal] or [multimodal, text-only].
-        d_views: their gradients, or None where not required; overwritten, as long as there is a token.
-        head: the student's head.
-        d_weight, d_bias: its gradients, or None where not required.
-        plan: of the source.
-        alpha: factor on all gradients, kept out of 16-bit logit gradients.
-        add: add to ``d_weight``; else the first block of tokens overwrites it. ``d_bias`` is always added to.
-    """
-
-    def __init__(
-        self,
-        views: Sequence[Tensor],
-        d_views: Sequence[Tensor | None],
-        head: Head,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        plan: Plan,
-        *,
-        alpha: float = 1.0,
-        add: bool = False,
-    ) -> None:
-        self.views, self.d_views, self.head = views, d_views, head
-        self.d_weight, self.d_bias = d_weight, d_bias
-        self.plan, self.alpha, self.add = plan, alpha, add
-        self._start = 0
-        self._blocks: list[Tensor] | None = None
-        if shares_slab(views[0]):
-            return  # the gradient overwrites the logits
-        size = plan.gradient_rows * pitch(plan.columns)
-        self._blocks = [views[0].new_empty(size, dtype=gradient_dtype(views[0])) for _ in views]
-
-    def tile(self, rows: slice, columns: slice, source: RowTile) -> tuple[Tensor, Tensor | None]:
-        if self._blocks is None:
-            self._tiles = [source.student, source.student_text][: len(self.views)]
-        else:
-            local = slice(rows.start - self._start, rows.stop - self._start)
-            self._tiles = [_rows(block, local, columns.stop - columns.start) for block in self._blocks]
-        return self._tiles[0], self._tiles[1] if len(self.views) == 2 else None
-
-    def collect(self, rows: slice, columns: slice) -> None:
-        """Multiply out the gradient block once it is full, or at the last token."""
-        filled = rows.stop - self._start
-        next_rows = min(self.plan.rows, len(self.views[0]) - rows.stop)
-        if self._blocks is not None and next_rows > 0 and filled + next_rows <= self.plan.gradient_rows:
-            return
-        block = slice(self._start, rows.stop)
-        for index, (hidden, d_hidden) in enumerate(zip(self.views, self.d_views, strict=True)):
-            if self._blocks is None:
-                d_logits = self._tiles[index]
-            else:
-                d_logits = _rows(self._blocks[index], slice(0, filled), columns.stop - columns.start)
-            if d_hidden is not None:
-                keep = columns.start > 0
-                add_hidden_gradient(d_logits, self.head.weight[columns], d_hidden[block], self.alpha, keep=keep)
-            if self.d_weight is not None:
-                keep = self.add or self._start > 0 or index > 0
-                add_weight_gradient(d_logits, hidden[block], self.d_weight[columns], self.alpha, keep=keep)
-            if self.d_bias is not None:
-                self.d_bias[columns].add_(d_logits.sum(0, dtype=self.d_bias.dtype), alpha=self.alpha)
-        if columns.stop == len(self.head.weight):
-            self._start = rows.stop
-
-
-def shares_slab(hidden: Tensor) -> bool:
-    """Whether logit gradients have the slabs' dtype, so that they can overwrite the logits."""
-    return gradient_dtype(hidden).itemsize >= 4
-
-
-def gradient_bytes(hidden: Tensor, n_views: int) -> int:
-    """Bytes of the gradient block per token and column."""
-    return 0 if shares_slab(hidden) else n_views * gradient_dtype(hidden).itemsize
-
-
 def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -345,7 +193,6 @@ def sweep(
     coefficients: Callable[[slice, Tensor], RowCoefficients] | None = None,
     sink: Sink | None = None,
     target_ids: Tensor | None = None,
-    add: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the statistics sweep and, with a sink, the gradient sweep over all tokens of a source.
 
@@ -356,7 +203,6 @@ def sweep(
         coefficients: (tokens, their statistics) -> scalars of the gradient sweep.
         sink: takes the gradient of the student's rows.
         target_ids: [N] columns whose student logits are wanted.
-        add: add to the gradients that the sink's tiles hold.
 
     Returns:
         The statistics [K, N], and the student's logits at ``target_ids``, [N] (-inf for an id outside the vocabulary).
@@ -378,8 +224,7 @@ def sweep(
         for columns in columns_of:
             if tile is None or len(columns_of) > 1:
                 tile = source.load(rows, columns)
-            out, out_text = sink.tile(rows, columns, tile)
-            backend.gradient(tile, state[:, rows], scalars, out, out_text, add)
+            backend.gradient(tile, state[:, rows], scalars, *sink.tile(rows, columns, tile, scalars))
             sink.collect(rows, columns)
     return state, picked
 

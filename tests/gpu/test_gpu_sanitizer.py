@@ -34,9 +34,13 @@ for kernel, variants in VARIANTS.items():
         rows_triton.statistics(tile, state)
         if kernel == "gradient_kernel":
             out = torch.zeros(N, V, dtype=DTYPES[gradient], device=DEVICE)
-            text = torch.zeros_like(out) if options["PRIOR"] else None
-            coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE))
-            rows_triton.gradient(tile, state, coefficients, out, text, options["ADD"])
+            text = torch.zeros_like(out) if options["PRIOR"] or options["LANGUAGE"] else None
+            language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else ()
+            coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language)
+            text_rows = torch.arange(N, device=DEVICE) // 2 if options["COMPACT"] else None
+            if text_rows is not None:
+                text_rows[::2] = -1
+            rows_triton.gradient(tile, state, coefficients, out, text, text_rows)
             assert out.any() and (text is None or text.any())
 """
 

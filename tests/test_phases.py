@@ -1,0 +1,95 @@
+"""Where the language term is formed: with the other terms or in a phase of its own, in place or in gradient blocks."""
+
+from itertools import product
+
+import pytest
+import torch
+from oracle import vgs_oracle
+from problems import TRAINABLE, assert_gradients_close, evaluate, float32_bars, make_problem
+
+from vgs_kernels import VGSObjective, fused_linear_vgs_loss, ops, plan, sinks
+
+STRONG = {"lam": 0.4, "gamma": 0.7}
+VOCAB = 211
+TOKENS = {"torch": 600, "triton": 41}
+
+
+def gates(tokens: int) -> dict[str, dict]:
+    scores = torch.linspace(0, 1, tokens).roll(tokens // 3)
+    return {
+        "exact quantile": {},
+        "threshold": {"vds_threshold": 0.05},
+        "threshold, none above": {"vds_threshold": 1e9},
+        "threshold, all above": {"vds_threshold": -1.0},
+        "scores": {"vds": scores},
+        "scores and threshold": {"vds": scores, "vds_threshold": 0.41},
+    }
+
+
+GATES = list(gates(1))
+#: All columns of all tokens; of a few tokens, so that a gradient block of 16 bits has several tiles; cut columns.
+WORKSPACES = {"one tile": 2**30, "tiles": 300_000, "cut": 2**11}
+#: The interpreter of the Triton kernels is slow: few cases, but every way that differs between the backends.
+FEW = ["exact quantile", "threshold", "scores"]
+TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINABLE[1:2], "head alone": TRAINABLE[2:3]}
+
+
+@pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(
+    ("backend", "gate", "trained"),
+    [*product(["torch"], GATES, TRAINED), *product(["triton"], FEW, ["all", "frozen head"])],
+)
+def test_gradients_however_the_gate_is_known(backend, gate, prior, trained):
+    problem = make_problem(TOKENS[backend], VOCAB, bias=trained == "all")
+    objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
+    options = {"objective": objective, **gates(problem.tokens)[gate]}
+    required = {"requires_grad": TRAINED[trained]}
+    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **required, **options)
+    bars = float32_bars(problem, exact, vgs_oracle, **options)
+    for workspace in WORKSPACES.values() if backend == "torch" else (WORKSPACES["tiles"],):
+        ours = evaluate(
+            fused_linear_vgs_loss, problem, **required, **options, backend=backend, workspace_bytes=workspace
+        )
+        assert_gradients_close(ours, exact, rtol=bars)
+        torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(
+    ("backend", "gate", "workspace"),
+    [*product(["torch"], GATES, WORKSPACES), *product(["triton"], FEW, ["tiles"])],
+)
+def test_gradient_blocks_of_16_bits(backend, monkeypatch, gate, prior, workspace):
+    """Blocks that hold several tiles, as on devices whose products take 16-bit gradients of logits."""
+    for module in (plan, sinks):
+        monkeypatch.setattr(module, "gradient_dtype", lambda hidden: hidden.dtype)
+    problem = make_problem(TOKENS[backend], VOCAB).to(dtype=torch.bfloat16)
+    objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
+    options = {"objective": objective, **gates(problem.tokens)[gate]}
+    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
+    ours = evaluate(fused_linear_vgs_loss, problem, **options, backend=backend, workspace_bytes=WORKSPACES[workspace])
+    assert_gradients_close(ours, exact, rtol=6e-3)  # stored twice in bf16: 2^-9 each
+
+
+@pytest.mark.parametrize(
+    ("gate", "prior", "trained", "sweeps"),
+    [
+        ("exact quantile", "detached", "all", 2),
+        ("exact quantile", "detached", "frozen head", 1),
+        ("exact quantile", "live", "all", 2),
+        ("threshold", "detached", "all", 1),
+        ("threshold", "live", "all", 1),
+        ("threshold", "detached", "frozen head", 1),
+        ("scores", "detached", "all", 2),  # bounded by its own quantile: no waiting for a GPU
+        ("scores", "live", "all", 1),
+        ("scores and threshold", "detached", "all", 1),
+    ],
+)
+def test_one_sweep_where_it_suffices(monkeypatch, gate, prior, trained, sweeps):
+    calls = []
+    monkeypatch.setattr(ops, "sweep", lambda *args, run=ops.sweep: calls.append(1) or run(*args))
+    objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
+    problem = make_problem(41, VOCAB)
+    options = {"requires_grad": TRAINED[trained], "objective": objective, **gates(41)[gate]}
+    evaluate(fused_linear_vgs_loss, problem, **options)
+    assert len(calls) == sweeps
