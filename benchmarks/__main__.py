@@ -62,9 +62,10 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 def _counts(args: argparse.Namespace) -> int:
-    from .counts import tables
+    from .counts import tables, workspaces
 
-    print(tables(args.tokens, args.tflops * 1e12, args.terabytes * 1e12))
+    ceilings = args.tokens, args.tflops * 1e12, args.terabytes * 1e12
+    print(f"{tables(*ceilings)}\n\n{workspaces(args.shape, *ceilings)}")
     return 0
 
 
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     counts = commands.add_parser("counts")
     counts.add_argument("--tokens", type=int, default=8192)
+    counts.add_argument("--shape", choices=SHAPES, default="8b-2b", help="of the table of workspaces")
     counts.add_argument("--tflops", type=float, default=790, help="a large bf16 product; default: seen on an H200")
     counts.add_argument(
         "--terabytes", type=float, default=4.3, help="per second, a large copy; default: seen on an H200"

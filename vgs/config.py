@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import DistillationConfig
 
 from vgs_kernels import VGSObjective
+from vgs_kernels.functional import DEFAULT_WORKSPACE_BYTES
 
 from .steering import ETA_PRESETS
 
@@ -48,7 +49,9 @@ class VGSConfig(DistillationConfig):
     eta_batches: int = field(default=1, metadata={"help": 'Batches that eta="measure" measures.'})
     loss_reduction: str = field(default="trajectory", metadata={"help": '"trajectory" or "token".'})
     loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton" or "torch".'})
-    loss_workspace_bytes: int = field(default=2**30, metadata={"help": "Scratch memory of the loss, in bytes."})
+    loss_workspace_bytes: int = field(
+        default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
+    )
     log_terms: bool = field(default=True, metadata={"help": "Log every term of the objective."})
     vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})

@@ -15,7 +15,7 @@ from .objective import DIVERGENCES, VGSObjective
 from .parallel import group_name
 from .rows import accumulation_dtype
 
-DEFAULT_WORKSPACE_BYTES = 2**30
+DEFAULT_WORKSPACE_BYTES = 5 * 2**28
 
 
 @dataclass
@@ -123,7 +123,9 @@ def fused_linear_vgs_loss(
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula.
         process_group: data-parallel ranks of ``vds_scope="ranks"``; None means all. Every rank must call, also one
             without tokens.
-        workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the gated tokens' hidden states.
+        workspace_bytes: bound on the scratch memory beside gradients and [N] vectors, whatever N is. Heads are read
+            once for each tile that fits (at the default, 256 tokens of a vocabulary of 152k); below some 170 MiB the
+            vocabulary is cut, and everything is projected twice. ``python -m benchmarks counts`` says what that costs.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
             teacher's two projections become one (its hidden states are combined and rounded to their dtype); the loss
             is then (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another

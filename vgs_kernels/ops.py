@@ -140,7 +140,7 @@ def _linear_vgs(
         views = [GradientView(hidden, _wanted(d_hidden, need_hidden))]
         if prior or at_once:
             alpha = 1.0 if prior else lam
-            views.append(GradientView(text_hidden, _wanted(d_text, need_text), alpha, compact))
+            views.append(GradientView(text_hidden, _wanted(d_text, need_text), alpha, compact=compact))
         source = LinearSource(
             [StackedRows(student, [hidden, text_hidden]), teacher_rows], transforms, workspace_bytes, views
         )
@@ -160,10 +160,9 @@ def _linear_vgs(
         if language and not at_once:
             del source, sink  # frees the slabs
             gated = steering.gated_tokens()
-            text, teacher_text = text_hidden[gated], teacher_text_hidden[gated]
-            view = GradientView(text, torch.empty_like(text, dtype=dtype) if need_text else None, lam)
+            view = GradientView(text_hidden, _wanted(d_text, need_text), lam, gated)
             source = LinearSource(
-                [StackedRows(student, [text]), StackedRows(teacher, [teacher_text])],
+                [StackedRows(student, [text_hidden], gated), StackedRows(teacher, [teacher_text_hidden], gated)],
                 transforms,
                 workspace_bytes,
                 [view],
@@ -172,8 +171,6 @@ def _linear_vgs(
             weights = steering.language_weights()[gated]
             gain = student.transform.gain
             sweep(source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink)
-            if need_text:
-                d_text.index_add_(0, gated, view.d_hidden)
     return loss, terms, steering.unit, d_hidden, d_text, d_weight, d_bias
 
 

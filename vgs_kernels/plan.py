@@ -13,11 +13,17 @@ from .gemm import has_mixed_gemm
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
 _GRADIENT_ROWS = 2048
-#: Fewer rows than these starve the projections: cut the vocabulary instead.
-_MIN_ROWS, _CUT_ROWS, _MIN_COLUMNS = 32, 128, 128
+#: Tiles of fewer bytes for each column (64 tokens of four float32 rows) cost more in reading the heads than a cut
+#: vocabulary costs in projecting twice.
+_MIN_TILE_BYTES, _MIN_ROWS = 1024, 64
+#: Tiles of a cut vocabulary: tall, for what a block adds to the head gradient is read and written.
+_CUT_ROWS, _MIN_CUT_ROWS, _MIN_COLUMNS = 512, 128, 128
 #: Whole GEMM tiles: no tensor-core tile is left partly empty except at the last token.
 _ROW_MULTIPLE = 64
 _PITCH_COLUMNS = 64
+#: What a vocabulary entry costs in memory traffic, in units of the student's width: heads are read once for each tile
+#: (the teacher's twice as wide), and once for each gradient block, when the head gradient is read and written as well.
+_TILE_TRAFFIC, _BLOCK_TRAFFIC = 6, 10
 
 
 def pitch(columns: int) -> int:
@@ -44,15 +50,21 @@ class GradientView:
 
     Attributes:
         hidden: [N, D].
-        d_hidden: their gradient, or None where not required. Overwritten where the view has logit gradients.
+        d_hidden: their gradient, or None where not required. Overwritten; with ``tokens`` or ``compact``, added to.
         alpha: factor on the gradients of this view, kept out of 16-bit logit gradients.
+        tokens: indices of the tokens that the sweep is over; None means all.
         compact: only tokens with a language weight have logit gradients, and these lie one after the other.
     """
 
     hidden: Tensor
     d_hidden: Tensor | None
     alpha: float = 1.0
+    tokens: Tensor | None = None
     compact: bool = False
+
+    @property
+    def n(self) -> int:
+        return len(self.hidden if self.tokens is None else self.tokens)
 
     @property
     def in_place(self) -> bool:
@@ -79,20 +91,28 @@ class Plan:
 
     @classmethod
     def fit(cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int) -> Plan:
-        """Largest tiles within the workspace; the bytes are those of one token and one column."""
-        n, width = max(n, 1), pitch(vocab)
-        rows = workspace_bytes // (width * slab_bytes)
-        gradient_rows = n
-        if gradient_bytes:  # at most half of the workspace for the gradient block
-            gradient_rows = min(n, _GRADIENT_ROWS, workspace_bytes // (2 * width * gradient_bytes))
-            rows = (workspace_bytes - gradient_rows * width * gradient_bytes) // (width * slab_bytes)
-        rows = min(rows, gradient_rows)
-        if rows < min(n, _MIN_ROWS):
-            rows = min(n, _CUT_ROWS)
-            columns = workspace_bytes // (rows * (slab_bytes + gradient_bytes)) // _MIN_COLUMNS * _MIN_COLUMNS
-            return cls(rows, min(max(columns, _MIN_COLUMNS), vocab), rows)
-        if _ROW_MULTIPLE < rows < n:
-            rows -= rows % _ROW_MULTIPLE
-            even = math.ceil(n / math.ceil(n / rows))  # no small remainder behind large tiles
-            rows = math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return cls(rows, vocab, gradient_rows // rows * rows if gradient_bytes else rows)
+        """The tiles within the workspace that cause the least traffic; bytes are those of one token and one column."""
+        n = max(n, 1)
+        budget = workspace_bytes // pitch(vocab)
+        plans, rows = [], 0
+        while rows < n:  # powers of two divide the gradient block and fill the waves of a GEMM
+            rows = min(n, 2 * rows or _MIN_ROWS)
+            gradient_rows = rows
+            if gradient_bytes:
+                gradient_rows = min(n, _GRADIENT_ROWS, (budget - rows * slab_bytes) // gradient_bytes)
+            if rows * slab_bytes > budget or gradient_rows < rows:
+                break
+            if rows == n or rows * slab_bytes >= _MIN_TILE_BYTES:
+                plans.append(cls(rows, vocab, gradient_rows if gradient_rows == n else gradient_rows // rows * rows))
+        if not plans:
+            cells = workspace_bytes // (slab_bytes + gradient_bytes)
+            rows = min(n, max(_MIN_CUT_ROWS, min(_CUT_ROWS, cells // _MIN_COLUMNS)))
+            columns = max(cells // rows // _MIN_COLUMNS, 1) * _MIN_COLUMNS
+            return cls(rows, min(columns, vocab), rows)
+        plan = min(plans, key=lambda plan: _TILE_TRAFFIC / plan.rows + _BLOCK_TRAFFIC / plan.gradient_rows)
+        if not _ROW_MULTIPLE < plan.rows < n:
+            return plan
+        even = math.ceil(n / math.ceil(n / plan.rows))  # no small remainder behind large tiles
+        rows = math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE
+        gradient_rows = plan.gradient_rows if plan.gradient_rows == n else plan.gradient_rows // rows * rows
+        return cls(rows, vocab, gradient_rows if gradient_bytes else rows)

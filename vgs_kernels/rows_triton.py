@@ -294,7 +294,8 @@ def gradient_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # From the last column to the first: what the statistics sweep read last may still be in the cache.
+    at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     stored = at < n_loaded  # zeros behind the tile's end
     state_ptr += row
     weight = tl.load(weight_ptr + row)

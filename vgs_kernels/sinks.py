@@ -91,38 +91,42 @@ class LinearSink:
     def collect(self, rows: slice, columns: slice) -> None:
         """Multiply out the gradient block once it is full, or at the last token."""
         filled = rows.stop - self._start
-        next_rows = min(self.plan.rows, len(self.views[0].hidden) - rows.stop)
+        next_rows = min(self.plan.rows, self.views[0].n - rows.stop)
         if not self.views[0].in_place and next_rows > 0 and filled + next_rows <= self.plan.gradient_rows:
             return
+        at = slice(self._start, rows.stop)
         for index, (view, block, tile) in enumerate(zip(self.views, self._blocks, self._tiles, strict=True)):
-            hidden = view.hidden[self._start : rows.stop]
-            d_hidden = None if view.d_hidden is None else view.d_hidden[self._start : rows.stop]
+            tokens = None if view.tokens is None else view.tokens[at]
             if view.compact:
-                self._multiply_compact(view, block, hidden, d_hidden, filled, columns)
-                continue
+                tokens = self._gate[:filled].nonzero().squeeze(1) + self._start  # on a GPU, the host waits for them
+                filled = len(tokens)
             d_logits = tile if view.in_place else slab_rows(block, slice(0, filled), tile.shape[1])
             keep = self.add or self._start > 0 or index > 0
-            self._multiply(d_logits, hidden, d_hidden, view.alpha, columns, keep)
+            if tokens is None:
+                d_hidden = None if view.d_hidden is None else view.d_hidden[at]
+                self._multiply(d_logits, view.hidden[at], d_hidden, view.alpha, columns, keep, columns.start > 0)
+                continue
+            d_hidden = None if view.d_hidden is None else view.d_hidden[tokens]
+            self._multiply(d_logits, view.hidden[tokens], d_hidden, view.alpha, columns, keep, True)
+            if d_hidden is not None:
+                view.d_hidden[tokens] = d_hidden
         if columns.stop == len(self.weight):
             self._start = rows.stop
 
-    def _multiply_compact(
-        self, view: GradientView, block: Tensor, hidden: Tensor, d_hidden: Tensor | None, filled: int, columns: slice
-    ) -> None:
-        tokens = self._gate[:filled].nonzero().squeeze(1)  # on a GPU, the host waits for their number
-        d_logits = slab_rows(block, slice(0, len(tokens)), columns.stop - columns.start)
-        d_tokens = None if d_hidden is None else d_hidden[tokens]
-        self._multiply(d_logits, hidden[tokens], d_tokens, view.alpha, columns, keep=True)
-        if d_hidden is not None:
-            d_hidden[tokens] = d_tokens
-
     def _multiply(
-        self, d_logits: Tensor, hidden: Tensor, d_hidden: Tensor | None, alpha: float, columns: slice, keep: bool
+        self,
+        d_logits: Tensor,
+        hidden: Tensor,
+        d_hidden: Tensor | None,
+        alpha: float,
+        columns: slice,
+        keep_weight: bool,
+        keep_hidden: bool,
     ) -> None:
-        """Into the gradients of these tokens' hidden states and, with ``keep`` added, of these columns of the head."""
+        """Into the gradients of hidden states and of the head's ``columns``: added to what is to be kept."""
         if d_hidden is not None:
-            add_hidden_gradient(d_logits, self.weight[columns], d_hidden, alpha, keep=columns.start > 0)
+            add_hidden_gradient(d_logits, self.weight[columns], d_hidden, alpha, keep=keep_hidden)
         if self.d_weight is not None:
-            add_weight_gradient(d_logits, hidden, self.d_weight[columns], alpha, keep=keep)
+            add_weight_gradient(d_logits, hidden, self.d_weight[columns], alpha, keep=keep_weight)
         if self.d_bias is not None:
             self.d_bias[columns].add_(d_logits.sum(0, dtype=self.d_bias.dtype), alpha=alpha)

@@ -51,17 +51,23 @@ class Head:
 
 @dataclass
 class StackedRows:
-    """Logit rows of one head in one or two views, [N, D] each: one GEMM per tile."""
+    """Logit rows of one head in one or two views, [N, D] each: one GEMM per tile. ``tokens`` selects some of them."""
 
     head: Head
     views: Sequence[Tensor]
+    tokens: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.views[0] if self.tokens is None else self.tokens)
 
     @property
     def heads(self) -> list[Head]:
         return [self.head]
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
-        hidden = self.views[0][rows] if len(self.views) == 1 else torch.cat([view[rows] for view in self.views])
+        at = rows if self.tokens is None else self.tokens[rows]
+        hidden = self.views[0][at] if len(self.views) == 1 else torch.cat([view[at] for view in self.views])
         bias = None if self.head.bias is None else self.head.bias[columns]
         project(hidden, self.head.weight[columns], out, bias=bias)
 
@@ -74,6 +80,10 @@ class ComposedRow:
     """
 
     parts: Sequence[tuple[float, Tensor, Head]]
+
+    @property
+    def n(self) -> int:
+        return len(self.views[0])
 
     @property
     def views(self) -> Sequence[Tensor]:
@@ -130,7 +140,7 @@ class LinearSource:
         views: Sequence[GradientView] = (),
     ) -> None:
         hidden = parts[0].views[0]
-        self.n = len(hidden)
+        self.n = parts[0].n
         self.parts = parts
         self.transforms = transforms
         heads = [head for part in parts for head in part.heads]
