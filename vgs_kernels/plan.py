@@ -21,6 +21,8 @@ _CUT_ROWS, _MIN_CUT_ROWS, _MIN_COLUMNS = 512, 128, 128
 #: Whole GEMM tiles: no tensor-core tile is left partly empty except at the last token.
 _ROW_MULTIPLE = 64
 _PITCH_COLUMNS = 64
+#: A CPU's products gain nothing from more rows, and every call pays for the first touch of its slabs.
+_MAX_ROWS = {"cpu": 256}
 #: What a vocabulary entry costs in memory traffic, in units of the student's width: heads are read once for each tile
 #: (the teacher's twice as wide), and once for each gradient block, when the head gradient is read and written as well.
 _TILE_TRAFFIC, _BLOCK_TRAFFIC = 6, 10
@@ -81,22 +83,39 @@ class Plan:
     gradient_rows: int
 
     @classmethod
-    def of(cls, n: int, vocab: int, slab_bytes: int, views: Sequence[GradientView], workspace_bytes: int) -> Plan:
-        """Largest tiles within the workspace, for slabs of that many bytes for each token and column."""
+    def of(
+        cls,
+        n: int,
+        vocab: int,
+        slab_bytes: int,
+        views: Sequence[GradientView],
+        workspace_bytes: int,
+        device: torch.device,
+    ) -> Plan:
+        """The tiles of a sweep, for slabs of that many bytes for each token and column."""
         own = [view for view in views if not view.in_place]
         gradient_bytes = sum(gradient_dtype(view.hidden).itemsize for view in own)
         if len(own) < len(views):  # tied to the slabs' tokens by the views that lie in them
             slab_bytes, gradient_bytes = slab_bytes + gradient_bytes, 0
-        return cls.fit(n, vocab, slab_bytes, gradient_bytes, workspace_bytes)
+        return cls.fit(n, vocab, slab_bytes, gradient_bytes, workspace_bytes, _MAX_ROWS.get(device.type))
 
     @classmethod
-    def fit(cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int) -> Plan:
+    def fit(
+        cls,
+        n: int,
+        vocab: int,
+        slab_bytes: int,
+        gradient_bytes: int,
+        workspace_bytes: int,
+        max_rows: int | None = None,
+    ) -> Plan:
         """The tiles within the workspace that cause the least traffic; bytes are those of one token and one column."""
         n = max(n, 1)
+        most = n if max_rows is None else min(n, max_rows)
         budget = workspace_bytes // pitch(vocab)
         plans, rows = [], 0
-        while rows < n:  # powers of two divide the gradient block and fill the waves of a GEMM
-            rows = min(n, 2 * rows or _MIN_ROWS)
+        while rows < most:  # powers of two divide the gradient block and fill the waves of a GEMM
+            rows = min(most, 2 * rows or _MIN_ROWS)
             gradient_rows = rows
             if gradient_bytes:
                 gradient_rows = min(n, _GRADIENT_ROWS, (budget - rows * slab_bytes) // gradient_bytes)

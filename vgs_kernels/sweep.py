@@ -148,7 +148,7 @@ class LinearSource:
         self.may_be_masked = any(head.bias is not None for head in heads)
         dtype = accumulation_dtype(hidden)
         count = sum(len(part.views) for part in parts)
-        self.plan = Plan.of(self.n, self.vocab, count * dtype.itemsize, views, workspace_bytes)
+        self.plan = Plan.of(self.n, self.vocab, count * dtype.itemsize, views, workspace_bytes, hidden.device)
         self._slabs = [
             hidden.new_empty(len(part.views) * self.plan.rows * pitch(self.plan.columns), dtype=dtype) for part in parts
         ]

@@ -28,8 +28,8 @@ N, V = 33, 1003
 for kernel, variants in VARIANTS.items():
     for options, logits, gradient in variants:
         rows = [torch.randn(N, V, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
-        caps = [LogitTransform(softcap=9.0 if options[name] else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
-        tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, True, rows[0].shape[1])
+        caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
+        tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), V)
         state = new_state(N, tile.four, rows[0].float())
         rows_triton.statistics(tile, state)
         if kernel == "gradient_kernel":
