@@ -31,7 +31,7 @@ VOCABULARY = 151_936
 _ITEMSIZE = {"fp32": 4, "bf16": 2}
 _PLAIN = {"STUDENT_CAP": False, "TARGET_CAP": False, "MASKED": False}
 _CAPS = {**_PLAIN, "STUDENT_CAP": True, "TARGET_CAP": True}
-_MASKED = {**_PLAIN, "MASKED": True}
+_MASKED, _MASKED_CAPS = {**_PLAIN, "MASKED": True}, {**_CAPS, "MASKED": True}
 #: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32,
 #: may be capped, and masked where a head has a bias; logits that the caller holds are of any dtype, which their
 #: gradient shares, and may be masked.
@@ -39,7 +39,10 @@ VARIANTS = {
     "statistics_kernel": [
         ({"FOUR": four, **options}, logits, "fp32")
         for four in (True, False)
-        for options, logits in ((_PLAIN, "fp32"), (_CAPS, "fp32"), (_MASKED, "fp32"), (_MASKED, "bf16"))
+        for options, logits in (
+            *((options, "fp32") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)),
+            (_MASKED, "bf16"),
+        )
     ],
     "meet_kernel": [({"FOUR": four}, "fp32", "fp32") for four in (True, False)],
     "gradient_kernel": [
@@ -57,6 +60,8 @@ VARIANTS = {
             (_PLAIN, "fp32", "bf16"),
             (_CAPS, "fp32", "bf16"),
             (_MASKED, "fp32", "bf16"),
+            (_MASKED_CAPS, "fp32", "bf16"),
+            (_MASKED, "fp32", "fp32"),
             (_MASKED, "bf16", "bf16"),
         )
         if not (compact and logits != "fp32") and (four or logits == "fp32")  # only of projected logits
@@ -201,6 +206,11 @@ def compile_kernel(
     )
 
 
+def _held(name: str, options: dict[str, Any], logits: str, gradient: str) -> bool:
+    """Whether the logits may be a caller's, whose rows need not be aligned."""
+    return name != "meet_kernel" and options["MASKED"] and not options["STUDENT_CAP"] and logits in ("bf16", gradient)
+
+
 def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
     """Resources of every variant on every target, as dictionaries; for logits that a caller holds, also unaligned.
 
@@ -215,7 +225,7 @@ def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
         for target in targets or TARGETS
         for name, variants in VARIANTS.items()
         for variant in variants
-        for aligned in ((True, False) if variant[1] == "bf16" else (True,))
+        for aligned in ((True, False) if _held(name, *variant) else (True,))
     ]
 
 

@@ -111,6 +111,17 @@ def test_teacher_sharing_the_student_head():
     torch.testing.assert_close(weight.grad, expected)
 
 
+def test_gradients_are_no_part_of_a_graph():
+    """Also where the backward scales them in place: they can be converted, and stepped along."""
+    problem = make_problem(5, 57).leaves()
+    leaves = [problem.student_hidden, problem.student_text_hidden, problem.student_weight]
+    gradients = torch.autograd.grad(fused_linear_vgs_loss(*problem.args()).loss, leaves)
+    expected = evaluate(fused_linear_vgs_loss, problem).gradients
+    for name, gradient in zip(TRAINABLE, gradients, strict=False):
+        assert not gradient.requires_grad and gradient.grad_fn is None
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as every second column of a wider tensor."""
     wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)

@@ -87,3 +87,22 @@ def test_logits_in_16_bit(backend, dtype):
     for leaf, reference in zip(leaves[:2], exact_rows[:2], strict=True):
         assert leaf.grad.dtype == dtype
         assert relative_error(leaf.grad, reference.grad) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_scales_16_bit_gradients_with_an_unrounded_factor(backend, dtype):
+    problem = make_problem(7, 257)
+    rows = [problem.student_hidden @ problem.student_weight.T, problem.student_text_hidden @ problem.student_weight.T]
+    rows += [problem.teacher_hidden @ problem.teacher_weight.T, problem.teacher_text_hidden @ problem.teacher_weight.T]
+    gradients = []
+    for factor in (1.0, 1 / 3):
+        leaves = [row.to(dtype).requires_grad_(i < 2) for i, row in enumerate(rows)]
+        options = {
+            "objective": VGSObjective(lam=0.1, eta=1.0),
+            "token_weights": rows[0].new_ones(7),
+            "backend": backend,
+        }
+        (factor * vgs_loss(*leaves, **options).loss).backward()
+        gradients.append([leaf.grad for leaf in leaves[:2]])
+    for whole, third in zip(*gradients, strict=True):
+        assert whole.any() and torch.equal(third, (whole.float() * (1 / 3)).to(dtype))

@@ -123,9 +123,10 @@ def fused_linear_vgs_loss(
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula.
         process_group: data-parallel ranks of ``vds_scope="ranks"``; None means all. Every rank must call, also one
             without tokens.
-        workspace_bytes: bound on the scratch memory beside gradients and [N] vectors, whatever N is. Heads are read
-            once for each tile that fits (at the default, 256 tokens of a vocabulary of 152k); below some 170 MiB the
-            vocabulary is cut, and everything is projected twice. ``python -m benchmarks counts`` says what that costs.
+        workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the hidden states of one tile or
+            gradient block, whatever N is. Heads are read once for each tile that fits: at the default, 256 tokens of a
+            vocabulary of 152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice;
+            ``python -m benchmarks counts`` says what a workspace costs.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
             teacher's two projections become one (its hidden states are combined and rounded to their dtype); the loss
             is then (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another
@@ -205,8 +206,8 @@ def vgs_loss(
 ) -> VGSOutput:
     """The VGS loss of logits that the caller holds, for trainers that have formed them already.
 
-    Only the gradients of the student's logits are allocated, and scaled copies of them in the backward. Scales and
-    soft-caps are the caller's; the temperature is the objective's.
+    Only the gradients of the student's logits are allocated; the backward scales them in place, or copies of them if
+    the graph is kept. Scales and soft-caps are the caller's; the temperature is the objective's.
 
     Args:
         student_logits, student_text_logits, teacher_logits, teacher_text_logits: [N, V] of one dtype.

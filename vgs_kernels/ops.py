@@ -53,6 +53,13 @@ def _head_gradient(need: bool, weight: Tensor, vocab: int, n: int, dtype: torch.
     return gradient
 
 
+def _logit_gradient(need: bool, logits: Tensor, vocab: int, written: bool) -> Tensor:
+    """Like logits [N, V]; its first ``vocab`` columns are left to the sweep if that writes them."""
+    gradient = logits.new_empty(logits.shape if need else 0)
+    gradient[..., vocab if written else 0 :].zero_()
+    return gradient
+
+
 def _wanted(gradient: Tensor, need: bool) -> Tensor | None:
     return gradient if need else None
 
@@ -137,7 +144,9 @@ def _linear_vgs(
         gate_known = steering.limits is not None
         at_once = language and ((gate_known and (prior or steering.counts_gated_tokens)) or not (prior or need_head))
         compact = at_once and gate_known and not prior and steering.counts_gated_tokens
-        views = [GradientView(hidden, _wanted(d_hidden, need_hidden))]
+        views = []
+        if need_hidden or need_head or prior or at_once:
+            views.append(GradientView(hidden, _wanted(d_hidden, need_hidden)))
         if prior or at_once:
             alpha = 1.0 if prior else lam
             views.append(GradientView(text_hidden, _wanted(d_text, need_text), alpha, compact=compact))
@@ -147,9 +156,7 @@ def _linear_vgs(
         coefficients = functools.partial(
             steering.coefficients, live_prior=prior, language=(lam if prior else 1.0) if at_once else 0.0
         )
-        sink = None
-        if need_hidden or need_head or len(views) == 2:
-            sink = LinearSink(views, student.weight, *head_gradients, source.plan)
+        sink = LinearSink(views, student.weight, *head_gradients, source.plan) if views else None
         state, target_logits = sweep(source, rows, None, coefficients, sink, target_ids)
         loss, terms = steering.finish(state, target_logits)
         if at_once and not gate_known:
@@ -213,9 +220,10 @@ def _dense_vgs(
         loss, terms = steering.finish(state, target_logits)
 
         need_student, need_text = needs
-        d_student, d_text = _empty_gradients(needs, [logits, text_logits], logits.dtype)
         prior = not detach_prior and gamma > 0 and need_text
         language = lam if need_text else 0.0
+        d_student = _logit_gradient(need_student, logits, vocab, written=True)
+        d_text = _logit_gradient(need_text, text_logits, vocab, written=prior or language > 0)
         if need_student or prior or language:
             # The two come from one sweep: the student's gradient is formed even where only the other is wanted.
             d_view = d_student if need_student else logits.new_empty(logits.shape)
@@ -261,18 +269,16 @@ def _linear_divergence(
         need_hidden, need_weight, need_bias = needs
         d_hidden, d_bias = _empty_gradients([need_hidden, need_bias], [hidden, bias], dtype)
         d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
-        view = GradientView(hidden, _wanted(d_hidden, need_hidden))
+        views = [GradientView(hidden, _wanted(d_hidden, need_hidden))] if any(needs) else []
         target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
         source = LinearSource(
             [StackedRows(student, [hidden]), target],
             (student.transform, LogitTransform(inv_temperature=1.0 / temperature)),
             workspace_bytes,
-            [view],
+            views,
         )
-        sink = None
-        if any(needs):
-            head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
-            sink = LinearSink([view], student.weight, *head_gradients, source.plan)
+        head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
+        sink = LinearSink(views, student.weight, *head_gradients, source.plan) if views else None
         gain = student.transform.gain
         state, target_logits = sweep(
             source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink, target_ids
@@ -287,7 +293,10 @@ def _linear_divergence(
 
 
 def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once and without a float32 copy; in place where nobody needs the gradient again."""
+    """gradient * factor, rounded once; in place where nobody needs the gradient again.
+
+    The factor is of shape [1]: one without dimensions would be rounded to a 16-bit gradient's dtype first.
+    """
     last = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
     out = gradient if last and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
@@ -330,13 +339,14 @@ def _register(name: str, implementation, differentiable: tuple[str, ...], n_term
                 f"vgs_kernels.{name} is differentiable once: its gradients are computed in the forward. "
                 "Call backward without create_graph=True."
             )
-        unit, *gradients = ctx.saved_tensors
+        # Detached: saved outputs are part of the graph, and what is scaled in place would stay so.
+        unit, *gradients = (x.detach() for x in ctx.saved_tensors)
         result = list(ctx.no_gradients)
         if d_loss is None:
             return tuple(result)
         for position, need, dtype, gradient in zip(positions, ctx.needs, ctx.dtypes, gradients, strict=True):
             if need:
-                result[position] = _multiply(gradient, d_loss * unit, dtype)
+                result[position] = _multiply(gradient, (d_loss * unit).reshape(1), dtype)
         return tuple(result)
 
     operator.register_autograd(backward, setup_context=setup_context)

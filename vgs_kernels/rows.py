@@ -84,10 +84,10 @@ class RowTile(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient sweep, [R] each.
+    """Per-token scalars of the gradient sweep, [R] each, and whether d_a has the term of a live prior.
 
     d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
-    rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) where the prior is live, and of
+    rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) with ``live_prior``, and of
     language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ def _steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
     return out.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else out
 
 
+def _stack(rows: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """rows[places]; an index tensor would be copied from the host."""
+    return torch.stack([rows[place] for place in places])
+
+
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R], in place."""
     blocks = _Blocks(tile, state, 10 if tile.four else 6)
@@ -87,8 +92,9 @@ def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
     maxima, sums = (torch.stack([x[f"{name}_{kind}"] for name in names]) for kind in ("max", "sum"))
     totals = torch.stack([x[name] for name in gaps])
     block_sums, block_totals = torch.empty_like(sums), torch.empty_like(totals)
-    places = [[names.index(name) if name else len(names) for name in gap] for gap in gaps.values()]
-    weighting, upper, lower = torch.tensor(places, device=state.device).T
+    weighting, upper, lower = zip(
+        *([names.index(name) if name else len(names) for name in gap] for gap in gaps.values()), strict=True
+    )
 
     for columns in blocks.columns():
         *temporaries, difference, product = blocks.temporaries(rows, columns)
@@ -109,10 +115,11 @@ def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
                 product.masked_fill_(weights[weight] == 0, 0)
             torch.sum(product, 1, out=total)
         # What was summed before was centred at the old anchors.
-        shift = torch.cat([shift, torch.zeros_like(shift[:1])])
-        totals.add_((shift[upper] - shift[lower]) * sums[weighting]).mul_(discount[weighting])
+        shifts = [*shift, torch.zeros_like(shift[0])]
+        kept = _stack(discount, weighting)
+        totals.add_((_stack(shifts, upper) - _stack(shifts, lower)) * _stack(sums, weighting)).mul_(kept)
         if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
-            totals.masked_fill_(discount[weighting] == 0, 0)
+            totals.masked_fill_(kept == 0, 0)
         totals += block_totals
         sums.mul_(discount).add_(block_sums)
         if tile.four:

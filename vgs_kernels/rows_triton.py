@@ -280,7 +280,7 @@ def meet_kernel(
 def _cap_slope(z, softcap, inv_temperature):
     """Derivative of the soft-cap; the linear gain is already in the token weights."""
     capped = z * (1 / (softcap * inv_temperature))
-    return 1 - capped * capped
+    return tl.maximum(1 - capped * capped, 0.0)  # 0 where z is no logit but a mask, or lies behind the tile's end
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])

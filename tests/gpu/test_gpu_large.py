@@ -72,8 +72,8 @@ def check_large_logits(problem: Problem, tokens: int, dtype: torch.dtype) -> Non
         assert leaf.grad.dtype == dtype
         for part, (rows, wanted) in enumerate(repetitions(leaf.grad, reference.grad, weights)):
             error = (rows - wanted).norm(dim=1)
-            # stored, added to and scaled in 16 bits: three roundings of half an eps each
-            wrong = error > 2 * torch.finfo(dtype).eps * wanted.norm(dim=1)
+            # stored and scaled in 16 bits: two roundings of half an eps each
+            wrong = error > 1.1 * torch.finfo(dtype).eps * wanted.norm(dim=1)
             assert not wrong.any(), (part, wrong.nonzero().flatten().tolist())
 
 

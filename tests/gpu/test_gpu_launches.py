@@ -117,7 +117,7 @@ def test_no_host_synchronisation(odd, name):
 
 @pytest.mark.parametrize("scope", ["threshold", "trajectory", "ranks"])
 def test_documented_synchronisation(odd, scope):
-    """Where no quantile of the call bounds the gated tokens, counting them is the one synchronisation."""
+    """Where no quantile of the call bounds the gated tokens, the host waits to count them."""
     problem = odd.to(dtype=torch.bfloat16)
     if scope == "threshold":
         options: dict[str, Any] = {"vds_threshold": torch.tensor(0.1, device=DEVICE)}
@@ -192,7 +192,7 @@ def test_cuda_graph(odd, name):
         assert_gradients_close(ours, expected, rtol=torch.finfo(torch.bfloat16).eps)
 
 
-#: [N] vectors, sixteen float32 statistics and their float64 copies, and the gated tokens' hidden states.
+#: [N] vectors, sixteen float32 statistics and their float64 copies; hidden states of a tile or a gradient block.
 TOKEN_BYTES = 2048
 #: cuBLAS takes 32 MiB, and the allocator leaves up to a MiB unused behind each large block.
 SLACK = 40 * 2**20

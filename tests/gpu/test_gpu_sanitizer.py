@@ -16,8 +16,9 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
 
-#: Every variant of both kernels, launched alone: racecheck is not to judge cuBLAS.
+#: Every variant of the kernels, on aligned rows and on others, launched alone: racecheck is not to judge cuBLAS.
 KERNELS_SCRIPT = """
+import itertools
 import torch
 from benchmarks.kernels import VARIANTS
 from vgs_kernels import rows_triton
@@ -25,23 +26,25 @@ from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V = 33, 1003
-for kernel, variants in VARIANTS.items():
-    for options, logits, gradient in variants:
-        rows = [torch.randn(N, V, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
-        caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
-        tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), V)
-        state = new_state(N, tile.four, rows[0].float())
-        rows_triton.statistics(tile, state)
-        if kernel == "gradient_kernel":
-            out = torch.zeros(N, V, dtype=DTYPES[gradient], device=DEVICE)
-            text = torch.zeros_like(out) if options["PRIOR"] or options["LANGUAGE"] else None
-            language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else ()
-            coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language)
-            text_rows = torch.arange(N, device=DEVICE) // 2 if options["COMPACT"] else None
-            if text_rows is not None:
-                text_rows[::2] = -1
-            rows_triton.gradient(tile, state, coefficients, out, text, text_rows)
-            assert out.any() and (text is None or text.any())
+cases = [(kernel, *variant) for kernel, variants in VARIANTS.items() for variant in variants]
+for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1024)):
+    rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
+    rows = [row[:, :V] for row in rows]
+    caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
+    tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), width)
+    state = new_state(N, tile.four, rows[0].float())
+    rows_triton.statistics(tile, state)
+    if kernel == "gradient_kernel":
+        out = torch.zeros(N, width, dtype=DTYPES[gradient], device=DEVICE)[:, :V]
+        wanted = options["PRIOR"] or options["LANGUAGE"]
+        text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if wanted else None
+        language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else ()
+        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language)
+        text_rows = torch.arange(N, device=DEVICE) // 2 if options["COMPACT"] else None
+        if text_rows is not None:
+            text_rows[::2] = -1
+        rows_triton.gradient(tile, state, coefficients, out, text, text_rows)
+        assert out.any() and (text is None or text.any())
 """
 
 #: The same through the public functions, with their slabs, blocks and offsets.
