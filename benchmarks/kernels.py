@@ -181,11 +181,10 @@ def compile_kernel(
         layout = {"BLOCK": block}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
-    specialized = [argument.name for argument in kernel.params if not argument.do_not_specialize]
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.params)
-        if argument.name in specialized and not argument.do_not_specialize_on_alignment
+        if not (argument.do_not_specialize or argument.do_not_specialize_on_alignment)
         if argument.name.endswith("_ptr")
         or (aligned and (argument.name.endswith("_stride") or argument.name == "n_loaded"))
     }
@@ -233,7 +232,7 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     """One line a kernel, for people."""
     return [
         f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} "
-        f"{' '.join(key for key, value in row['options'].items() if value is True):38} "
+        f"{' '.join(key for key, value in row['options'].items() if value):38} "
         f"{'' if row['aligned'] else 'unaligned, '}{row['registers']} registers, {row['spills']} spills, "
         f"{row['shared_bytes']} B shared, {row['wide_loads']}/{row['loads']} wide loads, "
         f"{row['token_bytes'] / 1e6:.2f} MB and {row['token_flops'] / 1e6:.1f} MFLOP a token"

@@ -99,6 +99,11 @@ class RowCoefficients(NamedTuple):
     language_mean_gap: Tensor | None = None
 
 
+def slices(n: int, size: int) -> list[slice]:
+    """``range(n)`` in pieces of ``size``, the last one shorter."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
     """[K, N] running statistics of no column at all."""
     names = VGS_STATE if four else PAIR_STATE

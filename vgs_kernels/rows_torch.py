@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .rows import GAPS, PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
+from .rows import GAPS, PAIR_STATE, VGS_STATE, RowCoefficients, RowTile, slices
 
 #: Tokens and elements of a block: an operator's start must be small beside its work, and long stretches of few rows are
 #: read faster than short ones of many. The temporaries of a block take 20 MiB.
@@ -25,19 +25,15 @@ class _Blocks:
         self._width = min(self._columns, max(64, _BLOCK_ELEMENTS // height))
         self._memory = like.new_empty(count, height * self._width)
 
-    def rows(self) -> Iterator[slice]:
-        return _slices(self._rows, _BLOCK_ROWS)
+    def rows(self) -> list[slice]:
+        return slices(self._rows, _BLOCK_ROWS)
 
-    def columns(self) -> Iterator[slice]:
-        return _slices(self._columns, self._width)
+    def columns(self) -> list[slice]:
+        return slices(self._columns, self._width)
 
     def temporaries(self, rows: slice, columns: slice) -> list[Tensor]:
         height, width = rows.stop - rows.start, columns.stop - columns.start
         return list(self._memory[:, : height * width].view(-1, height, width))
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _load(tile: RowTile, rows: slice, columns: slice, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import rows_torch
 from .gemm import UPCAST_COLUMNS, project
 from .plan import GradientView, Plan, pitch, slab_rows
-from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state
+from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state, slices
 from .sinks import Sink
 
 
@@ -105,7 +105,7 @@ class ComposedRow:
                 continue
             # A soft-cap is not linear: this part is formed on its own, a few columns at a time.
             transform = transform._replace(inv_temperature=1.0)
-            for few in _slices(len(weight), UPCAST_COLUMNS):
+            for few in slices(len(weight), UPCAST_COLUMNS):
                 logits = out.new_empty(len(out), few.stop - few.start)
                 project(hidden[rows], weight[few], logits, bias=None if bias is None else bias[few])
                 logits = _times(coefficient, transform(logits))
@@ -192,10 +192,6 @@ class DenseSource:
         return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True, readable=readable)
 
 
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def sweep(
     source: Source,
     backend,
@@ -217,11 +213,11 @@ def sweep(
     Returns:
         The statistics [K, N], and the student's logits at ``target_ids``, [N] (-inf for an id outside the vocabulary).
     """
-    columns_of = _slices(source.vocab, source.plan.columns)
+    columns_of = slices(source.vocab, source.plan.columns)
     known = state is not None
     state = state if known else source.new_state()
     picked = None if target_ids is None else torch.full_like(state[0], -torch.inf)
-    for rows in _slices(source.n, source.plan.rows):
+    for rows in slices(source.n, source.plan.rows):
         tile = None
         for columns in columns_of if not known else ():
             tile = source.load(rows, columns)
