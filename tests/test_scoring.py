@@ -1,4 +1,4 @@
-"""One forward over both views equals two; heads are read with everything that changes their logits."""
+"""One packed row equals separate passes; heads are read with everything that changes their logits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples
 from torch import nn
 
-from vgs.pairing import PairedViews, encode_views, placeholder_ids
-from vgs.scoring import fused_loss, hidden_rows, logit_scale, read_head, score_responses, score_views
+from vgs.groups import PromptGroup, response_lengths
+from vgs.pairing import encode_groups, placeholder_ids
+from vgs.scoring import freeze, fused_loss, logit_scale, read_head, score_groups, score_responses
 from vgs_kernels import VGSObjective
 
 PROCESSOR = tiny_processor()
 SAMPLES = tiny_samples(4)
-RESPONSES = [[20, 1], [21, 22, 23, 1], [24], [25, 26, 1]]
+RESPONSES = [[[20, 1], [20]], [[21, 22, 23, 1]], [[24]], [[25, 26, 1], [22], [22, 23]]]
+COUNT = 14  # response tokens
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,8 @@ def student() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def views(student) -> PairedViews:
-    return encode_views(PROCESSOR, SAMPLES, RESPONSES, placeholder_ids(student.config))
+def groups(student) -> list[PromptGroup]:
+    return encode_groups(PROCESSOR, SAMPLES, RESPONSES, placeholder_ids(student.config))
 
 
 def close(actual, expected) -> bool:
@@ -33,61 +35,149 @@ def close(actual, expected) -> bool:
 
 
 def separate_rows(model: nn.Module, with_image: bool) -> torch.Tensor:
-    return torch.cat([plain_rows(model, PROCESSOR, *x, with_image) for x in zip(SAMPLES, RESPONSES, strict=True)])
+    pairs = [(sample, answer) for sample, answers in zip(SAMPLES, RESPONSES, strict=True) for answer in answers]
+    return torch.cat([plain_rows(model, PROCESSOR, *pair, with_image) for pair in pairs])
 
 
 @torch.no_grad()
-def test_one_forward_equals_each_response_on_its_own(student, views) -> None:
-    rows, text_rows = score_views(student, views)
-    assert rows.shape == text_rows.shape == (10, 32)
+@pytest.mark.parametrize("kernel", ["dense", "flex"])
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_one_packed_row_equals_each_response_on_its_own(student, groups, share_prefix: bool, kernel: str) -> None:
+    rows, text_rows = score_groups(student, groups, share_prefix=share_prefix, kernel=kernel)
+    assert rows.shape == text_rows.shape == (COUNT, 32)
     assert close(rows, separate_rows(student, True))
     assert close(text_rows, separate_rows(student, False))
     assert (rows - text_rows).abs().max() > 0.1, "the image must matter for this test to mean anything"
 
 
-@pytest.mark.parametrize("text_gradient", [True, False])
-def test_text_rows_carry_gradient_only_if_needed(student, views, text_gradient: bool) -> None:
+def test_the_prompt_and_its_image_run_once(student, groups) -> None:
+    tokens, patches = [], []
+    handles = [
+        student.model.register_forward_pre_hook(
+            lambda module, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True
+        ),
+        student.model.visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0]))),
+    ]
+    score_groups(student, groups)
+    score_groups(student, groups, share_prefix=False)
+    for handle in handles:
+        handle.remove()
+    one_each = sum(len(group.images["pixel_values"]) for group in groups)
+    assert patches == [one_each, sum(len(g.images["pixel_values"]) * len(g.responses) for g in groups)]
+    # A response's last token predicts nothing that is scored, so it is not fed.
+    prompts = [len(group.prompt_ids) + len(group.text_prompt_ids) for group in groups]
+    fed = 2 * (COUNT - 7)
+    repeated = sum(size * len(group.responses) for size, group in zip(prompts, groups, strict=True))
+    assert tokens == [(1, sum(prompts) + fed), (1, repeated + fed)]
+
+
+@pytest.mark.parametrize("wanted", [True, False, [True, False, True, False, True, False, False]])
+def test_text_rows_carry_gradient_only_where_needed(student, groups, wanted) -> None:
     calls = []
-    handle = student.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((len(kwargs["input_ids"]), torch.is_grad_enabled())), with_kwargs=True
-    )
-    rows, text_rows = score_views(student, views, text_gradient)
+    handle = student.base_model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    rows, text_rows = score_groups(student, groups, text_gradient=wanted)
     handle.remove()
+    assert calls == ([True] if wanted is True else [True, False])
     assert rows.requires_grad
-    assert text_rows.requires_grad == text_gradient
-    assert calls == ([(8, True)] if text_gradient else [(4, True), (4, False)])
-    with torch.no_grad():
-        both = hidden_rows(student, views).chunk(2)
-    assert close(rows, both[0])
-    assert close(text_rows, both[1])
+    assert text_rows.requires_grad == (wanted is not False)
+    assert close(rows, separate_rows(student, True))
+    assert close(text_rows, separate_rows(student, False))
+    if isinstance(wanted, list):
+        marks = torch.tensor(wanted).repeat_interleave(torch.tensor(response_lengths(groups)))
+        norms = [
+            torch.autograd.grad(text_rows[mark].sum(), student.lm_head.weight, retain_graph=True)[0].norm()
+            for mark in (marks, ~marks)
+        ]
+        assert norms[0] > 0
+        assert norms[1] == 0
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(views, reentrant: bool) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model(0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        rows, text_rows = score_views(model, views)
-        (rows.square().sum() + text_rows.sum()).backward()
-        gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad)
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+def test_text_gradient_needs_one_entry_per_response(student, groups) -> None:
+    with pytest.raises(ValueError, match="one entry for each of 7 responses, got 4"):
+        score_groups(student, groups, text_gradient=[True] * 4)
 
 
-def test_a_new_peft_adapter_leaves_the_rows_alone(student, views) -> None:
+def gradients(model: nn.Module, rows, text_rows) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    weights = torch.randn(2, COUNT, 32)
+    model.zero_grad()
+    ((rows * weights[0]).sum() + (text_rows * weights[1]).sum()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_gradients_through_shared_prompts_equal_separate_passes(groups, reentrant: bool | None) -> None:
+    expected = gradients(model := tiny_model(0), separate_rows(model, True), separate_rows(model, False))
+    packed = tiny_model(0).train()
+    if reentrant is not None:
+        packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        packed.enable_input_require_grads()
+    actual = gradients(packed, *score_groups(packed, groups))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = value.abs().max().item()
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5 * max(largest, 1e-2), msg=name)
+
+
+def test_frozen_parts_get_no_gradient(groups) -> None:
+    model = tiny_model(0, tie=False)
+    freeze(model, vision=True, embeddings=True)
+    rows, text_rows = score_groups(model, groups)
+    found = gradients(model, rows, text_rows)
+    assert not any("visual" in name or "embed_tokens" in name for name in found)
+    assert any("language_model.layers.0" in name for name in found)
+
+
+def test_sampling_works_on_after_packing(student, groups) -> None:
+    """The decoder's own attention still serves padded batches and caches."""
+    fresh = tiny_model(0)
+    inputs = PROCESSOR.apply_chat_template(
+        conversation=[SAMPLES[0]["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    score_groups(student, groups)
+    assert student.config.get_text_config()._attn_implementation != fresh.config.get_text_config()._attn_implementation
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(student.generate(**inputs, **options), fresh.generate(**inputs, **options))
+
+
+def test_varlen_needs_plain_sequences(student, groups) -> None:
+    with pytest.raises(ValueError, match='packed_attention="varlen" takes plain causal sequences alone'):
+        score_groups(student, groups, kernel="varlen")
+
+
+def test_varlen_gets_the_sequences(student, groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs on CUDA alone; a stand-in with its arguments shows that they mean the same."""
+    from torch.nn.attention import varlen
+
+    def stand_in(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False) -> torch.Tensor:
+        assert window_size == (-1, 0)
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == cu_q.diff().max()
+        parts = []
+        for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            attend = torch.nn.functional.scaled_dot_product_attention
+            parts.append(attend(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    rows, text_rows = score_groups(student, groups, share_prefix=False, kernel="varlen")
+    assert close(rows, separate_rows(student, True))
+    assert close(text_rows, separate_rows(student, False))
+
+
+def test_a_new_peft_adapter_leaves_the_rows_alone(student, groups) -> None:
     peft = pytest.importorskip("peft")
-    expected = score_views(student, views, False)[0]
+    expected = score_groups(student, groups, text_gradient=False)[0]
     wrapped = peft.get_peft_model(tiny_model(0), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    rows = score_views(wrapped, views, False)[0]  # a new adapter is the identity
+    rows = score_groups(wrapped, groups, text_gradient=False)[0]  # a new adapter is the identity
     assert close(rows, expected)
     rows.sum().backward()
     assert {name.split(".")[-3] for name, p in wrapped.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
 
 
-def test_a_patched_model_forward_is_not_used(student, views) -> None:
+def test_a_patched_model_forward_is_not_used(student, groups) -> None:
     """use_liger_kernel replaces the whole model's forward by one with a loss of its own; only the backbone is run."""
     patched = tiny_model(0)
 
@@ -95,7 +185,7 @@ def test_a_patched_model_forward_is_not_used(student, views) -> None:
         raise AssertionError("the whole model's forward was called")
 
     patched.forward = forward
-    assert close(score_views(patched, views)[0], score_views(student, views)[0])
+    assert close(score_groups(patched, groups)[0], score_groups(student, groups)[0])
 
 
 @pytest.mark.parametrize(
@@ -171,8 +261,10 @@ def reference_terms(student: nn.Module, teacher: nn.Module) -> dict[str, torch.T
 
 def test_score_responses_equals_the_definition(student) -> None:
     teacher = tiny_model(1, hidden=48)
-    scored = score_responses(student, teacher, PROCESSOR, SAMPLES, RESPONSES, VGSObjective())
-    assert [x["token_ids"].tolist() for x in scored] == RESPONSES
+    firsts = [answers[0] for answers in RESPONSES]
+    scored = score_responses(student, teacher, PROCESSOR, SAMPLES, firsts, VGSObjective())
+    assert [x["token_ids"].tolist() for x in scored] == firsts
+    chosen = torch.tensor([0, 1, 3, 4, 5, 6, 7, 8, 9, 10])  # the tokens of every first response
     for name, expected in reference_terms(student, teacher).items():
-        actual = torch.cat([x[name] for x in scored])
+        actual, expected = torch.cat([x[name] for x in scored]), expected[chosen]
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)

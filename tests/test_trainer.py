@@ -12,15 +12,25 @@ import trl
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import make_trainer, rollout
 
+import vgs.step
 import vgs.trainer
 from vgs import VGSConfig, VGSTrainer
-from vgs.pairing import pair_views
+from vgs.groups import PromptGroup
 from vgs.steering import SteeringState, gradient_norm
+
+
+def responses_of(batch: dict) -> list[list[int]]:
+    return [response.tolist() for group in batch["groups"] for response in group.responses]
+
+
+def loss_of(trainer: VGSTrainer, batch: dict) -> torch.Tensor:
+    trainer.current_gradient_accumulation_steps = 1  # the host sets it when it trains
+    return trainer.compute_loss(trainer.model, batch)
 
 
 def four_rows(trainer: VGSTrainer, batch: dict, index: int) -> list[torch.Tensor]:
     """Student and teacher log-probs, float64, of response ``index`` in both views: one plain forward each."""
-    response = batch["completion_ids"][index][batch["completion_mask"][index].bool()].tolist()
+    response = responses_of(batch)[index]
     sample, rows = trainer.train_dataset[index], []
     for model in (trainer.model.double(), trainer.teacher_model.double()):
         for with_image in (True, False):
@@ -55,13 +65,12 @@ def direct_loss(trainer: VGSTrainer, batch: dict) -> float:
 def test_one_steps_loss_equals_the_definition(tmp_path: Path, reduction: str) -> None:
     trainer = make_trainer(tmp_path, lam=0.5, eta=0.41, loss_reduction=reduction, gradient_accumulation_steps=1)
     batch = rollout(trainer)
-    assert len(set(batch["completion_mask"].sum(dim=1).tolist())) > 1, "responses of different lengths"
-    count = batch["num_items_in_batch"]
-    assert count == (8 if reduction == "trajectory" else batch["completion_mask"].sum())
-    loss, entropy, tokens = trainer._compute_loss(trainer.model, batch, count)
+    lengths = [len(response) for response in responses_of(batch)]
+    assert len(set(lengths)) > 1, "responses of different lengths"
+    assert batch["num_items_in_batch"] == (8 if reduction == "trajectory" else sum(lengths))
+    loss = loss_of(trainer, batch)
     assert loss.requires_grad
-    assert tokens == batch["completion_mask"].sum()
-    assert entropy > 0
+    assert trainer._metrics["train"]["entropy"][-1] > 0
     assert loss.item() == pytest.approx(direct_loss(trainer, batch), rel=1e-5)
 
 
@@ -95,13 +104,13 @@ def test_mixed_precision_checkpointing_and_lora(tmp_path: Path, monkeypatch: pyt
         peft_config=peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2),
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    original = vgs.trainer.fused_loss
+    original = vgs.step.fused_loss
 
     def spy(student_rows, teacher_rows, *arguments, **options):
         autocast.add(torch.is_autocast_enabled("cpu"))
         return original(student_rows, teacher_rows, *arguments, **options)
 
-    monkeypatch.setattr(vgs.trainer, "fused_loss", spy)
+    monkeypatch.setattr(vgs.step, "fused_loss", spy)
     trainer.model.base_model.model.base_model.register_forward_pre_hook(
         lambda *_: autocast.add(torch.is_autocast_enabled("cpu") if torch.is_grad_enabled() else True)
     )
@@ -119,45 +128,149 @@ def test_mixed_precision_checkpointing_and_lora(tmp_path: Path, monkeypatch: pyt
 
 def test_plain_arm_equals_trls_own_distillation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gamma=0.0, lam=0.0, eta=1.0, loss_reduction="token", log_terms=False)
-    batch = rollout(trainer)
-    count = batch["num_items_in_batch"]
-    loss, entropy, tokens = trainer._compute_loss(trainer.model, batch, count)
-    host = {name: value for name, value in batch.items() if not name.startswith("text_prompt")}
-    theirs = trl.DistillationTrainer._compute_loss(trainer, trainer.model, host, count)
-    assert (loss.item(), entropy.item()) == pytest.approx((theirs[0].item(), theirs[1].item()), rel=1e-5)
-    assert tokens == theirs[2]
+    trainer.model.train()
+    host = trl.DistillationTrainer._generate_and_score_completions(trainer, list(trainer.train_dataset))
+    groups = trainer._groups(list(trainer.train_dataset), host)
+    batch = trainer._with_teacher({"groups": groups, "num_items_in_batch": host["num_items_in_batch"]})
+    loss = loss_of(trainer, batch)
+    theirs = trl.DistillationTrainer._compute_loss(trainer, trainer.model, host, host["num_items_in_batch"])
+    entropy = (theirs[1] / theirs[2]).item()
+    assert (loss.item(), trainer._metrics["train"]["entropy"][-1]) == pytest.approx(
+        (theirs[0].item(), entropy), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "calls"),
     [
-        ({"lam": 0.01}, [(16, True), (16, False)]),
-        ({"lam": 0.0}, [(8, True), (8, False), (16, False)]),
-        ({"lam": 0.0, "detach_prior": False}, [(16, True), (16, False)]),
-        ({"lam": 0.0, "gamma": 0.0, "log_terms": False}, [(8, True), (8, False)]),
+        ({"lam": 0.01}, [("teacher", 2, False), ("student", 2, True)]),
+        ({"lam": 0.0}, [("teacher", 2, False), ("student", 1, True), ("student", 1, False)]),
+        ({"lam": 0.0, "detach_prior": False}, [("teacher", 2, False), ("student", 2, True)]),
+        ({"lam": 0.0, "gamma": 0.0, "log_terms": False}, [("teacher", 1, False), ("student", 1, True)]),
     ],
 )
 def test_forwards_of_a_step(tmp_path: Path, options: dict, calls: list) -> None:
-    """(rows, gradient?) of the backbones' forwards: the student's, then the teacher's."""
-    trainer = make_trainer(tmp_path, eta=1.0, **options)
-    batch, seen = rollout(trainer), []
-    for model in (trainer.model, trainer.teacher_model):
+    """(model, views in the row, gradient?) of the backbones' forwards."""
+    # Every response has gated tokens, whatever it is.
+    trainer, seen = make_trainer(tmp_path, eta=1.0, vds_scope="trajectory", vds_quantile=0.0, **options), []
+    samples = [sample for sample in trainer.train_dataset if sample["images"][0].width == 32]
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         model.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((len(kwargs["input_ids"]), torch.is_grad_enabled())),
+            lambda module, args, kwargs, name=name: seen.append((name, kwargs["input_ids"], torch.is_grad_enabled())),
             with_kwargs=True,
         )
-    trainer._compute_loss(trainer.model, batch, batch["num_items_in_batch"])
-    assert seen == calls
+    trainer.model.train()
+    trainer._generate_single_turn = lambda prompts, *_: [[20, 21, 1] for _ in prompts]
+    batch = trainer._with_teacher(trainer._generate_and_score_completions(samples))
+    loss_of(trainer, batch)
+    text = sum(len(group.text_prompt_ids) + 2 for group in batch["groups"])
+    image = sum(len(group.prompt_ids) + 2 for group in batch["groups"])
+    views = {image: 1, text: 1, image + text: 2}
+    assert [(name, views[ids.shape[1]], grad) for name, ids, grad in seen] == calls
+
+
+def test_text_rows_without_gated_tokens_need_no_gradient(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eta=1.0, lam=0.5, vds_quantile=0.9)
+    batch = rollout(trainer)
+    planned = trainer._micro_batch(batch, 1.0, trainer.objective, terms=False)
+    vds = torch.cat([entry.vds for entry in batch["teacher"]])
+    opened = [bool((entry.vds > torch.quantile(vds, 0.9)).any()) for entry in batch["teacher"]]
+    assert planned.text_gradient == opened
+    assert 0 < sum(opened) < len(opened)
+
+
+def gradients(trainer: VGSTrainer, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """A micro-batch's loss and gradient, through however many backward passes."""
+    trainer.model.zero_grad()
+    loss = loss_of(trainer, batch)
+    trainer._backward(loss)
+    return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lam": 0.5},
+        {"lam": 0.5, "schedule": "adaptive", "loss_reduction": "token"},
+        {"lam": 0.5, "vds_scope": "trajectory", "detach_prior": False},
+        {"lam": 0.0, "log_terms": False},
+    ],
+)
+def test_the_loss_is_the_same_however_it_is_split(tmp_path: Path, options: dict) -> None:
+    """One pass; passes of at most 110 tokens; prompts shared or repeated."""
+    trainer = make_trainer(tmp_path, eta=0.5, num_generations=2, per_device_train_batch_size=8, **options)
+    trainer.model.train()
+    doubled = [sample for sample in trainer.train_dataset[:4] for _ in range(2)]
+    batch = trainer._with_teacher(trainer._generate_and_score_completions(doubled))
+    assert [len(group.responses) for group in batch["groups"]] == [2] * 4
+    results, passes = [], []
+    for budget, share in ((None, True), (110, True), (110, False)):
+        trainer.args.max_tokens_per_pass, trainer.args.share_prefix = budget, share
+        results.append(gradients(trainer, trainer._with_teacher(batch)))
+        passes.append(len(trainer._micro_batch(batch, 1.0, trainer.objective, terms=False).passes))
+    assert passes[0] == 1 < passes[1] < passes[2]
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        for name, expected in results[0][1].items():
+            scale = max(expected.abs().max().item(), 1e-3)
+            torch.testing.assert_close(gradient[name], expected, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_language_preservation_every_third_step(tmp_path: Path) -> None:
+    """A third as often, three times as strong; evaluation takes the objective as it is."""
+    trainer = make_trainer(tmp_path, eta=1.0, lam=0.25, lp_every=3, max_steps=4)
+    seen = []
+    original = trainer._micro_batch
+
+    def spy(inputs, num_items, objective, terms):
+        seen.append((trainer.model.training, objective.lam))
+        return original(inputs, num_items, objective, terms)
+
+    trainer._micro_batch = spy
+    trainer.train()
+    assert seen == [(True, 0.75), (True, 0.0), (True, 0.0), (True, 0.75)]
+    seen.clear()
+    trainer.evaluate()
+    assert set(seen) == {(False, 0.25)}
+
+
+def test_an_offloaded_teacher_says_the_same(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eta=1.0)
+    away = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
+    batch = rollout(trainer)
+    layer = away.teacher_model.model.language_model.layers[0].mlp.up_proj
+    head, at_rest, during = away.teacher_model.lm_head.weight.data_ptr(), layer.weight.data_ptr(), []
+    layer.register_forward_pre_hook(lambda module, args: during.append(module.weight.data_ptr()))
+    for ours, theirs in zip(away._with_teacher(batch)["teacher"], batch["teacher"], strict=True):
+        assert torch.equal(ours.rows[0], theirs.rows[0])
+        assert torch.equal(ours.vds, theirs.vds)
+    assert during != [at_rest], "the pass ran on a copy"
+    assert layer.weight.data_ptr() == at_rest
+    assert away.teacher_model.lm_head.weight.data_ptr() == head
 
 
 def test_loss_without_terms_has_the_same_gradient(tmp_path: Path) -> None:
     gradients = []
     for log_terms in (True, False):
         trainer = make_trainer(tmp_path, lam=0.0, eta=0.5, log_terms=log_terms)
-        batch = rollout(trainer)
-        trainer._compute_loss(trainer.model, batch, batch["num_items_in_batch"])[0].backward()
+        loss_of(trainer, rollout(trainer)).backward()
         gradients.append(trainer.model.model.language_model.embed_tokens.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def logits(trainer: VGSTrainer, group: PromptGroup, response: torch.Tensor) -> list[torch.Tensor]:
+    """[T, V] each: student and teacher, with and without the image, from the whole models' plain forwards."""
+    rows = []
+    for model in (trainer.model, trainer.teacher_model):
+        for prompt, images in ((group.prompt_ids, group.images), (group.text_prompt_ids, {})):
+            ids = torch.cat([prompt, response])[None]
+            fields = {name: x for name, x in images.items() if name != "mm_token_type_ids"}
+            if images:
+                kinds = images["mm_token_type_ids"]
+                fields["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(response)))[None]
+            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), **fields).logits
+            rows.append(found[0, -len(response) - 1 : -1])
+    return rows
 
 
 def test_measured_eta_equals_the_ratio_by_hand(tmp_path: Path) -> None:
@@ -176,21 +289,11 @@ def test_measured_eta_equals_the_ratio_by_hand(tmp_path: Path) -> None:
     for gamma in (0.0, 2.0):
         trainer.model.zero_grad()
         for batch in batches:
-            views = pair_views(
-                *[batch[x] for x in ("prompt_ids", "prompt_mask", "text_prompt_ids", "text_prompt_mask")],
-                *[batch[x] for x in ("completion_ids", "completion_mask")],
-                {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")},
-            )
-            rows = [
-                model(input_ids=v.input_ids, attention_mask=v.attention_mask, **v.multimodal).logits
-                for model in (trainer.model, trainer.teacher_model)
-                for v in (views.multimodal_view(), views.text_view())
-            ]
-            columns = views.response_mask.shape[1]
-            s, a, t, w = (x[:, -columns - 1 : -1].log_softmax(dim=-1) for x in rows)
-            target = (a.detach() + t - w).log_softmax(dim=-1).detach()
-            per_token = (kl(s, t.detach()) + gamma * kl(s, target)) * views.response_mask
-            (per_token.sum(dim=1) / views.response_mask.sum(dim=1)).sum().backward()
+            for group in batch["groups"]:
+                for response in group.responses:
+                    s, a, t, w = (x.log_softmax(dim=-1) for x in logits(trainer, group, response))
+                    target = (a.detach() + t - w).log_softmax(dim=-1).detach()
+                    (kl(s, t.detach()) + gamma * kl(s, target)).mean().backward()
         norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters())))
     assert trainer.steering.ratios == [pytest.approx(norms[0] / norms[1], rel=1e-4)]
     assert trainer.state.log_history[0]["eta"] == trainer.steering.eta != 1.0

@@ -25,7 +25,8 @@ HOOKS = {
     "_prepare_inputs": ("self", "generation_batch"),
     "_set_signature_columns_if_needed": ("self",),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
-    "_compute_loss": ("self", "unwrapped_student", "inputs", "num_items_in_batch"),
+    "_get_train_sampler": ("self", "dataset"),
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
 }
 
 
@@ -38,7 +39,7 @@ def test_placeholders_are_suppressed_while_sampling(tmp_path: Path) -> None:
     nn.init.zeros_(head.weight)
     head.bias.data = torch.where(torch.isin(torch.arange(len(head.bias)), torch.tensor(forbidden)), 50.0, 0.0)
     trainer = make_trainer(tmp_path, student=student, generation_kwargs={"suppress_tokens": [20]})
-    sampled = rollout(trainer)["completion_ids"]
+    sampled = torch.cat([x for group in rollout(trainer)["groups"] for x in group.responses])
     assert not torch.isin(sampled, torch.tensor([*forbidden, 20])).any()
     assert trainer.generation_config.suppress_tokens == sorted([*forbidden, 20])
 
@@ -87,20 +88,50 @@ def test_a_vllm_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     expand_images_once(engine, image_token_id=3)
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, engine, -1
     batch = rollout(trainer)
-    assert batch["completion_ids"].tolist() == [[20]] * len(trainer.train_dataset)
+    assert [x.tolist() for group in batch["groups"] for x in group.responses] == [[20]] * len(trainer.train_dataset)
     assert all(ids.count(3) == 1 for ids in engine.sent)
-    assert (batch["prompt_ids"] == 3).sum() == 4 * len(engine.sent)
+    assert all((group.prompt_ids == 3).sum() == 4 for group in batch["groups"])
+
+
+def draw(trainer: VGSTrainer) -> list[list[int]]:
+    groups = trainer._generate_and_score_completions(tiny_samples(5))["groups"]
+    return [response.tolist() for group in groups for response in group.responses]
 
 
 def test_evaluation_is_greedy_and_training_samples(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.model.eval()
-    draws = [trainer._generate_and_score_completions(tiny_samples(5))["completion_ids"] for _ in range(2)]
-    assert torch.equal(*draws)
+    assert draw(trainer) == draw(trainer)
     assert trainer.generation_config.do_sample
     trainer.model.train()
-    draws = [trainer._generate_and_score_completions(tiny_samples(5))["completion_ids"] for _ in range(2)]
-    assert draws[0].shape != draws[1].shape or not torch.equal(*draws)
+    assert draw(trainer) != draw(trainer)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_responses_to_each_prompt(tmp_path: Path, accumulation: int) -> None:
+    """From the sampler to the micro-batches: neighbours share a prompt, and each is sampled on its own."""
+    trainer = make_trainer(
+        tmp_path,
+        num_generations=4,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=2,
+        eta=1.0,
+    )
+    seen: list[dict] = []
+    original = trainer.compute_loss
+
+    def spy(model, inputs, **options):
+        seen.append(inputs)
+        return original(model, inputs, **options)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    assert [len(group.responses) for inputs in seen for group in inputs["groups"]] == [4] * 4
+    assert len(seen) == 2 * accumulation
+    prompts = {tuple(group.prompt_ids.tolist()) for inputs in seen for group in inputs["groups"]}
+    assert len(prompts) > 2, "other prompts in the second step"
+    assert any(len({tuple(x.tolist()) for x in group.responses}) > 1 for x in seen for group in x["groups"])
 
 
 def test_evaluation_accuracy(tmp_path: Path) -> None:
@@ -149,6 +180,14 @@ def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
         ({"loss_reduction": "sum"}, "loss_reduction must be one of trajectory, token, got 'sum'"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"max_prompt_length": 0}, "max_prompt_length must be >= 1"),
+        ({"num_generations": 0}, "num_generations must be >= 1"),
+        ({"num_generations": 3}, "num_generations=3 must divide per_device_train_batch_size \\* "),
+        ({"packed_attention": "paged"}, "packed_attention must be one of auto, dense, flex, varlen, got 'paged'"),
+        ({"lp_every": 0}, "lp_every must be >= 1"),
+        (
+            {"max_tokens_per_pass": 20, "max_prompt_length": 9},
+            "max_completion_length=6 tokens in both views with a prompt of max_prompt_length=9 needs 21",
+        ),
     ],
 )
 def test_config_errors(tmp_path: Path, options: dict, message: str) -> None:
@@ -187,6 +226,13 @@ def other_image_token() -> nn.Module:
 def test_trainer_errors(tmp_path: Path, change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         refuse(tmp_path, **change)
+
+
+def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainer.DistributedType.FSDP)
+    with pytest.raises(ValueError, match="teacher_offload=True needs a whole teacher"):
+        trainer._check_models()
 
 
 def test_measuring_sharded_parameters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,9 @@ def make_trainer(
 
 
 def rollout(trainer: VGSTrainer) -> dict:
-    """One generated training batch, before it is shuffled and split."""
+    """One generated training batch with the teacher's part, before it is split."""
     trainer.model.train()
-    return trainer._generate_and_score_completions(list(trainer.train_dataset))
+    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)))
 
 
 class ScriptedTrainer(VGSTrainer):
@@ -95,17 +95,19 @@ def sharded_head_gradients() -> dict[str, torch.Tensor]:
 
 def pair_loss(student: torch.nn.Module) -> torch.Tensor:
     """The VGS loss of two fixed responses against a fixed teacher."""
-    from vgs.pairing import encode_views, placeholder_ids
-    from vgs.scoring import fused_loss, read_head, score_views
+    from vgs.groups import trajectory_ids
+    from vgs.pairing import encode_groups, placeholder_ids
+    from vgs.scoring import fused_loss, read_head, score_groups
     from vgs_kernels import VGSObjective
 
     teacher = tiny_model(1, hidden=48)
-    views = encode_views(tiny_processor(), tiny_samples(2), [[20, 1], [21, 22, 1]], placeholder_ids(student.config))
-    rows = score_views(student, views)
+    responses = [[[20, 1]], [[21, 22, 1]]]
+    groups = encode_groups(tiny_processor(), tiny_samples(2), responses, placeholder_ids(student.config))
+    rows = score_groups(student, groups)
     with torch.no_grad():
-        teacher_rows = score_views(teacher, views)
+        teacher_rows = score_groups(teacher, groups)
     heads = read_head(student, rows[0].dtype), read_head(teacher, rows[0].dtype)
-    return fused_loss(rows, teacher_rows, *heads, VGSObjective(lam=0.5), trajectory_ids=views.trajectory_ids).loss
+    return fused_loss(rows, teacher_rows, *heads, VGSObjective(lam=0.5), trajectory_ids=trajectory_ids(groups)).loss
 
 
 if __name__ == "__main__":

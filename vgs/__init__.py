@@ -14,7 +14,9 @@ _EXPORTS = {
     "load_samples": "data",
     "answers_match": "data",
     "evaluate_accuracy": "evaluation",
-    "pair_views": "pairing",
+    "PromptGroup": "groups",
+    "encode_groups": "pairing",
+    "score_groups": "scoring",
     "score_responses": "scoring",
 }
 __all__ = list(_EXPORTS)

@@ -13,6 +13,11 @@ from .steering import ETA_PRESETS
 
 LOSS_REDUCTIONS = ("trajectory", "token")
 LOSS_BACKENDS = ("auto", "triton", "torch")
+PACKED_ATTENTION = ("auto", "dense", "flex", "varlen")
+AT_LEAST_ONE = (
+    *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
+    *("num_generations", "max_tokens_per_pass", "lp_every"),
+)
 
 
 @dataclass
@@ -36,6 +41,18 @@ class VGSConfig(DistillationConfig):
         max_prompt_length: longest prompt in tokens, image tokens included. A longer one is an error, never truncated;
             ``vgs train`` filters the data first.
         eval_greedy: decode greedily during evaluation.
+        num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
+            gradient_accumulation_steps`` counts responses and must be a multiple of it.
+        share_prefix: responses to one prompt share it, and its images, in a packed pass.
+        max_tokens_per_pass: most tokens, prompts and both views included, that run through a model at once; a
+            micro-batch is split into as many passes as it takes, with the same loss and gradient. None: one pass.
+        packed_attention: kernel of packed passes, see ``vgs.attention.RowLayout``.
+        lp_every: take the language preservation term in every so manieth optimizer step, that many times as strong.
+            Between them the student's text-only view needs no backward.
+        freeze_vision, freeze_embeddings: keep the student's vision tower or input embeddings (and with them a tied
+            output head) as they are.
+        teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. One
+            process or DDP; a sharded teacher is offloaded by its engine.
     """
 
     gamma: float = field(default=2.0, metadata={"help": "Weight of the visual term."})
@@ -56,6 +73,14 @@ class VGSConfig(DistillationConfig):
     vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
     eval_greedy: bool = field(default=True, metadata={"help": "Decode greedily during evaluation."})
+    num_generations: int = field(default=1, metadata={"help": "Responses sampled to each prompt."})
+    share_prefix: bool = field(default=True, metadata={"help": "Responses to one prompt share it in a pass."})
+    max_tokens_per_pass: int | None = field(default=None, metadata={"help": "Most tokens of one pass."})
+    packed_attention: str = field(default="auto", metadata={"help": '"auto", "dense", "flex" or "varlen".'})
+    lp_every: int = field(default=1, metadata={"help": "Steps between language preservation terms."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Keep the student's vision tower."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the student's input embeddings."})
+    teacher_offload: bool = field(default=False, metadata={"help": "Keep the teacher in host memory between phases."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,15 +89,38 @@ class VGSConfig(DistillationConfig):
                 f"beta must be 1.0, got {self.beta}: Visual Gradient Steering minimises the reverse KL and would "
                 "ignore beta. Use gamma and lam, or trl.DistillationTrainer for other divergences."
             )
-        for name, choices in (("loss_reduction", LOSS_REDUCTIONS), ("loss_backend", LOSS_BACKENDS)):
+        for name, choices in (
+            ("loss_reduction", LOSS_REDUCTIONS),
+            ("loss_backend", LOSS_BACKENDS),
+            ("packed_attention", PACKED_ATTENTION),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"):
+        for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
+        self._check_batches()
         fixed_eta = self.fixed_eta
         self.objective(1.0 if fixed_eta is None else fixed_eta)  # validates its fields
+
+    def _check_batches(self) -> None:
+        responses = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if responses % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide per_device_train_batch_size * "
+                f"gradient_accumulation_steps = {responses}, so that all responses to a prompt are on one process."
+            )
+        if self.max_tokens_per_pass is None:
+            return
+        prompt = self.max_prompt_length or 0
+        needed = prompt + 2 * (self.max_completion_length or 0)
+        if needed > self.max_tokens_per_pass:
+            raise ValueError(
+                f"max_tokens_per_pass={self.max_tokens_per_pass} is too small: one response of "
+                f"max_completion_length={self.max_completion_length} tokens in both views"
+                f"{f' with a prompt of max_prompt_length={prompt}' if prompt else ''} needs {needed}."
+            )
 
     @property
     def fixed_eta(self) -> float | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from vgs_kernels import (
     DivergenceOutput,
@@ -19,7 +19,14 @@ from vgs_kernels import (
     fused_linear_vgs_loss,
 )
 
-from .pairing import PairedViews, encode_views, placeholder_ids
+from .attention import use_packed_attention
+from .groups import PromptGroup, response_lengths, trajectory_ids
+from .packing import PackedRow, Stem, image_stem, pack, text_stem
+from .padding import PaddedViews, pad_groups
+from .pairing import encode_groups, placeholder_ids
+from .positions import backbone, is_verified, prompt_positions
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,52 +70,137 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
     return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 
-def hidden_rows(model: nn.Module, views: PairedViews) -> Tensor:
-    """Post-norm hidden states that predict the response tokens, compacted.
+VISION_TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) -> None:
+    """Take a student's vision tower or input embeddings (and with them a tied output head) out of training.
+
+    Raises:
+        ValueError: no vision tower is found under a known name.
+    """
+    if vision:
+        towers = [module for name in VISION_TOWERS if (module := getattr(backbone(model), name, None)) is not None]
+        if not towers:
+            raise ValueError(f"freeze_vision found none of {', '.join(VISION_TOWERS)} in {type(model).__name__}.")
+        for tower in towers:
+            tower.requires_grad_(False)
+    if embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+
+
+def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
+    """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
+    body = backbone(model)
+    use_packed_attention(body)
+    with row.layout.active():
+        # The mask of ones keeps the library from guessing sequences out of positions.
+        states = body(
+            input_ids=row.input_ids,
+            attention_mask=torch.ones_like(row.input_ids),
+            position_ids=row.position_ids,
+            use_cache=False,
+            **row.images,
+        ).last_hidden_state
+    return states[0].index_select(0, row.scored.to(states.device))
+
+
+def padded_states(model: nn.Module, views: PaddedViews) -> Tensor:
+    """[N, D] (or [2N, D], text-only view last): as ``packed_states``, of padded rows."""
+    states = backbone(model)(
+        input_ids=views.input_ids, attention_mask=views.attention_mask, use_cache=False, **views.images
+    ).last_hidden_state
+    columns = views.response_mask.shape[1]
+    return states[:, -columns - 1 : -1][views.row_mask.to(states.device)]
+
+
+def score_groups(
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    *,
+    text: bool = True,
+    text_gradient: bool | Sequence[bool] = True,
+    share_prefix: bool = True,
+    kernel: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Hidden states at response positions, of both views, aligned token by token.
+
+    All prompts and responses run in one packed row, without padding, each prompt and its images once. Families whose
+    positions are not verified there (``vgs.positions``) run as padded batches.
 
     Args:
         model: an unwrapped vision-language model, or a PEFT model around one.
-        views: B or 2B rows (both views); every row's response is in the last C columns.
+        groups: prompts with their responses.
+        text: whether to score the text-only view too.
+        text_gradient: whether the text-only rows may carry gradient, for all responses or for each in the order of the
+            groups. Those that may not run under no_grad.
+        share_prefix: with False every response gets a copy of its prompt.
+        kernel: attention in packed rows, see ``vgs.attention.RowLayout``.
 
     Returns:
-        [N, D] for one view; [2N, D] for both, the multimodal view first.
+        ([N, D] multimodal,) or ([N, D] multimodal, [N, D] text-only); order: group, response, token.
+
+    Raises:
+        ValueError: ``text_gradient`` does not have one entry per response.
     """
-    if is_peft_model(model):
-        model = model.base_model.model
-    # `base_model` is the multimodal backbone without the head; `get_decoder()` would be the text stack alone.
-    states = model.base_model(
-        input_ids=views.input_ids, attention_mask=views.attention_mask, use_cache=False, **views.multimodal
-    ).last_hidden_state
-    columns = views.response_mask.shape[1]
-    mask = views.response_mask.repeat(len(states) // len(views.response_mask), 1)
-    return states[:, -columns - 1 : -1][mask.to(states.device)]
+    lengths = response_lengths(groups)
+    wanted = [text_gradient] * len(lengths) if isinstance(text_gradient, bool) else list(text_gradient)
+    if len(wanted) != len(lengths):
+        raise ValueError(f"text_gradient must have one entry for each of {len(lengths)} responses, got {len(wanted)}.")
+    device = model.get_input_embeddings().weight.device
+    if not torch.is_grad_enabled():
+        wanted = [True] * len(wanted)  # one pass serves both views
+    if not is_verified(model):
+        return _score_padded(model, groups, text, wanted, device)
+    stems = [image_stem(group, prompt_positions(model, group.prompt_ids, group.images)) for group in groups]
+    axes = len(stems[0].positions)
+    flags = iter(wanted)
+    with_gradient, without = [], []
+    for group in groups if text else ():
+        marks = [next(flags) for _ in group.responses]
+        for part, mark in ((with_gradient, True), (without, False)):
+            if chosen := [index for index, flag in enumerate(marks) if flag == mark]:
+                part.append(text_stem(group.select(chosen), axes))
+
+    def run(parts: Sequence[Stem]) -> Tensor:
+        return packed_states(model, pack(parts, device, share_prefix=share_prefix, kernel=kernel))
+
+    states = run([*stems, *with_gradient])
+    if not text:
+        return (states,)
+    rows, text_rows = states[: sum(lengths)], states[sum(lengths) :]
+    if without:
+        with torch.no_grad():
+            others = run(without)
+        if not with_gradient:
+            return rows, others
+        text_rows = torch.cat([text_rows, others])[_original_order(lengths, wanted).to(others.device)]
+    return rows, text_rows
 
 
-def multimodal_rows(model: nn.Module, views: PairedViews) -> tuple[Tensor]:
-    """As ``score_views``, of the multimodal view alone: ([N, D],)."""
-    return (hidden_rows(model, views.multimodal_view()),)
+def _original_order(lengths: Sequence[int], first: Sequence[bool]) -> Tensor:
+    """[N] places, in rows sorted by ``not first``, of the tokens of responses with these lengths."""
+    marks = torch.tensor(first).repeat_interleave(torch.tensor(lengths))
+    return torch.argsort(torch.argsort(~marks, stable=True))
 
 
-def score_views(model: nn.Module, views: PairedViews, text_gradient: bool = True) -> tuple[Tensor, Tensor]:
-    """Hidden states of both views, aligned token by token.
-
-    Args:
-        model: as in ``hidden_rows``.
-        views: both views, from ``pair_views``.
-        text_gradient: whether the text-only rows may carry gradient. False, where gradients are on, runs them in a
-            second forward under no_grad; otherwise one forward serves both views.
-
-    Returns:
-        ([N, D] multimodal, [N, D] text-only).
-    """
+def _score_padded(
+    model: nn.Module, groups: Sequence[PromptGroup], text: bool, wanted: Sequence[bool], device: torch.device
+) -> tuple[Tensor, ...]:
+    """As ``score_groups``; text-only rows all carry gradient if one does."""
+    logger.warning_once(
+        f"{type(model).__name__} ({model.config.model_type}) has no verified positions in packed rows; its views are "
+        "padded batches instead: exact, but slower."
+    )
     # Without image grids, a family may batch its pixels by row, where text-only rows do not fit in.
-    stackable = "image_grid_thw" in views.multimodal or "pixel_values" not in views.multimodal
-    if stackable and (text_gradient or not torch.is_grad_enabled()):
-        rows, text_rows = hidden_rows(model, views).chunk(2)
-        return rows, text_rows
-    rows = hidden_rows(model, views.multimodal_view())
-    with torch.set_grad_enabled(text_gradient and torch.is_grad_enabled()):
-        return rows, hidden_rows(model, views.text_view())
+    stackable = all("image_grid_thw" in group.images or not group.has_images for group in groups)
+    if text and stackable and all(wanted):
+        return padded_states(model, pad_groups(groups, ("multimodal", "text"), device)).chunk(2)
+    rows = padded_states(model, pad_groups(groups, ("multimodal",), device))
+    if not text:
+        return (rows,)
+    with torch.set_grad_enabled(any(wanted) and torch.is_grad_enabled()):
+        return rows, padded_states(model, pad_groups(groups, ("text",), device))
 
 
 def fused_loss(
@@ -211,12 +303,13 @@ def score_responses(
         ``student_vds`` (KL(p_I || p_x)) [T] float, in nats, on the CPU.
     """
     device = student.get_output_embeddings().weight.device
-    views = encode_views(processor, samples, completion_ids, placeholder_ids(student.config), device)
-    student_rows, teacher_rows = score_views(student, views), score_views(teacher, views)
+    responses = [[ids] for ids in completion_ids]
+    groups = encode_groups(processor, samples, responses, placeholder_ids(student.config), device)
+    student_rows, teacher_rows = score_groups(student, groups), score_groups(teacher, groups)
     heads = read_head(student, student_rows[0].dtype), read_head(teacher, teacher_rows[0].dtype)
-    output = fused_loss(student_rows, teacher_rows, *heads, objective, trajectory_ids=views.trajectory_ids)
-    lengths = [len(ids) for ids in completion_ids]
-    columns = {"token_ids": views.response_ids.cpu().split(lengths)}
+    output = fused_loss(student_rows, teacher_rows, *heads, objective, trajectory_ids=trajectory_ids(groups))
+    lengths = response_lengths(groups)
+    columns = {"token_ids": torch.cat([x for group in groups for x in group.responses]).split(lengths)}
     for name in ("standard", "visual", "language", "vds", "entropy", "student_vds"):
         columns[name] = getattr(output, name).float().cpu().split(lengths)
     return [{name: parts[index] for name, parts in columns.items()} for index in range(len(samples))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from statistics import fmean
 from types import MappingProxyType
@@ -15,19 +16,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import RepeatSampler
 
 from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
 
 from .config import VGSConfig
 from .data import answers_match
-from .pairing import MULTIMODAL_FIELDS, PairedViews, left_pad, pair_views, placeholder_ids, text_only_prompts
+from .groups import PromptGroup, response_lengths
+from .images import split_images
+from .pairing import encode_groups, placeholder_ids, text_only_prompts
+from .passes import select_responses
 from .rollouts import expand_images_once, forbid_tokens, greedy_decoding
-from .scoring import fused_loss, multimodal_rows, read_head, score_views
+from .scoring import freeze
 from .steering import SteeringState, gradient_norm
+from .step import UNSHARDED, MicroBatch, StepScorer
 
 VDS_QUANTILES = (0.4, 0.7)
 TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
@@ -86,7 +94,6 @@ class VGSTrainer(DistillationTrainer):
                 f"{type(processing_class).__name__}: a text-only model has no image to steer towards."
             )
         self.steering = SteeringState()
-        self._terms: dict[str, Tensor] = {}
         self._watched: list[list[float]] = []  # means of this optimizer step's micro-batches
         super().__init__(
             model=model,
@@ -106,6 +113,8 @@ class VGSTrainer(DistillationTrainer):
         forbid_tokens(self, self.placeholder_ids)
         if self.use_vllm and self.vllm_mode == "colocate":
             expand_images_once(self.vllm_generation, self.model.config.image_token_id)
+        freeze(self.accelerator.unwrap_model(self.model), vision=args.freeze_vision, embeddings=args.freeze_embeddings)
+        self.step_scorer = StepScorer(args, self.accelerator, self.teacher_model, self._anchor())
 
     def _check_models(self) -> None:
         if not self._is_vlm or not self.placeholder_ids:
@@ -116,24 +125,42 @@ class VGSTrainer(DistillationTrainer):
                 f"teacher_model has image and video token ids {teacher}, the student {self.placeholder_ids}; both must "
                 "read the same prompts."
             )
-        sharded = self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        )
+        sharded = self.accelerator.distributed_type not in UNSHARDED
+        if sharded and self.args.teacher_offload:
+            raise ValueError(
+                f"teacher_offload=True needs a whole teacher, but parameters are sharded "
+                f"({self.accelerator.distributed_type}). Use the engine's own offloading to the CPU."
+            )
+        if self.args.teacher_offload and getattr(self.teacher_model, "is_quantized", False):
+            raise ValueError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
+        if self.args.num_generations > 1 and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            raise ValueError(
+                f"num_generations={self.args.num_generations} needs a dataset with a length, got "
+                f"{type(self.train_dataset).__name__}."
+            )
         if self.args.fixed_eta is None and sharded:
             raise ValueError(
                 f'eta="measure" needs whole parameters, but they are sharded ({self.accelerator.distributed_type}). '
                 'Measure once on one device or under DDP and set eta to that number, or use "paper-2b" / "paper-4b".'
             )
 
+    def _anchor(self) -> PromptGroup:
+        """A prompt with a small image and one token to it."""
+        sample = {"prompt": [{"role": "user", "content": "."}], "images": [Image.new("RGB", (64, 64))]}
+        response = [[self._tokenizer.eos_token_id]]
+        options = {"device": self.accelerator.device, **self.chat_template_kwargs}
+        return encode_groups(self.processing_class, [sample], [response], self.placeholder_ids, **options)[0]
+
     @property
     def objective(self) -> VGSObjective:
-        """The objective in force, with the eta that is fixed or measured so far (1 before the first measurement)."""
+        """The objective in force: eta as fixed or measured so far (1 before the first measurement), lam as due."""
         eta = self.args.fixed_eta
         if eta is None:
             eta = self.steering.eta if self.steering.ratios else 1.0
-        return self.args.objective(eta)
+        objective, every = self.args.objective(eta), self.args.lp_every
+        if not self.model.training or every == 1:
+            return objective
+        return replace(objective, lam=0.0 if self.state.global_step % every else every * objective.lam)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -161,21 +188,52 @@ class VGSTrainer(DistillationTrainer):
         with greedy_decoding(self):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The host's batch plus ``text_prompt_ids``/``text_prompt_mask`` [B, Q], and the responses' accuracy."""
-        output = super()._generate_and_score_completions(inputs)
-        rendered = text_only_prompts(
-            self.processing_class, [x["prompt"] for x in inputs], self.placeholder_ids, **self.chat_template_kwargs
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        """The host's, with every prompt ``num_generations`` times in a row."""
+        host, count = super()._get_train_sampler(dataset), self.args.num_generations
+        return RepeatSampler(
+            host.data_source,
+            mini_repeat_count=count,
+            batch_size=host.batch_size // count,
+            repeat_count=host.repeat_count,
+            shuffle=host.shuffle,
+            seed=host.seed,
         )
-        ids, mask = left_pad(rendered, self._tokenizer.pad_token_id)
-        device = output["prompt_ids"].device
-        output["text_prompt_ids"], output["text_prompt_mask"] = ids.to(device), mask.to(device)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """A sampled batch: prompts with their responses, what the teacher says of them, and the loss's divisor."""
+        output = super()._generate_and_score_completions(inputs)
+        self._score_answers(inputs, output)
+        groups = self._groups(inputs, output)
+        items = output["num_items_in_batch"]
         if self.args.loss_reduction == "trajectory":
             # What the host divides by: responses instead of tokens.
-            responses = output["completion_mask"].any(dim=1).sum()
-            output["num_items_in_batch"] = self.accelerator.gather(responses).sum()
-        self._score_answers(inputs, output)
-        return output
+            count = sum(length > 0 for length in response_lengths(groups))
+            items = self.accelerator.gather(torch.tensor([count], device=items.device)).sum()
+        return {"groups": groups, "num_items_in_batch": items}
+
+    def _groups(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> list[PromptGroup]:
+        """The host's padded batch as prompts with their responses."""
+        count = self.args.num_generations if self.model.training else 1
+        masks = output["prompt_mask"].bool().cpu()
+        prompts = [ids[mask] for ids, mask in zip(output["prompt_ids"].cpu(), masks, strict=True)]
+        completions = zip(output["completion_ids"].cpu(), output["completion_mask"].bool().cpu(), strict=True)
+        responses = [ids[mask] for ids, mask in completions]
+        images = split_images(output, masks, output.get("num_images"), output.get("num_tiles"))
+        firsts = range(0, len(prompts), count)
+        text_prompts = text_only_prompts(
+            self.processing_class,
+            [inputs[index]["prompt"] for index in firsts],
+            self.placeholder_ids,
+            **self.chat_template_kwargs,
+        )
+        groups = []
+        for first, text in zip(firsts, text_prompts, strict=True):
+            own = slice(first, first + count)
+            if any(not torch.equal(ids, prompts[first]) for ids in prompts[own]):
+                raise RuntimeError(f"The {count} samples from {first} on have different prompts; expected one prompt.")
+            groups.append(PromptGroup(prompts[first], torch.tensor(text), tuple(responses[own]), images[first]))
+        return groups
 
     def _score_answers(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
@@ -192,12 +250,31 @@ class VGSTrainer(DistillationTrainer):
             self._metrics["train" if training else "eval"]["accuracy"].extend(values.tolist())
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(generation_batch)
-        first = self._step % self.args.gradient_accumulation_steps == 0
-        wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
-        if self.model.training and first and len(self.steering.ratios) < wanted:
-            self._measure_eta()
-        return inputs
+        """The next micro-batch, with the teacher's part. As the host's, but responses to one prompt stay together."""
+        if not self.model.training:
+            return self._with_teacher(self._generate_and_score_completions(generation_batch))
+        steps = self.args.gradient_accumulation_steps
+        position = self._step % steps
+        if position == 0 or self._buffered_inputs is None:
+            batch = self._with_teacher(self._generate_and_score_completions(generation_batch))
+            size = len(batch["teacher"]) // steps
+            self._buffered_inputs = [
+                {
+                    "groups": select_responses(batch["groups"], range(first, first + size)),
+                    "teacher": batch["teacher"][first : first + size],
+                    "num_items_in_batch": batch["num_items_in_batch"],
+                }
+                for first in range(0, size * steps, size)
+            ]
+            wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
+            if len(self.steering.ratios) < wanted:
+                self._measure_eta()
+        return self._buffered_inputs[position]
+
+    def _with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
+        objective = self.objective
+        text = self.args.log_terms or objective.gamma > 0 or objective.lam > 0
+        return {**batch, "teacher": self.step_scorer.score_teacher(batch["groups"], objective, text)}
 
     def _measure_eta(self) -> None:
         """One measurement of eta on all micro-batches of this optimizer step (arXiv 2606.00564, Eq. 15)."""
@@ -205,8 +282,10 @@ class VGSTrainer(DistillationTrainer):
         parameters = [p for p in student.parameters() if p.requires_grad]
 
         def losses(objective: VGSObjective) -> Iterator[Tensor]:
-            for batch in self._buffered_inputs:
-                yield self._score(student, batch, batch["num_items_in_batch"], objective, terms=False).loss
+            for inputs in self._buffered_inputs:
+                batch = self._micro_batch(inputs, inputs["num_items_in_batch"], objective, terms=False)
+                for chosen in batch.passes:
+                    yield self.step_scorer.pass_loss(student, batch, chosen)[0]
 
         steered = replace(self.args.objective(1.0), lam=0.0)
         norms = [
@@ -217,76 +296,19 @@ class VGSTrainer(DistillationTrainer):
 
     # ---- loss
 
-    def _views(self, inputs: dict[str, Any]) -> PairedViews:
-        return pair_views(
-            inputs["prompt_ids"],
-            inputs["prompt_mask"],
-            inputs["text_prompt_ids"],
-            inputs["text_prompt_mask"],
-            inputs["completion_ids"],
-            inputs["completion_mask"],
-            {name: inputs[name] for name in MULTIMODAL_FIELDS if name in inputs},
-            pad_token_id=self._tokenizer.pad_token_id,
-        )
+    def _token_weights(self, lengths: list[int], num_items: Tensor | float | None) -> list[Tensor]:
+        """[T] float32 for every response: what a token counts; ``num_items`` is None in evaluation (this batch)."""
+        by_token = self.args.loss_reduction == "token"
+        if num_items is None:
+            num_items = max(sum(lengths) if by_token else sum(length > 0 for length in lengths), 1)
+        items = torch.as_tensor(num_items, dtype=torch.float32, device=self.accelerator.device)
+        return [(1.0 / (items if by_token else items * max(length, 1))).expand(length) for length in lengths]
 
-    def _token_weights(self, views: PairedViews, num_items: Tensor | int | None) -> Tensor:
-        """[N] float32: what each token counts in the loss; ``num_items`` is None in evaluation (this batch alone)."""
-        lengths = views.response_mask.sum(dim=1)
-        if self.args.loss_reduction == "token":
-            total = lengths.sum().clamp(min=1) if num_items is None else num_items
-            return torch.ones_like(views.trajectory_ids, dtype=torch.float32) / total
-        total = (lengths > 0).sum().clamp(min=1) if num_items is None else num_items
-        return 1.0 / (lengths[views.trajectory_ids].float() * total)
-
-    def _score(
-        self,
-        student: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        objective: VGSObjective,
-        terms: bool,
-    ) -> VGSOutput | DivergenceOutput:
-        """Both models over both views, and the loss, with its per-token terms if ``terms``."""
-        views = self._views(inputs)
-        weights = self._token_weights(views, num_items)
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
-        with self.accelerator.autocast():
-            if terms or objective.gamma > 0 or objective.lam > 0:
-                student_rows = score_views(student, views, objective.needs_text_gradient)
-                scorer = score_views
-            else:  # neither the loss nor a log needs the text-only view
-                student_rows = multimodal_rows(student, views)
-                scorer = multimodal_rows
-            with torch.no_grad():
-                teacher_rows = self._forward_redirection(self.teacher_model, teacher, scorer, teacher, views)
-            layers = student.get_output_embeddings(), teacher.get_output_embeddings()
-            parameters = [p for layer in layers for p in (layer.weight, getattr(layer, "bias", None))]
-            with maybe_gather_lm_head_ctx(*parameters):
-                return fused_loss(
-                    student_rows,
-                    teacher_rows,
-                    read_head(student, student_rows[0].dtype),
-                    read_head(teacher, teacher_rows[0].dtype),
-                    objective,
-                    token_weights=weights,
-                    trajectory_ids=views.trajectory_ids,
-                    return_terms=terms,
-                    vocab_size=self.args.vocab_size,
-                    workspace_bytes=self.args.loss_workspace_bytes,
-                    backend=self.args.loss_backend,
-                )
-
-    def _compute_loss(
-        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs inside the student wrapper's forward. Returns loss, summed entropy and number of tokens, as the host."""
-        terms = self.args.log_terms
-        output = self._score(unwrapped_student, inputs, num_items_in_batch, self.objective, terms)
-        count = inputs["completion_mask"].sum()
-        self._terms = {name: getattr(output, name).float() for name in TERMS} if terms else {}
-        return output.loss, output.entropy.sum(), count
+    def _micro_batch(
+        self, inputs: dict[str, Any], num_items: Tensor | float | None, objective: VGSObjective, terms: bool
+    ) -> MicroBatch:
+        weights = self._token_weights(response_lengths(inputs["groups"]), num_items)
+        return self.step_scorer.micro_batch(inputs["groups"], inputs["teacher"], weights, objective, terms)
 
     def compute_loss(
         self,
@@ -295,18 +317,59 @@ class VGSTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The host's, plus the terms' means over all ranks' tokens in the logs."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The loss of a micro-batch. All its passes but the last have gone backward already when it returns."""
         training = self.model.training
+        num_items = None
+        if training:  # per process: gradients are averaged over processes
+            num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        student = self.accelerator.unwrap_model(model)
+        batch = self._micro_batch(inputs, num_items, self.objective, self.args.log_terms)
+        done, outputs = 0.0, []
+        for index, chosen in enumerate(batch.passes):
+            last = index + 1 == len(batch.passes)
+            with nullcontext() if last or not training else self._without_synchronisation(model):
+                loss, output = self._forward_redirection(
+                    model, student, self.step_scorer.pass_loss, student, batch, chosen
+                )
+                outputs.append(replace(output, loss=loss.detach()))
+                if training and not last:
+                    self._backward(loss)
+                    loss = loss.detach()
+            done = done + loss
+        self._log_pass_outputs(outputs, training)
+        return (done, None) if return_outputs else done
+
+    def _backward(self, loss: Tensor) -> None:
+        # As the host's own backward: under DeepSpeed the loss is scaled already.
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    @contextmanager
+    def _without_synchronisation(self, model: nn.Module) -> Iterator[None]:
+        """Gradients of the passes inside stay on their rank, and no engine takes them for the step's last."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _log_pass_outputs(self, outputs: list[VGSOutput | DivergenceOutput], training: bool) -> None:
+        """Entropy and, if wanted, the terms' means over all ranks' tokens."""
         metrics = self._metrics["train" if training else "eval"]
         metrics["eta"].append(self.objective.eta)
-        if self._terms:
-            self._log_terms(metrics, training)
-        return result
+        entropy = torch.cat([output.entropy.float() for output in outputs])
+        sums = self.accelerator.gather(torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])[None]).sum(dim=0)
+        metrics["entropy"].append((sums[0] / sums[1].clamp(min=1)).item())
+        if self.args.log_terms:
+            terms = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in TERMS}
+            self._log_terms(terms, metrics, training)
 
-    def _log_terms(self, metrics: dict[str, list[float]], training: bool) -> None:
-        vds = self._terms["vds"]
-        sums = torch.stack([*[self._terms[name].sum() for name in TERMS], vds.new_tensor(len(vds))])
+    def _log_terms(self, terms: dict[str, Tensor], metrics: dict[str, list[float]], training: bool) -> None:
+        vds = terms["vds"]
+        sums = torch.stack([*[terms[name].sum() for name in TERMS], vds.new_tensor(len(vds))])
         sums = self.accelerator.gather(sums[None]).sum(dim=0)
         padded = self.accelerator.pad_across_processes(vds, pad_index=math.nan)
         quantiles = torch.nanquantile(self.accelerator.gather(padded), vds.new_tensor(VDS_QUANTILES))

@@ -1,0 +1,182 @@
+"""Attention inside a packed row: every response sees its prompt and itself, and nothing else.
+
+A model's text decoder gets an attention implementation of ours around its own. Outside a packed pass (sampling, padded
+batches) it does what the model's own did. Inside one, the mask that the family asks for (causal, sliding window,
+bidirectional images) is composed with the row's layout, and the kind of mask selects the kernel. Masks travel as
+arguments of the layers, so gradient checkpointing recomputes with the same one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward, repeat_kv
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+KERNELS = ("auto", "dense", "flex", "varlen")
+PREFIX = "vgs_packed_"  # + the model's own implementation
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Who may attend to whom in a packed row of T tokens.
+
+    Attributes:
+        prompt: [T] int32, the prompt that a token belongs to, in one view.
+        branch: [T] int32, 0 for the prompt's own tokens, g for those of its g-th response.
+        home: [T] int64, the place in the row where the token would stand if its response followed the prompt at once:
+            the family's own mask (its sliding window, say) is asked about these places.
+        lengths: lengths of the sequences if no two responses share a prompt, else None.
+        kernel: ``"dense"`` (a [T, T] mask), ``"flex"``, ``"varlen"`` (sequence lengths alone, 16 bits, CUDA), or
+            ``"auto"``: varlen where it applies and flex elsewhere on CUDA, dense on other devices.
+    """
+
+    prompt: Tensor
+    branch: Tensor
+    home: Tensor
+    lengths: tuple[int, ...] | None
+    kernel: str = "auto"
+
+    def compose(self, family: MaskFunction) -> MaskFunction:
+        """The row's mask, out of the family's."""
+
+        def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            seen = (self.branch[key] == 0) | (self.branch[key] == self.branch[query])
+            own = self.prompt[key] == self.prompt[query]
+            return own & seen & family(batch, head, self.home[query], self.home[key])
+
+        return mask
+
+    def mask(self, family: MaskFunction, dtype: torch.dtype) -> Tensor | BlockMask | Segments:
+        """The mask as the kernel takes it.
+
+        Raises:
+            ValueError: ``kernel="varlen"`` where sequence lengths do not say everything.
+        """
+        device, size = self.prompt.device, len(self.prompt)
+        plain = self.lengths is not None and family is causal_mask_function
+        kernel = self.kernel
+        if kernel == "auto":
+            if device.type != "cuda":
+                kernel = "dense"
+            else:
+                kernel = "varlen" if plain and _compute_dtype(dtype, device).itemsize == 2 else "flex"
+        if kernel == "varlen":
+            if not plain:
+                raise ValueError(
+                    'packed_attention="varlen" takes plain causal sequences alone, but this row shares prompts between '
+                    'responses or its family masks otherwise; use "flex" or "auto".'
+                )
+            return Segments.of(self.lengths, device)
+        if kernel == "flex":
+            compiled = device.type == "cuda"
+            return create_block_mask(self.compose(family), None, None, size, size, device=device, _compile=compiled)
+        at = torch.arange(size, device=device)
+        zero = at.new_zeros(1, 1, 1, 1)
+        return self.compose(family)(zero, zero, at[None, None, :, None], at[None, None, None, :])
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Decoders called inside see a row of this layout."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[RowLayout | None] = ContextVar("packed_row", default=None)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sequences that follow each other in a row: [S + 1] int32 offsets, and the longest one's length."""
+
+    offsets: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
+        offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        return cls(offsets.to(device, non_blocking=True), max(lengths))
+
+
+def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """[1, H, T, D] each -> [1, T, H, D], causal within every segment."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of PyTorch
+
+    options: dict[str, Any] = {"scale": scale}
+    parameters = inspect.signature(varlen_attn).parameters
+    options |= {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
+        else:
+            key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    offsets, longest = segments.offsets, segments.longest
+    return varlen_attn(*rows, offsets, offsets, longest, longest, **options)[None]
+
+
+def _attention(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(attention_mask, (Segments, BlockMask)):
+        # Norms in float32 under autocast leave queries and keys in another dtype than the values.
+        dtype = _compute_dtype(value.dtype, value.device)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        if isinstance(attention_mask, BlockMask):
+            return flex_attention_forward(module, query, key, value, attention_mask, **options)
+        return _varlen(query, key, value, attention_mask, options.get("scaling")), None
+    dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+    if dense or base == "sdpa":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # Flash attention looks its kernel up by the name in the config.
+    config = module.config
+    config._attn_implementation = base
+    try:
+        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **options)
+    finally:
+        config._attn_implementation = PREFIX + base
+
+
+def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
+    layout = _ACTIVE.get()
+    if layout is None:
+        return base(*arguments, **options)
+    return layout.mask(options["mask_function"], options["dtype"])
+
+
+def use_packed_attention(backbone: PreTrainedModel) -> None:
+    """Give a multimodal backbone's text decoder the implementation described above; once is enough.
+
+    Eager attention becomes sdpa: the same function, which one implementation serves in both uses.
+    """
+    decoder = backbone.get_decoder()
+    current = decoder.config._attn_implementation
+    if current.startswith(PREFIX):
+        return
+    base = "sdpa" if current == "eager" else current
+    name = PREFIX + base
+    masks = AttentionMaskInterface()
+    AttentionInterface.register(name, functools.partial(_attention, base))
+    AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(base, sdpa_mask)))
+    for config in (decoder.config, backbone.config.get_text_config()):
+        config._attn_implementation = name

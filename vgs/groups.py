@@ -1,0 +1,63 @@
+"""The unit of scoring: one prompt in both views, and the responses that were sampled to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Multimodal fields with one value per token; every other one belongs to the images and exists in one view only.
+PER_TOKEN_FIELDS = ("mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One prompt in both views and G responses to it.
+
+    Attributes:
+        prompt_ids: [P] int64 on the CPU, image placeholders expanded.
+        text_prompt_ids: [Q] int64 on the CPU, the same prompt rendered without its images.
+        responses: G tensors [T_g] int64 on the CPU.
+        images: the image fields of this prompt alone, as its family's forward takes them (``pixel_values``,
+            ``image_grid_thw``, ...); per-token fields (``token_type_ids``, ``mm_token_type_ids``) are [P].
+    """
+
+    prompt_ids: Tensor
+    text_prompt_ids: Tensor
+    responses: tuple[Tensor, ...]
+    images: dict[str, Tensor]
+
+    @property
+    def has_images(self) -> bool:
+        return "pixel_values" in self.images
+
+    @property
+    def response_lengths(self) -> list[int]:
+        return [len(response) for response in self.responses]
+
+    def tokens(self, text: bool = True) -> int:
+        """Tokens of one packed pass over the multimodal view, and over the text-only one if ``text``."""
+        answers = sum(self.response_lengths)
+        return len(self.prompt_ids) + answers + (len(self.text_prompt_ids) + answers if text else 0)
+
+    def select(self, responses: Sequence[int]) -> PromptGroup:
+        """The same prompt with some of its responses."""
+        return replace(self, responses=tuple(self.responses[index] for index in responses))
+
+    def alone(self) -> Iterator[PromptGroup]:
+        """One group for each response."""
+        for index in range(len(self.responses)):
+            yield self.select([index])
+
+
+def response_lengths(groups: Sequence[PromptGroup]) -> list[int]:
+    """Lengths of all responses, in the order in which their tokens are compacted."""
+    return [length for group in groups for length in group.response_lengths]
+
+
+def trajectory_ids(groups: Sequence[PromptGroup]) -> Tensor:
+    """[N] int64: the response (0, 1, ...) that each compacted token belongs to."""
+    lengths = torch.tensor(response_lengths(groups))
+    return torch.arange(len(lengths)).repeat_interleave(lengths)

@@ -1,0 +1,58 @@
+"""Where a token stands in its sequence: the rotary positions of each family.
+
+A packed row holds many sequences, so no model can infer positions from it; they are computed per prompt, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+#: Families with one position each for time, height and width (mRoPE).
+MROPE = frozenset({"qwen2_5_vl", "qwen3_vl"})
+#: Families whose packed rows equal separate passes, by ``config.model_type``.
+VERIFIED = MROPE | {"gemma3", "internvl", "llava", "smolvlm"}
+#: Text stacks under them: full or sliding attention, rotary positions, nothing carried from token to token.
+VERIFIED_TEXT = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
+    if is_peft_model(model):
+        model = model.base_model.model
+    return model.base_model  # `get_decoder()` would be the text stack alone
+
+
+def is_verified(model: nn.Module) -> bool:
+    """Whether the packed forward is known to be exact for the family of an unwrapped (possibly PEFT) model."""
+    config = backbone(model).config
+    text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None):
+        return False
+    return config.model_type in VERIFIED and text.model_type in VERIFIED_TEXT
+
+
+def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+    """Rotary positions of one prompt, as the model would compute them for this prompt alone.
+
+    A response counts on, on every axis, from the largest of them.
+
+    Args:
+        model: an unwrapped (possibly PEFT) model of a verified family, on any device.
+        prompt_ids: [P] int64 on the CPU, image placeholders expanded; the text-only prompt for the text-only view.
+        images: the prompt's image fields; only ``image_grid_thw`` is read, best kept on the CPU. Empty for text.
+
+    Returns:
+        [R, P] int64 on the CPU; R is 3 (time, height, width) for mRoPE families, else 1.
+    """
+    inner = backbone(model)
+    rows = 3 if inner.config.model_type in MROPE else 1
+    grid = images.get("image_grid_thw")
+    if rows == 1 or grid is None:
+        return torch.arange(len(prompt_ids)).expand(rows, -1)
+    ids = prompt_ids[None]
+    kinds = (ids == inner.config.image_token_id).int()
+    return inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid.cpu())[0][:, 0]

@@ -1,0 +1,259 @@
+"""The parts of a step: the teacher's phase over a generation batch, and the student's passes of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
+from vgs_kernels.gating import thresholds
+from vgs_kernels.parallel import group_name
+
+from .config import VGSConfig
+from .groups import PromptGroup, response_lengths, trajectory_ids
+from .passes import plan_passes, select_responses
+from .scoring import Head, fused_loss, read_head, score_groups
+from .teacher import Offload, TeacherRows, visual_dependency
+
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Responses whose losses add up to one loss, however many passes they take.
+
+    Attributes:
+        groups: prompts with their responses.
+        teacher: one entry per response.
+        weights: token weights [T], one entry per response.
+        objective: of this step.
+        terms: whether the per-token terms are wanted.
+        limits: [K] VDS thresholds over all tokens; None where the loss takes them itself.
+        text_gradient: whether a response's text-only rows need gradient, one entry per response.
+        passes: numbers of the responses that run together.
+    """
+
+    groups: list[PromptGroup]
+    teacher: list[TeacherRows]
+    weights: Sequence[Tensor]
+    objective: VGSObjective
+    terms: bool
+    limits: Tensor | None
+    text_gradient: list[bool]
+    passes: list[list[int]]
+
+    @property
+    def text(self) -> bool:
+        """Whether anything needs the text-only view."""
+        return self.terms or self.objective.gamma > 0 or self.objective.lam > 0
+
+
+def needs_vds(objective: VGSObjective) -> bool:
+    """Whether the loss depends on scores of tokens in other passes."""
+    return objective.lam > 0 or objective.schedule == "adaptive"
+
+
+@dataclass
+class StepScorer:
+    """Runs student and teacher over groups, in passes, on whatever holds their parameters.
+
+    Attributes:
+        args: the run's settings.
+        accelerator: knows the processes.
+        teacher_model: as prepared by the accelerator.
+        anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
+            run the vision tower, in the backward too; with no weight in the loss.
+    """
+
+    args: VGSConfig
+    accelerator: Accelerator
+    teacher_model: nn.Module
+    anchor: PromptGroup
+    _redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
+    _offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        self.teacher_model.eval()
+        if self.args.teacher_offload:
+            self._offload = Offload(self._teacher, _head_parameters(self._teacher))
+
+    @property
+    def _teacher(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.teacher_model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are gathered layer by layer, so that every rank must run the same forwards."""
+        return self.accelerator.distributed_type not in UNSHARDED
+
+    @property
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.args.vocab_size,
+            "workspace_bytes": self.args.loss_workspace_bytes,
+            "backend": self.args.loss_backend,
+        }
+
+    def _passes(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
+        """As many on every rank: sharded models run their layers together. The added ones are empty."""
+        budget = self.args.max_tokens_per_pass
+        passes = plan_passes(groups, budget, text=text, share_prefix=self.args.share_prefix)
+        if self.accelerator.num_processes == 1:
+            return passes
+        count = torch.tensor([len(passes)], device=self.accelerator.device)
+        most = int(self.accelerator.gather(count).max())
+        return passes + [[] for _ in range(most - len(passes))]
+
+    def _rows(
+        self, model: nn.Module, groups: list[PromptGroup], text: bool, text_gradient: bool | list[bool]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states [N, D] of the groups' views, and a zero that carries gradient to an image."""
+        count = sum(response_lengths(groups))
+        anchored = self.accelerator.num_processes > 1 and not any(group.has_images for group in groups)
+        if anchored:
+            groups = [*groups, self.anchor]
+            if not isinstance(text_gradient, bool):
+                text_gradient = [*text_gradient, False]
+        rows = score_groups(
+            model,
+            groups,
+            text=text,
+            text_gradient=text_gradient,
+            share_prefix=self.args.share_prefix,
+            kernel=self.args.packed_attention,
+        )
+        zero = 0.0 * sum(x[count:].float().sum() for x in rows) if anchored else None
+        return [x[:count] for x in rows], zero
+
+    # ---- the teacher's phase
+
+    @torch.no_grad()
+    def score_teacher(self, groups: list[PromptGroup], objective: VGSObjective, text: bool) -> list[TeacherRows]:
+        """Hidden states of all responses, and their VDS if the loss needs it; one entry per response.
+
+        Args:
+            groups: prompts with their responses.
+            objective: of the step that will use them.
+            text: whether to score the text-only view.
+        """
+        teacher = self._teacher
+        found: dict[int, TeacherRows] = {}
+        with self._offload.on_device() if self._offload else nullcontext(), self.accelerator.autocast():
+            for chosen in self._passes(groups, text):
+                part = select_responses(groups, chosen)
+                rows, vds = self._redirect(
+                    self.teacher_model, teacher, self._teacher_pass, teacher, part, objective, text
+                )
+                lengths = response_lengths(part)
+                scores = [None] * len(lengths) if vds is None else vds.split(lengths)
+                views = zip(*[x.split(lengths) for x in rows], strict=True)
+                entries = [TeacherRows(*entry) for entry in zip(views, scores, strict=True)]
+                found |= dict(zip(chosen, entries, strict=True))
+        return [found[index] for index in sorted(found)]
+
+    def _teacher_pass(
+        self, teacher: nn.Module, groups: list[PromptGroup], objective: VGSObjective, text: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        rows, _ = self._rows(teacher, groups, text, text_gradient=False)
+        if not needs_vds(objective):
+            return rows, None
+        with maybe_gather_lm_head_ctx(*_head_parameters(teacher)):
+            head = read_head(teacher, rows[0].dtype)
+            return rows, visual_dependency(rows, head, objective.temperature, **self._loss_options)
+
+    # ---- the student's passes
+
+    def micro_batch(
+        self,
+        groups: list[PromptGroup],
+        teacher: list[TeacherRows],
+        weights: Sequence[Tensor],
+        objective: VGSObjective,
+        terms: bool,
+    ) -> MicroBatch:
+        """Plan the student's passes over responses that the teacher has scored. Collective on several processes."""
+        limits = None
+        gated = [objective.needs_text_gradient] * len(teacher)
+        if needs_vds(objective):
+            limits, gated = self._gate(groups, teacher, objective)
+        text = terms or objective.gamma > 0 or objective.lam > 0
+        return MicroBatch(groups, teacher, weights, objective, terms, limits, gated, self._passes(groups, text))
+
+    def _gate(
+        self, groups: list[PromptGroup], teacher: list[TeacherRows], objective: VGSObjective
+    ) -> tuple[Tensor | None, list[bool]]:
+        """VDS thresholds [K] (None if each trajectory has its own), and which responses have gated tokens."""
+        vds = torch.cat([entry.vds for entry in teacher])
+        trajectories = trajectory_ids(groups).to(vds.device)
+        name = group_name(None) if objective.vds_scope == "ranks" else None
+        limits = thresholds(vds, objective, trajectories, name)
+        pooled = objective.vds_scope != "trajectory"
+        common = None
+        if pooled:  # a rank without tokens needs no threshold, but the loss must not ask the others for theirs
+            common = torch.stack([limit[0] if len(limit) else limit.new_zeros(()) for limit in limits])
+        live_prior = not objective.detach_prior and objective.gamma > 0
+        if self.sharded or live_prior or objective.lam == 0:
+            return common, [objective.needs_text_gradient] * len(teacher)
+        opened = (vds > limits[-1]).split(response_lengths(groups))
+        return common, torch.stack([gate.any() for gate in opened]).tolist()
+
+    def pass_loss(
+        self, student: nn.Module, batch: MicroBatch, chosen: list[int]
+    ) -> tuple[Tensor, VGSOutput | DivergenceOutput]:
+        """One pass: its part of the micro-batch's loss, and the terms of its tokens.
+
+        Runs inside the student wrapper's forward, where its parameters are. An empty pass costs a small image and
+        gives 0.
+        """
+        groups = select_responses(batch.groups, chosen)
+        flags = [batch.text_gradient[index] for index in chosen]
+        uniform = batch.objective.needs_text_gradient if self.sharded or not flags else flags
+        teacher = self._teacher
+        # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
+        with self.accelerator.autocast():
+            rows, zero = self._rows(student, groups, batch.text, uniform)
+            with maybe_gather_lm_head_ctx(*_head_parameters(student), *_head_parameters(teacher)):
+                student_head, teacher_head = (read_head(model, rows[0].dtype) for model in (student, teacher))
+                output = fused_loss(
+                    rows,
+                    self._teacher_rows(batch, chosen, teacher_head, rows[0]),
+                    student_head,
+                    teacher_head,
+                    batch.objective,
+                    token_weights=_joined([batch.weights[index] for index in chosen], rows[0]),
+                    trajectory_ids=trajectory_ids(groups),
+                    return_terms=batch.terms,
+                    **self._steering(batch, chosen, rows),
+                    **self._loss_options,
+                )
+        return output.loss if zero is None else output.loss + zero, output
+
+    def _teacher_rows(self, batch: MicroBatch, chosen: list[int], head: Head, like: Tensor) -> list[Tensor]:
+        views = 2 if batch.text else 1
+        if not chosen:
+            return [like.new_zeros(0, head.weight.shape[1]) for _ in range(views)]
+        return [torch.cat([batch.teacher[index].rows[view] for index in chosen]) for view in range(views)]
+
+    def _steering(self, batch: MicroBatch, chosen: list[int], rows: list[Tensor]) -> dict[str, Any]:
+        if not needs_vds(batch.objective):
+            return {}
+        vds = _joined([batch.teacher[index].vds for index in chosen], rows[0])
+        return {"vds": vds, "vds_threshold": batch.limits}
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else like.new_zeros(0, dtype=torch.float32)
+
+
+def _head_parameters(model: nn.Module) -> list[nn.Parameter | None]:
+    layer = model.get_output_embeddings()
+    return [layer.weight, getattr(layer, "bias", None)]

@@ -1,0 +1,85 @@
+"""The frozen teacher in a step: its weights in host memory between its phases, and what is kept of a response."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vgs_kernels import TargetRow, fused_linear_divergence
+
+from .scoring import Head
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the teacher says of one response of T tokens.
+
+    A token costs 8 KB per view as a hidden state of width 4,096 in 16 bits and 300 KB as logits, so the responses of a
+    whole generation batch are scored before the student runs.
+
+    Attributes:
+        rows: [T, Dt] hidden states with the image and, if the text-only view was scored, [T, Dt] without.
+        vds: [T] visual dependency score KL(q_I || q_x), nats; None if it was not asked for.
+    """
+
+    rows: tuple[Tensor, ...]
+    vds: Tensor | None
+
+
+def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **options: Any) -> Tensor:
+    """[N] KL(q_I || q_x) in nats (arXiv 2606.00564, Eq. 12).
+
+    Args:
+        rows: [N, D] hidden states with and without the image.
+        head: the model's.
+        temperature: divides the logits.
+        **options: vocab_size, workspace_bytes and backend of ``fused_linear_divergence``.
+    """
+    text = TargetRow(1.0, rows[1], head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
+    return fused_linear_divergence(
+        rows[0],
+        head.weight,
+        [text],
+        temperature=temperature,
+        student_bias=head.bias,
+        student_softcap=head.softcap,
+        student_logit_scale=head.logit_scale,
+        **options,
+    ).divergence
+
+
+class Offload:
+    """Keeps a frozen model's weights, but for some, in host memory, and lends them to the device.
+
+    The host copy (pinned where the device is CUDA) is made once; leaving the device copies nothing back.
+
+    Args:
+        model: the model, on its device.
+        resident: parameters that stay there.
+    """
+
+    def __init__(self, model: nn.Module, resident: Sequence[nn.Parameter]) -> None:
+        kept = {id(parameter) for parameter in resident}
+        self._parameters = [p for p in model.parameters() if id(p) not in kept]
+        self._device = next(model.parameters()).device
+        pin = self._device.type == "cuda"
+        self._host = [p.data.cpu().pin_memory() if pin else p.data for p in self._parameters]
+        self._leave()
+
+    def _leave(self) -> None:
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The whole model is on the device inside."""
+        for parameter, host in zip(self._parameters, self._host, strict=True):
+            parameter.data = host.to(self._device, non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            self._leave()
