@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vgs.groups import PromptGroup, response_lengths
 from vgs.pairing import encode_groups, placeholder_ids
@@ -146,6 +147,35 @@ def test_varlen_needs_plain_sequences(student, groups) -> None:
         score_groups(student, groups, kernel="varlen")
 
 
+def causal_segments(query, key, value, offsets, scale: float, **options) -> torch.Tensor:
+    """[T, H, D] each -> [T, H, D]: what the kernels for packed sequences compute."""
+    parts = []
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        parts.append(attend(q, k, v, is_causal=True, scale=scale, **options).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_flash_attention_gets_the_sequences(groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on CUDA alone; a stand-in under its name takes what the library's own takes."""
+
+    def stand_in(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **options):
+        assert module.config._attn_implementation == "flash_attention_2"
+        assert attention_mask is None
+        assert torch.equal(cu_seq_lens_q, options["cu_seq_lens_k"])
+        assert max_length_q == options["max_length_k"] == cu_seq_lens_q.diff().max()
+        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+        return causal_segments(*rows, cu_seq_lens_q, scaling, enable_gqa=True)[None], None
+
+    model = tiny_model(0)
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", stand_in)
+    rows, text_rows = score_groups(model, groups, share_prefix=False, kernel="varlen")
+    assert close(rows, separate_rows(tiny_model(0), True))
+    assert close(text_rows, separate_rows(tiny_model(0), False))
+
+
 def test_varlen_gets_the_sequences(student, groups, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs on CUDA alone; a stand-in with its arguments shows that they mean the same."""
     from torch.nn.attention import varlen
@@ -154,12 +184,7 @@ def test_varlen_gets_the_sequences(student, groups, monkeypatch: pytest.MonkeyPa
         assert window_size == (-1, 0)
         assert torch.equal(cu_q, cu_k)
         assert max_q == max_k == cu_q.diff().max()
-        parts = []
-        for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
-            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-            attend = torch.nn.functional.scaled_dot_product_attention
-            parts.append(attend(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
-        return torch.cat(parts)
+        return causal_segments(query, key, value, cu_q, scale, enable_gqa=enable_gqa)
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     rows, text_rows = score_groups(student, groups, share_prefix=False, kernel="varlen")

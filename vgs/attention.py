@@ -39,15 +39,18 @@ class RowLayout:
         branch: [T] int32, 0 for the prompt's own tokens, g for those of its g-th response.
         home: [T] int64, the place in the row where the token would stand if its response followed the prompt at once:
             the family's own mask (its sliding window, say) is asked about these places.
-        lengths: lengths of the sequences if no two responses share a prompt, else None.
-        kernel: ``"dense"`` (a [T, T] mask), ``"flex"``, ``"varlen"`` (sequence lengths alone, 16 bits, CUDA), or
-            ``"auto"``: varlen where it applies and flex elsewhere on CUDA, dense on other devices.
+        starts: the places in the row where a prompt begins, and T.
+        shared: whether any prompt has several responses.
+        kernel: ``"dense"`` (a padded batch of prompts with their responses, and a mask [L, L] each), ``"flex"``,
+            ``"varlen"`` (sequence lengths alone, 16 bits, CUDA), or ``"auto"``: varlen where it applies and flex
+            elsewhere on CUDA, dense on other devices.
     """
 
     prompt: Tensor
     branch: Tensor
     home: Tensor
-    lengths: tuple[int, ...] | None
+    starts: tuple[int, ...]
+    shared: bool
     kernel: str = "auto"
 
     def compose(self, family: MaskFunction) -> MaskFunction:
@@ -60,14 +63,14 @@ class RowLayout:
 
         return mask
 
-    def mask(self, family: MaskFunction, dtype: torch.dtype) -> Tensor | BlockMask | Segments:
+    def mask(self, family: MaskFunction, dtype: torch.dtype) -> Segments | BlockMask | Blocks:
         """The mask as the kernel takes it.
 
         Raises:
             ValueError: ``kernel="varlen"`` where sequence lengths do not say everything.
         """
         device, size = self.prompt.device, len(self.prompt)
-        plain = self.lengths is not None and family is causal_mask_function
+        plain = not self.shared and family is causal_mask_function
         kernel = self.kernel
         if kernel == "auto":
             if device.type != "cuda":
@@ -80,13 +83,11 @@ class RowLayout:
                     'packed_attention="varlen" takes plain causal sequences alone, but this row shares prompts between '
                     'responses or its family masks otherwise; use "flex" or "auto".'
                 )
-            return Segments.of(self.lengths, device)
+            return Segments.of(self.starts, device)
         if kernel == "flex":
             compiled = device.type == "cuda"
             return create_block_mask(self.compose(family), None, None, size, size, device=device, _compile=compiled)
-        at = torch.arange(size, device=device)
-        zero = at.new_zeros(1, 1, 1, 1)
-        return self.compose(family)(zero, zero, at[None, None, :, None], at[None, None, None, :])
+        return Blocks.of(self.starts, self.compose(family), device)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -109,9 +110,50 @@ class Segments:
     longest: int
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Segments:
-        offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(offsets.to(device, non_blocking=True), max(lengths))
+    def of(cls, starts: tuple[int, ...], device: torch.device) -> Segments:
+        offsets = torch.tensor(starts, dtype=torch.int32)
+        return cls(offsets.to(device, non_blocking=True), int(offsets.diff().max()))
+
+    def flash_options(self) -> dict[str, Any]:
+        """As the library's flash attention takes them."""
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        return dict(zip(names, (self.offsets, self.offsets, self.longest, self.longest), strict=True))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Prompts with their responses as a padded batch, for attention alone: the other layers see no padding.
+
+    Attributes:
+        gather: [S, L] int64, the token of the row at each place of the batch (any token where there is padding).
+        scatter: [T] int64, the place in the flattened batch of every token of the row.
+        mask: [S, 1, L, L] bool.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, starts: tuple[int, ...], mask: MaskFunction, device: torch.device) -> Blocks:
+        first = torch.tensor(starts[:-1]).unsqueeze(1)
+        sizes = torch.tensor(starts).diff().unsqueeze(1)
+        at = torch.arange(int(sizes.max()))
+        real = at < sizes
+        gather = torch.where(real, first + at, first).to(device)
+        real = real.to(device)
+        query, key = gather[:, None, :, None], gather[:, None, None, :]
+        zero = torch.zeros_like(query)
+        seen = mask(zero, zero, query, key) & real[:, None, None, :]
+        # A place of padding attends to itself: a softmax over nothing would be NaN.
+        seen = seen | (torch.eye(len(at), dtype=torch.bool, device=device) & ~real[:, None, :, None])
+        return cls(gather, real.flatten().nonzero().squeeze(1), seen)
+
+    def attend(self, attention: Callable, module: nn.Module, *rows: Tensor, **options: Any) -> Tensor:
+        """[1, H, T, D] queries, keys and values -> [1, T, H, D]."""
+        batch = [x[0].transpose(0, 1)[self.gather].transpose(1, 2) for x in rows]
+        out, _ = attention(module, *batch, self.mask, **options)
+        return out.flatten(0, 1)[self.scatter][None]
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -142,12 +184,15 @@ def _attention(
         # Norms in float32 under autocast leave queries and keys in another dtype than the values.
         dtype = _compute_dtype(value.dtype, value.device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-        if isinstance(attention_mask, BlockMask):
-            return flex_attention_forward(module, query, key, value, attention_mask, **options)
-        return _varlen(query, key, value, attention_mask, options.get("scaling")), None
-    dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
-    if dense or base == "sdpa":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **options)
+    if isinstance(attention_mask, Blocks):
+        return attention_mask.attend(sdpa_attention_forward, module, query, key, value, **options), None
+    if isinstance(attention_mask, Segments):
+        if "flash" not in base:
+            return _varlen(query, key, value, attention_mask, options.get("scaling")), None
+        options |= attention_mask.flash_options()
+        attention_mask = None
     # Flash attention looks its kernel up by the name in the config.
     config = module.config
     config._attn_implementation = base

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .attention import RowLayout
 from .groups import PER_TOKEN_FIELDS, PromptGroup
@@ -84,12 +85,11 @@ def pack(
     if not share_prefix:
         stems = [single for stem in stems for single in stem.alone()]
     names = [name for name in PER_TOKEN_FIELDS if any(name in stem.images for stem in stems)]
-    ids, positions, places, branches, homes, scored = [], [], [], [], [], []
     kinds: dict[str, list[Tensor]] = {name: [] for name in names}
-    sizes = []
-    start = 0
-    for stem in stems:
-        prompt = len(stem.ids)
+    ids, positions, places, prompts, branches, homes = [], [], [], [], [], []
+    scored, starts = [torch.zeros(0, dtype=torch.int64)], [0]
+    for index, stem in enumerate(stems):
+        start, prompt = starts[-1], len(stem.ids)
         cursor = start + prompt
         ids.append(stem.ids)
         positions.append(stem.positions)
@@ -97,8 +97,7 @@ def pack(
         branches.append(torch.zeros(prompt, dtype=torch.int32))
         homes.append(torch.arange(start, cursor))
         for number, response in enumerate(stem.responses, start=1):
-            # The last token predicts nothing that is scored.
-            inputs = response[:-1]
+            inputs = response[:-1]  # the last token predicts nothing that is scored
             count = torch.arange(len(inputs))
             ids.append(inputs)
             positions.append((stem.positions.max() + 1 + count).expand(len(stem.positions), -1))
@@ -108,29 +107,21 @@ def pack(
             if len(response):
                 scored += [torch.tensor([start + prompt - 1]), cursor + count]
             cursor += len(inputs)
-        size = cursor - start
+        starts.append(cursor)
+        prompts.append(torch.full((cursor - start,), index, dtype=torch.int32))
         for name in names:
             kind = stem.images.get(name)
             kind = torch.zeros(prompt, dtype=torch.int64) if kind is None else kind.cpu()
-            kinds[name].append(torch.nn.functional.pad(kind, (0, size - prompt)))
-        sizes.append(size)
-        start = cursor
-    shared = any(len(stem.responses) > 1 for stem in stems)
+            kinds[name].append(pad(kind, (0, cursor - start - prompt)))
 
     def placed(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=-1).to(device, non_blocking=True)
 
-    axes = torch.cat(positions, dim=1)
+    axes = placed(positions)
     if len(axes) == 3:
-        axes = torch.cat([torch.cat(places)[None], axes])
-        axes = axes[:, None]
-    layout = RowLayout(
-        placed([torch.full((size,), index, dtype=torch.int32) for index, size in enumerate(sizes)]),
-        placed(branches),
-        placed(homes),
-        None if shared else tuple(sizes),
-        kernel,
-    )
+        axes = torch.cat([placed(places)[None], axes])[:, None]
+    shared = any(len(stem.responses) > 1 for stem in stems)
+    layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), shared, kernel)
     images = {name: x.to(device) for name, x in join_images([stem.images for stem in stems]).items()}
     images |= {name: placed(parts)[None] for name, parts in kinds.items()}
-    return PackedRow(placed(ids)[None], axes.to(device, non_blocking=True), layout, placed(scored), images)
+    return PackedRow(placed(ids)[None], axes, layout, placed(scored), images)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .groups import PER_TOKEN_FIELDS, PromptGroup
+from .images import join_images
 
 
 class PaddedViews(NamedTuple):
@@ -58,14 +59,11 @@ def pad_groups(
 
     tails = [x.responses[0] for x in singles] * len(views)
     mask = rows([torch.ones_like(x) for x in prompts], [torch.ones_like(x) for x in tails], 0)
-    images: dict[str, Tensor] = {}
     fields = [x.images for x in singles] if "multimodal" in views else []
-    for name in sorted({name for field in fields for name in field}):
-        parts = [field[name] for field in fields if name in field]
-        if name in PER_TOKEN_FIELDS:
+    images = {name: value.to(device) for name, value in join_images(fields).items()}
+    for name in PER_TOKEN_FIELDS:
+        if any(name in field for field in fields):
             zeros = [torch.zeros_like(x) for x in prompts]
             kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=False)]
             images[name] = rows([*kinds, *zeros[len(kinds) :]], [torch.zeros_like(x) for x in tails], 0)
-        else:
-            images[name] = torch.cat(parts).to(device)
     return PaddedViews(rows(prompts, tails, pad_token_id), mask, mask[: len(singles), width:].bool(), images)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
 #: Families with one position each for time, height and width (mRoPE).
@@ -21,7 +21,7 @@ VERIFIED_TEXT = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_
 
 def backbone(model: nn.Module) -> nn.Module:
     """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
-    if is_peft_model(model):
+    if isinstance(model, PeftModel):
         model = model.base_model.model
     return model.base_model  # `get_decoder()` would be the text stack alone
 
