@@ -17,7 +17,7 @@ TRAIN = [
     "pillow",
     "pyyaml",
 ]
-DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
+DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "bitsandbytes>=0.46.1"]
 
 setup(
     name="vgs-kernels",

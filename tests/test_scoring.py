@@ -11,8 +11,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vgs.groups import PromptGroup, response_lengths
+from vgs.heads import logit_scale, read_head
 from vgs.pairing import encode_groups, placeholder_ids
-from vgs.scoring import freeze, fused_loss, logit_scale, read_head, score_groups, score_responses
+from vgs.scoring import freeze, fused_loss, score_groups, score_responses
 from vgs_kernels import VGSObjective
 
 PROCESSOR = tiny_processor()
@@ -228,23 +229,13 @@ def test_logit_scale(fields: dict, expected: float) -> None:
     assert logit_scale(types.SimpleNamespace(**fields)) == expected
 
 
-def test_head_keeps_scale_softcap_and_gathers_a_sharded_weight() -> None:
+def test_head_keeps_scale_and_softcap() -> None:
     model = tiny_model(0)
     model.config.get_text_config().logit_scale = 0.5
     model.config.get_text_config().final_logit_softcapping = 30.0
     head = read_head(model, torch.float32)
     assert (head.logit_scale, head.softcap, head.bias) == (0.5, 30.0, None)
     assert head.weight is model.lm_head.weight
-
-    class Sharded:
-        def full_tensor(self) -> torch.Tensor:
-            return torch.ones(3, 2)
-
-    layer = types.SimpleNamespace(weight=Sharded(), bias=None)
-    stub = types.SimpleNamespace(get_output_embeddings=lambda: layer, config=model.config)
-    head = read_head(stub, torch.bfloat16)
-    assert head.weight.dtype == torch.bfloat16
-    assert head.weight.shape == (3, 2)
 
 
 def test_scale_and_softcap_reach_the_loss() -> None:

@@ -13,9 +13,9 @@ from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_o
 from trainers import make_trainer, rollout
 
 import vgs.step
-import vgs.trainer
 from vgs import VGSConfig, VGSTrainer
 from vgs.groups import PromptGroup
+from vgs.rollouts import sampled_groups
 from vgs.steering import SteeringState, gradient_norm
 
 
@@ -84,7 +84,7 @@ def test_training_moves_the_weights_and_logs_the_terms(tmp_path: Path) -> None:
     assert any("language_model" in name for name in moved)
     assert all(torch.equal(p, frozen[name]) and p.grad is None for name, p in trainer.teacher_model.named_parameters())
     logged = trainer.state.log_history[0]
-    for name in (*vgs.trainer.TERMS, "entropy", "vds_q40", "vds_q70", "accuracy", "loss"):
+    for name in (*vgs.step.TERMS, "entropy", "vds_q40", "vds_q70", "accuracy", "loss"):
         assert math.isfinite(logged[name]), name
     assert logged["eta"] == 0.41
     assert 0 < logged["vds_q40"] <= logged["vds_q70"]
@@ -130,7 +130,8 @@ def test_plain_arm_equals_trls_own_distillation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gamma=0.0, lam=0.0, eta=1.0, loss_reduction="token", log_terms=False)
     trainer.model.train()
     host = trl.DistillationTrainer._generate_and_score_completions(trainer, list(trainer.train_dataset))
-    groups = trainer._groups(list(trainer.train_dataset), host)
+    prompts = [x["prompt"] for x in trainer.train_dataset]
+    groups = sampled_groups(host, prompts, 1, trainer.processing_class, trainer.placeholder_ids)
     batch = trainer._with_teacher({"groups": groups, "num_items_in_batch": host["num_items_in_batch"]})
     loss = loss_of(trainer, batch)
     theirs = trl.DistillationTrainer._compute_loss(trainer, trainer.model, host, host["num_items_in_batch"])
@@ -170,7 +171,7 @@ def test_forwards_of_a_step(tmp_path: Path, options: dict, calls: list) -> None:
 
 
 def test_text_rows_without_gated_tokens_need_no_gradient(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, eta=1.0, lam=0.5, vds_quantile=0.9)
+    trainer = make_trainer(tmp_path, eta=1.0, lam=0.5, vds_quantile=0.9, max_tokens_per_pass=10_000)
     batch = rollout(trainer)
     planned = trainer._micro_batch(batch, 1.0, trainer.objective, terms=False)
     vds = torch.cat([entry.vds for entry in batch["teacher"]])
@@ -204,11 +205,12 @@ def test_the_loss_is_the_same_however_it_is_split(tmp_path: Path, options: dict)
     batch = trainer._with_teacher(trainer._generate_and_score_completions(doubled))
     assert [len(group.responses) for group in batch["groups"]] == [2] * 4
     results, passes = [], []
-    for budget, share in ((None, True), (110, True), (110, False)):
+    for budget, share in ((None, True), (10_000, True), (110, True), (110, False)):
         trainer.args.max_tokens_per_pass, trainer.args.share_prefix = budget, share
-        results.append(gradients(trainer, trainer._with_teacher(batch)))
-        passes.append(len(trainer._micro_batch(batch, 1.0, trainer.objective, terms=False).passes))
-    assert passes[0] == 1 < passes[1] < passes[2]
+        scored = trainer._with_teacher(batch)
+        results.append(gradients(trainer, scored))
+        passes.append(len(trainer._micro_batch(scored, 1.0, trainer.objective, terms=False).passes))
+    assert passes[0] == passes[1] == 1 < passes[2] < passes[3]
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for name, expected in results[0][1].items():
@@ -235,8 +237,9 @@ def test_language_preservation_every_third_step(tmp_path: Path) -> None:
 
 
 def test_an_offloaded_teacher_says_the_same(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, eta=1.0)
-    away = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
+    options = {"eta": 1.0, "lam": 0.5, "max_tokens_per_pass": 10_000}
+    trainer = make_trainer(tmp_path, **options)
+    away = make_trainer(tmp_path, teacher_offload=True, **options)
     batch = rollout(trainer)
     layer = away.teacher_model.model.language_model.layers[0].mlp.up_proj
     head, at_rest, during = away.teacher_model.lm_head.weight.data_ptr(), layer.weight.data_ptr(), []

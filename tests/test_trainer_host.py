@@ -230,7 +230,7 @@ def test_trainer_errors(tmp_path: Path, change: dict, error: type, message: str)
 
 def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainer.DistributedType.FSDP)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainer.DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="teacher_offload=True needs a whole teacher"):
         trainer._check_models()
 

@@ -96,8 +96,9 @@ def sharded_head_gradients() -> dict[str, torch.Tensor]:
 def pair_loss(student: torch.nn.Module) -> torch.Tensor:
     """The VGS loss of two fixed responses against a fixed teacher."""
     from vgs.groups import trajectory_ids
+    from vgs.heads import read_head
     from vgs.pairing import encode_groups, placeholder_ids
-    from vgs.scoring import fused_loss, read_head, score_groups
+    from vgs.scoring import fused_loss, score_groups
     from vgs_kernels import VGSObjective
 
     teacher = tiny_model(1, hidden=48)

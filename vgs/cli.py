@@ -1,4 +1,4 @@
-"""``vgs train | eval | demo``: one YAML file says what is trained on what."""
+"""``vgs train | eval | plan | demo``: one YAML file says what is trained on what."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 DESCRIPTION = "Visual Gradient Steering: on-policy distillation of vision-language models."
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-6 as text
 MODEL_KEYS = ("path", "revision", "dtype", "attn_implementation", "trust_remote_code")
+TEACHER_KEYS = (*MODEL_KEYS, "load_in_8bit")
 DIGITS_KEYS = ("cache", "teacher_seed", "student_seed", "train_size", "eval_size", "data_seed")
 
 
@@ -36,7 +37,7 @@ def _schema() -> dict[str, Any]:
     return {
         "task": None,
         "student": MODEL_KEYS,
-        "teacher": MODEL_KEYS,
+        "teacher": TEACHER_KEYS,
         "processor": None,
         "data": {"train": source, "eval": source},
         "digits": DIGITS_KEYS,
@@ -139,7 +140,28 @@ def _digits_run(options: Mapping[str, Any], eval_split: str = "validation") -> R
 
 
 def _init_options(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key != "path"}
+    options = {key: value for key, value in section.items() if key not in ("path", "load_in_8bit")}
+    if section.get("load_in_8bit"):
+        # As keys, for the arguments of a run are also written as JSON. Output heads are left as they are.
+        options["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return options
+
+
+def _check_teacher(config: Mapping[str, Any], processor: Any) -> None:
+    """Stop before any weights are loaded where the teacher cannot serve."""
+    from transformers.utils import is_bitsandbytes_available
+
+    from .tokens import check_same_tokens, load_tokenizer
+
+    training = config.get("training", {})
+    if config["teacher"].get("load_in_8bit"):
+        if training.get("teacher_offload"):
+            raise ValueError("teacher.load_in_8bit excludes teacher_offload: 8-bit weights stay where they are.")
+        if not is_bitsandbytes_available():
+            raise ValueError("teacher.load_in_8bit needs bitsandbytes: pip install bitsandbytes.")
+    tokenizer = load_tokenizer(config["teacher"])
+    if tokenizer is not None:
+        check_same_tokens(processor, tokenizer, training.get("vocab_size"))
 
 
 def load_processor(config: Mapping[str, Any]) -> Any:
@@ -168,12 +190,14 @@ def _run(config: Mapping[str, Any], limit: int | None) -> Run:
     if config.get("task") == "digits":
         return _digits_run(config.get("digits", {}))
     processor = load_processor(config)
+    _check_teacher(config, processor)
     train, held_out = (_samples(config, part, processor, limit) for part in ("train", "eval"))
     return Run(config["student"]["path"], config["teacher"]["path"], processor, train, held_out, None)
 
 
 def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
     """Train as a config (from ``load_config``) says, save the student to ``output_dir``; returns the trainer."""
+    from .checkpoints import check_writable
     from .config import VGSConfig
     from .trainer import VGSTrainer
 
@@ -183,6 +207,7 @@ def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
         options["model_init_kwargs"] = _init_options(config["student"])
         options["teacher_model_init_kwargs"] = _init_options(config["teacher"])
     args = VGSConfig(**options)
+    check_writable(args.output_dir)
     run = _run(config, args.max_prompt_length)
     peft_config = None
     if config.get("lora"):
@@ -245,6 +270,19 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
     return result
 
 
+def _add_plan(commands: Any, overrides: str) -> None:
+    about = "predicted memory of a training run, by part"
+    command = commands.add_parser("plan", help=about, description=f"{about}. {overrides}", allow_abbrev=False)
+    command.add_argument("config", metavar="CONFIG.yaml")
+    command.add_argument("--gpu-memory", type=float, metavar="GiB", help="memory of one GPU (this machine's, if any)")
+    command.add_argument("--gpus", type=int, default=1)
+    command.add_argument("--sharding", choices=("ddp", "fsdp2"), default="ddp", help="how the student is spread (ddp)")
+    command.add_argument("--response-tokens", type=int, help="longest response (max_completion_length)")
+    command.add_argument("--prompt-tokens", type=int, default=200, help="text tokens of a prompt")
+    command.add_argument("--image-tokens", type=int, default=1000, help="image tokens of a prompt")
+    command.add_argument("--json", action="store_true", help="for machines: bytes")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; options that it does not know are overrides of the config."""
     parser = argparse.ArgumentParser(prog="vgs", description=DESCRIPTION)
@@ -254,11 +292,12 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=f"{about}. {text}", allow_abbrev=False)
         command.add_argument("config", metavar="CONFIG.yaml")
         if name == "train":
-            command.add_argument("--resume", nargs="?", const=True, help="a checkpoint; alone: the latest one")
+            command.add_argument("--resume", nargs="?", const=True, help="a checkpoint; alone: the newest complete")
         else:
             command.add_argument("--model", help="evaluate this model instead of the config's student")
             command.add_argument("--batch-size", type=int, default=8)
             command.add_argument("--out", help="write the result to this JSON file")
+    _add_plan(commands, text)
     demo = commands.add_parser("demo", help="plain distillation against VGS on handwritten digits", allow_abbrev=False)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results.json and pictures")
     demo.add_argument("--cache", type=Path, help="folder for the trained teacher and student (~/.cache/vgs)")
@@ -283,6 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.command == "train":
         train(config, options.resume)
+    elif options.command == "plan":
+        from .plan_report import show
+
+        show(config, options)
     else:
         evaluate(config, options.model, options.batch_size, options.out)
     return 0

@@ -59,5 +59,5 @@ def response_lengths(groups: Sequence[PromptGroup]) -> list[int]:
 
 def trajectory_ids(groups: Sequence[PromptGroup]) -> Tensor:
     """[N] int64: the response (0, 1, ...) that each compacted token belongs to."""
-    lengths = torch.tensor(response_lengths(groups))
+    lengths = torch.tensor(response_lengths(groups), dtype=torch.int64)
     return torch.arange(len(lengths)).repeat_interleave(lengths)

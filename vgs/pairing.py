@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.data_utils import prepare_multimodal_messages
 
 from .groups import PER_TOKEN_FIELDS, PromptGroup
 
@@ -100,6 +99,8 @@ def encode_prompts(
     Returns:
         ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
     """
+    from trl.data_utils import prepare_multimodal_messages  # scoring alone does not need TRL
+
     encoded = processor.apply_chat_template(
         conversation=[prepare_multimodal_messages(x["prompt"], images=list(x.get("images") or [])) for x in samples],
         add_generation_prompt=True,

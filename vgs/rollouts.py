@@ -1,4 +1,5 @@
-"""Sampling through the host trainer: image tokens forbidden, greedy on demand, and images expanded once in vLLM."""
+"""Sampling through the host trainer: image tokens forbidden, greedy on demand, images expanded once in vLLM; and the
+sampled batch as prompts with their responses."""
 
 from __future__ import annotations
 
@@ -6,6 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
+
+import torch
+
+from .groups import PromptGroup
+from .images import split_images
+from .pairing import text_only_prompts
 
 
 def forbid_tokens(trainer: Any, token_ids: Sequence[int]) -> None:
@@ -75,3 +82,40 @@ def expand_images_once(engine: Any, image_token_id: int) -> None:
         return result
 
     engine.generate = generate
+
+
+def sampled_groups(
+    batch: dict[str, Any],
+    prompts: Sequence[Sequence[dict[str, Any]]],
+    num_generations: int,
+    processor: Any,
+    forbidden: Sequence[int],
+    **template_options: Any,
+) -> list[PromptGroup]:
+    """The host's padded batch of B responses as prompts with ``num_generations`` responses each.
+
+    Args:
+        batch: what ``DistillationTrainer._generate_and_score_completions`` returns.
+        prompts: B conversations; those of one group follow each other.
+        num_generations: responses to each prompt.
+        processor, forbidden, template_options: see ``pairing.text_only_prompts``.
+
+    Raises:
+        ValueError: neighbours that should share a prompt do not, or an image placeholder in a text-only view.
+    """
+    masks = batch["prompt_mask"].bool().cpu()
+    ids = [row[mask] for row, mask in zip(batch["prompt_ids"].cpu(), masks, strict=True)]
+    completions = zip(batch["completion_ids"].cpu(), batch["completion_mask"].bool().cpu(), strict=True)
+    responses = [row[mask] for row, mask in completions]
+    images = split_images(batch, masks, batch.get("num_images"), batch.get("num_tiles"))
+    firsts = range(0, len(ids), num_generations)
+    texts = text_only_prompts(processor, [prompts[first] for first in firsts], forbidden, **template_options)
+    groups = []
+    for first, text in zip(firsts, texts, strict=True):
+        own = slice(first, first + num_generations)
+        if any(not torch.equal(other, ids[first]) for other in ids[own]):
+            raise ValueError(
+                f"prompts {first} to {own.stop - 1} differ, expected {num_generations} responses to one prompt."
+            )
+        groups.append(PromptGroup(ids[first], torch.tensor(text), tuple(responses[own]), images[first]))
+    return groups

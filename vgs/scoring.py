@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,53 +21,13 @@ from vgs_kernels import (
 
 from .attention import use_packed_attention
 from .groups import PromptGroup, response_lengths, trajectory_ids
+from .heads import Head, read_head
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .padding import PaddedViews, pad_groups
 from .pairing import encode_groups, placeholder_ids
 from .positions import backbone, is_verified, prompt_positions
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A model's output projection: logits = softcap * tanh(logit_scale * (h W^T + bias) / softcap).
-
-    Attributes:
-        weight: [V, D]. bias: [V] or None. logit_scale: a factor on the logits. softcap: None for no soft-cap.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
-def logit_scale(config: Any) -> float:
-    """The factor that a model family puts on its logits, under whichever name its text config has it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    # The same field divides in Granite and MiniCPM3, and multiplies in HyperCLOVA X.
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
-
-
-def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
-    """The output head of an unwrapped (possibly PEFT) model.
-
-    An FSDP2 head is a DTensor: it is gathered once, here, and cast from its float32 master copy to ``dtype``. A ZeRO-3
-    head must be gathered around this call and the loss (``trl.trainer.utils.maybe_gather_lm_head_ctx``).
-    """
-    layer = model.get_output_embeddings()
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor().to(dtype)
-        bias = None if bias is None else bias.full_tensor()
-    config = model.config.get_text_config()
-    return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 
 VISION_TOWERS = ("visual", "vision_tower", "vision_model")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
@@ -52,6 +51,7 @@ class SteeringState(TrainerCallback, ExportableState):
     Attributes:
         ratios: measured ||grad standard|| / ||grad (standard + gamma * visual)|| (arXiv 2606.00564, Eq. 15).
         language_start: the first ``window`` observations of the language term, nats per token.
+        recent: the last ``window`` observations of language, student_vds and vds.
         warned: whether the collapse warning has been given.
     """
 
@@ -64,11 +64,11 @@ class SteeringState(TrainerCallback, ExportableState):
         self.ratios: list[float] = []
         self.language_start: list[float] = []
         self.warned = False
-        self._recent: deque[tuple[float, float, float]] = deque(maxlen=self.window)
+        self.recent: list[list[float]] = []
 
     def state(self) -> dict[str, Any]:
-        attributes = {"ratios": self.ratios, "language_start": self.language_start, "warned": self.warned}
-        return {"args": {}, "attributes": attributes}
+        names = ("ratios", "language_start", "recent", "warned")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,11 +100,11 @@ class SteeringState(TrainerCallback, ExportableState):
         if len(self.language_start) < self.window:
             self.language_start.append(language)
             return False
-        self._recent.append((language, student_vds, vds))
-        if self.warned or len(self._recent) < self.window:
+        self.recent = [*self.recent, [language, student_vds, vds]][-self.window :]
+        if self.warned or len(self.recent) < self.window:
             return False
         start = fmean(self.language_start)
-        now, student, teacher = (fmean(column) for column in zip(*self._recent, strict=True))
+        now, student, teacher = (fmean(column) for column in zip(*self.recent, strict=True))
         if now > self.climb * start + self.margin and student < self.blind * teacher:
             self.warned = True
             logger.warning(COLLAPSE_ADVICE.format(start=start, now=now, student_vds=student, vds=teacher))

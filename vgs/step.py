@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,13 @@ from vgs_kernels.parallel import group_name
 
 from .config import VGSConfig
 from .groups import PromptGroup, response_lengths, trajectory_ids
+from .heads import Head, head_parameters, read_head
 from .passes import plan_passes, select_responses
-from .scoring import Head, fused_loss, read_head, score_groups
+from .scoring import fused_loss, score_groups
 from .teacher import Offload, TeacherRows, visual_dependency
 
+VDS_QUANTILES = (0.4, 0.7)
+TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -37,6 +42,7 @@ class MicroBatch:
         weights: token weights [T], one entry per response.
         objective: of this step.
         terms: whether the per-token terms are wanted.
+        known_vds: whether the tokens' VDS is given to the loss.
         limits: [K] VDS thresholds over all tokens; None where the loss takes them itself.
         text_gradient: whether a response's text-only rows need gradient, one entry per response.
         passes: numbers of the responses that run together.
@@ -47,6 +53,7 @@ class MicroBatch:
     weights: Sequence[Tensor]
     objective: VGSObjective
     terms: bool
+    known_vds: bool
     limits: Tensor | None
     text_gradient: list[bool]
     passes: list[list[int]]
@@ -57,9 +64,33 @@ class MicroBatch:
         return self.terms or self.objective.gamma > 0 or self.objective.lam > 0
 
 
-def needs_vds(objective: VGSObjective) -> bool:
-    """Whether the loss depends on scores of tokens in other passes."""
-    return objective.lam > 0 or objective.schedule == "adaptive"
+def run_inside(
+    redirect: _ForwardRedirection,
+    wrapper: nn.Module,
+    model: nn.Module,
+    task: Callable[[], tuple[Tensor | None, Any]],
+) -> tuple[Tensor | None, Any]:
+    """Run a task inside a wrapper's forward, where its parameters are.
+
+    Only the loss passes through the wrapper: in mixed precision FSDP2 rounds every tensor that goes in or out.
+
+    Args:
+        redirect: the host's.
+        wrapper: the model as prepared by the accelerator.
+        model: the same, unwrapped.
+        task: returns a loss that needs gradient (or None) and anything else.
+
+    Returns:
+        What the task returns; its loss as it left the wrapper.
+    """
+    rest = []
+
+    def method(run: Callable[[], tuple[Tensor | None, Any]]) -> Tensor | None:
+        loss, other = run()
+        rest.append(other)
+        return loss
+
+    return redirect(wrapper, model, method, task), rest[0]
 
 
 @dataclass
@@ -84,7 +115,7 @@ class StepScorer:
     def __post_init__(self) -> None:
         self.teacher_model.eval()
         if self.args.teacher_offload:
-            self._offload = Offload(self._teacher, _head_parameters(self._teacher))
+            self._offload = Offload(self._teacher, head_parameters(self._teacher))
 
     @property
     def _teacher(self) -> nn.Module:
@@ -94,6 +125,14 @@ class StepScorer:
     def sharded(self) -> bool:
         """Whether parameters are gathered layer by layer, so that every rank must run the same forwards."""
         return self.accelerator.distributed_type not in UNSHARDED
+
+    def _needs_vds(self, objective: VGSObjective) -> bool:
+        """Whether scores are wanted before the student runs: where its loss depends on tokens of other passes.
+
+        In one pass the loss finds its own threshold, which costs fewer products with the heads.
+        """
+        adaptive = objective.schedule == "adaptive" and objective.gamma > 0
+        return adaptive or (objective.lam > 0 and self.args.max_tokens_per_pass is not None)
 
     @property
     def _loss_options(self) -> dict[str, Any]:
@@ -150,9 +189,8 @@ class StepScorer:
         with self._offload.on_device() if self._offload else nullcontext(), self.accelerator.autocast():
             for chosen in self._passes(groups, text):
                 part = select_responses(groups, chosen)
-                rows, vds = self._redirect(
-                    self.teacher_model, teacher, self._teacher_pass, teacher, part, objective, text
-                )
+                task = partial(self._teacher_pass, teacher, part, objective, text)
+                _, (rows, vds) = run_inside(self._redirect, self.teacher_model, teacher, task)
                 lengths = response_lengths(part)
                 scores = [None] * len(lengths) if vds is None else vds.split(lengths)
                 views = zip(*[x.split(lengths) for x in rows], strict=True)
@@ -162,13 +200,13 @@ class StepScorer:
 
     def _teacher_pass(
         self, teacher: nn.Module, groups: list[PromptGroup], objective: VGSObjective, text: bool
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[None, tuple[list[Tensor], Tensor | None]]:
         rows, _ = self._rows(teacher, groups, text, text_gradient=False)
-        if not needs_vds(objective):
-            return rows, None
-        with maybe_gather_lm_head_ctx(*_head_parameters(teacher)):
+        if not self._needs_vds(objective):
+            return None, (rows, None)
+        with maybe_gather_lm_head_ctx(*head_parameters(teacher)):
             head = read_head(teacher, rows[0].dtype)
-            return rows, visual_dependency(rows, head, objective.temperature, **self._loss_options)
+            return None, (rows, visual_dependency(rows, head, objective.temperature, **self._loss_options))
 
     # ---- the student's passes
 
@@ -183,10 +221,12 @@ class StepScorer:
         """Plan the student's passes over responses that the teacher has scored. Collective on several processes."""
         limits = None
         gated = [objective.needs_text_gradient] * len(teacher)
-        if needs_vds(objective):
+        known_vds = self._needs_vds(objective)
+        if known_vds:
             limits, gated = self._gate(groups, teacher, objective)
         text = terms or objective.gamma > 0 or objective.lam > 0
-        return MicroBatch(groups, teacher, weights, objective, terms, limits, gated, self._passes(groups, text))
+        passes = self._passes(groups, text)
+        return MicroBatch(groups, teacher, weights, objective, terms, known_vds, limits, gated, passes)
 
     def _gate(
         self, groups: list[PromptGroup], teacher: list[TeacherRows], objective: VGSObjective
@@ -221,7 +261,7 @@ class StepScorer:
         # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
         with self.accelerator.autocast():
             rows, zero = self._rows(student, groups, batch.text, uniform)
-            with maybe_gather_lm_head_ctx(*_head_parameters(student), *_head_parameters(teacher)):
+            with maybe_gather_lm_head_ctx(*head_parameters(student), *head_parameters(teacher)):
                 student_head, teacher_head = (read_head(model, rows[0].dtype) for model in (student, teacher))
                 output = fused_loss(
                     rows,
@@ -244,7 +284,7 @@ class StepScorer:
         return [torch.cat([batch.teacher[index].rows[view] for index in chosen]) for view in range(views)]
 
     def _steering(self, batch: MicroBatch, chosen: list[int], rows: list[Tensor]) -> dict[str, Any]:
-        if not needs_vds(batch.objective):
+        if not batch.known_vds:
             return {}
         vds = _joined([batch.teacher[index].vds for index in chosen], rows[0])
         return {"vds": vds, "vds_threshold": batch.limits}
@@ -254,6 +294,19 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if parts else like.new_zeros(0, dtype=torch.float32)
 
 
-def _head_parameters(model: nn.Module) -> list[nn.Parameter | None]:
-    layer = model.get_output_embeddings()
-    return [layer.weight, getattr(layer, "bias", None)]
+def mean_terms(
+    accelerator: Accelerator, outputs: Sequence[VGSOutput | DivergenceOutput], terms: bool
+) -> dict[str, float]:
+    """Means over all tokens of all ranks: entropy and, if ``terms``, the objective's terms and VDS quantiles."""
+    names = ("entropy", *TERMS) if terms else ("entropy",)
+    columns = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in names}
+    entropy = columns["entropy"]
+    sums = torch.stack([*[column.sum() for column in columns.values()], entropy.new_tensor(len(entropy))])
+    sums = accelerator.gather(sums[None]).sum(dim=0)
+    means = dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
+    if terms:
+        padded = accelerator.pad_across_processes(columns["vds"], pad_index=math.nan)
+        quantiles = torch.nanquantile(accelerator.gather(padded), entropy.new_tensor(VDS_QUANTILES))
+        names = [f"vds_q{round(100 * level)}" for level in VDS_QUANTILES]
+        means |= dict(zip(names, quantiles.tolist(), strict=True))
+    return means

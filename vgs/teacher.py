@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vgs_kernels import TargetRow, fused_linear_divergence
 
-from .scoring import Head
+from .heads import Head
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -26,22 +27,19 @@ from trl.trainer.utils import RepeatSampler
 
 from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
 
+from .checkpoints import ExactResume, check_writable
 from .config import VGSConfig
 from .data import answers_match
 from .groups import PromptGroup, response_lengths
-from .images import split_images
-from .pairing import encode_groups, placeholder_ids, text_only_prompts
+from .pairing import encode_groups, placeholder_ids
 from .passes import select_responses
-from .rollouts import expand_images_once, forbid_tokens, greedy_decoding
+from .rollouts import expand_images_once, forbid_tokens, greedy_decoding, sampled_groups
 from .scoring import freeze
 from .steering import SteeringState, gradient_norm
-from .step import UNSHARDED, MicroBatch, StepScorer
-
-VDS_QUANTILES = (0.4, 0.7)
-TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
+from .step import UNSHARDED, MicroBatch, StepScorer, mean_terms, run_inside
 
 
-class VGSTrainer(DistillationTrainer):
+class VGSTrainer(ExactResume, DistillationTrainer):
     """On-policy distillation with Visual Gradient Steering (arXiv 2606.00564).
 
     Args:
@@ -84,6 +82,7 @@ class VGSTrainer(DistillationTrainer):
     ) -> None:
         if not isinstance(args, VGSConfig):
             raise TypeError(f"args must be a VGSConfig, got {type(args).__name__}.")
+        check_writable(args.output_dir)
         if tools:
             raise ValueError("tools are not supported: a tool's reply has no text-only view. Pass tools=None.")
         if teacher_model is None:
@@ -126,10 +125,11 @@ class VGSTrainer(DistillationTrainer):
                 "read the same prompts."
             )
         sharded = self.accelerator.distributed_type not in UNSHARDED
-        if sharded and self.args.teacher_offload:
+        # The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank.
+        if self.args.teacher_offload and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                f"teacher_offload=True needs a whole teacher, but parameters are sharded "
-                f"({self.accelerator.distributed_type}). Use the engine's own offloading to the CPU."
+                "teacher_offload=True needs a whole teacher, but DeepSpeed holds its parameters. Use DeepSpeed's own "
+                "offloading to the CPU."
             )
         if self.args.teacher_offload and getattr(self.teacher_model, "is_quantized", False):
             raise ValueError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
@@ -178,7 +178,8 @@ class VGSTrainer(DistillationTrainer):
                 f"A prompt has {longest} tokens, more than max_prompt_length={limit}. Filter the dataset "
                 "(vgs.data.drop_long_prompts) or raise the limit; prompts are never truncated."
             )
-        return prompt_ids, images, fields
+        # The host marks a prompt without images by None, which no processor takes beside prompts with some.
+        return prompt_ids, images if images is None else [part or [] for part in images], fields
 
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: dict, has_tool_images: bool = False
@@ -204,36 +205,20 @@ class VGSTrainer(DistillationTrainer):
         """A sampled batch: prompts with their responses, what the teacher says of them, and the loss's divisor."""
         output = super()._generate_and_score_completions(inputs)
         self._score_answers(inputs, output)
-        groups = self._groups(inputs, output)
+        groups = sampled_groups(
+            output,
+            [x["prompt"] for x in inputs],
+            self.args.num_generations if self.model.training else 1,
+            self.processing_class,
+            self.placeholder_ids,
+            **self.chat_template_kwargs,
+        )
         items = output["num_items_in_batch"]
         if self.args.loss_reduction == "trajectory":
             # What the host divides by: responses instead of tokens.
             count = sum(length > 0 for length in response_lengths(groups))
             items = self.accelerator.gather(torch.tensor([count], device=items.device)).sum()
         return {"groups": groups, "num_items_in_batch": items}
-
-    def _groups(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> list[PromptGroup]:
-        """The host's padded batch as prompts with their responses."""
-        count = self.args.num_generations if self.model.training else 1
-        masks = output["prompt_mask"].bool().cpu()
-        prompts = [ids[mask] for ids, mask in zip(output["prompt_ids"].cpu(), masks, strict=True)]
-        completions = zip(output["completion_ids"].cpu(), output["completion_mask"].bool().cpu(), strict=True)
-        responses = [ids[mask] for ids, mask in completions]
-        images = split_images(output, masks, output.get("num_images"), output.get("num_tiles"))
-        firsts = range(0, len(prompts), count)
-        text_prompts = text_only_prompts(
-            self.processing_class,
-            [inputs[index]["prompt"] for index in firsts],
-            self.placeholder_ids,
-            **self.chat_template_kwargs,
-        )
-        groups = []
-        for first, text in zip(firsts, text_prompts, strict=True):
-            own = slice(first, first + count)
-            if any(not torch.equal(ids, prompts[first]) for ids in prompts[own]):
-                raise RuntimeError(f"The {count} samples from {first} on have different prompts; expected one prompt.")
-            groups.append(PromptGroup(prompts[first], torch.tensor(text), tuple(responses[own]), images[first]))
-        return groups
 
     def _score_answers(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
@@ -328,15 +313,14 @@ class VGSTrainer(DistillationTrainer):
         for index, chosen in enumerate(batch.passes):
             last = index + 1 == len(batch.passes)
             with nullcontext() if last or not training else self._without_synchronisation(model):
-                loss, output = self._forward_redirection(
-                    model, student, self.step_scorer.pass_loss, student, batch, chosen
-                )
-                outputs.append(replace(output, loss=loss.detach()))
+                task = partial(self.step_scorer.pass_loss, student, batch, chosen)
+                loss, output = run_inside(self._forward_redirection, model, student, task)
+                value = output.loss.detach()
+                outputs.append(replace(output, loss=value))
                 if training and not last:
                     self._backward(loss)
-                    loss = loss.detach()
-            done = done + loss
-        self._log_pass_outputs(outputs, training)
+            done = done + (loss + (value - loss.detach()) if last else value)  # the value, unrounded by the wrapper
+        self._log(outputs, training)
         return (done, None) if return_outputs else done
 
     def _backward(self, loss: Tensor) -> None:
@@ -356,30 +340,12 @@ class VGSTrainer(DistillationTrainer):
         finally:
             state._set_sync_gradients(before)
 
-    def _log_pass_outputs(self, outputs: list[VGSOutput | DivergenceOutput], training: bool) -> None:
-        """Entropy and, if wanted, the terms' means over all ranks' tokens."""
+    def _log(self, outputs: list[VGSOutput | DivergenceOutput], training: bool) -> None:
+        values = {"eta": self.objective.eta, **mean_terms(self.accelerator, outputs, self.args.log_terms)}
         metrics = self._metrics["train" if training else "eval"]
-        metrics["eta"].append(self.objective.eta)
-        entropy = torch.cat([output.entropy.float() for output in outputs])
-        sums = self.accelerator.gather(torch.stack([entropy.sum(), entropy.new_tensor(len(entropy))])[None]).sum(dim=0)
-        metrics["entropy"].append((sums[0] / sums[1].clamp(min=1)).item())
-        if self.args.log_terms:
-            terms = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in TERMS}
-            self._log_terms(terms, metrics, training)
-
-    def _log_terms(self, terms: dict[str, Tensor], metrics: dict[str, list[float]], training: bool) -> None:
-        vds = terms["vds"]
-        sums = torch.stack([*[terms[name].sum() for name in TERMS], vds.new_tensor(len(vds))])
-        sums = self.accelerator.gather(sums[None]).sum(dim=0)
-        padded = self.accelerator.pad_across_processes(vds, pad_index=math.nan)
-        quantiles = torch.nanquantile(self.accelerator.gather(padded), vds.new_tensor(VDS_QUANTILES))
-        means = (sums[:-1] / sums[-1]).tolist()
-        for name, value in zip(TERMS, means, strict=True):
+        for name, value in values.items():
             metrics[name].append(value)
-        for level, value in zip(VDS_QUANTILES, quantiles.tolist(), strict=True):
-            metrics[f"vds_q{round(100 * level)}"].append(value)
-        if training:
-            values = dict(zip(TERMS, means, strict=True))
+        if training and self.args.log_terms:
             self._watched.append([values[name] for name in ("language", "student_vds", "vds")])
             if len(self._watched) >= self.current_gradient_accumulation_steps:
                 self.steering.watch(*[fmean(column) for column in zip(*self._watched, strict=True)])

@@ -61,7 +61,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class DigitsProcessor(ProcessorMixin):
     """Qwen3-VL's processor without the video half, which would need torchvision."""
 
-    return_mm_token_type_ids = True
     text_kwargs: ClassVar = {"return_token_type_ids": False}
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
@@ -71,6 +70,9 @@ class DigitsProcessor(ProcessorMixin):
         self.vision_start_token_id = tokenizer.convert_tokens_to_ids(VISION_START)
         self.vision_end_token_id = tokenizer.convert_tokens_to_ids(VISION_END)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def __call__(self, *args, return_mm_token_type_ids: bool = True, **kwargs):
+        return super().__call__(*args, return_mm_token_type_ids=return_mm_token_type_ids, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         merged = self.image_processor.merge_size**2

@@ -1,0 +1,127 @@
+"""The output heads of plain, PEFT-wrapped and sharded models, as the fused loss takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial
+
+HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output projection: logits = softcap * tanh(logit_scale * (h W^T + bias) / softcap).
+
+    Attributes:
+        weight: [V, D]. bias: [V] or None. logit_scale: a factor on the logits. softcap: None for no soft-cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def logit_scale(config: Any) -> float:
+    """The factor that a model family puts on its logits, under whichever name its text config has it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    # The same field divides in Granite and MiniCPM3, and multiplies in HyperCLOVA X.
+    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that ``read_head`` reads: what ZeRO-3 has to gather around it and the loss."""
+    return list(model.get_output_embeddings().parameters())
+
+
+def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
+    """The output head of an unwrapped (possibly PEFT) model, as the model itself would apply it now.
+
+    Of PEFT students: a head in ``modules_to_save`` is the active adapter's copy; a head with LoRA is W + s B A, formed
+    here once and cast to ``dtype``, with gradients to A and B ([V, D] more memory for it and for its gradient);
+    ``trainable_token_indices`` replace rows of W. Disabled and merged adapters count as in the model's forward.
+
+    An FSDP2 head is a DTensor: it is gathered once, here, and cast from its float32 master copy to ``dtype``. A ZeRO-3
+    head must be gathered around this call and the loss (``trl.trainer.utils.maybe_gather_lm_head_ctx`` with
+    ``head_parameters``).
+
+    Args:
+        model: an unwrapped model with output embeddings.
+        dtype: of the hidden states that meet the head.
+
+    Raises:
+        TypeError: the head is quantised, or has an adapter other than plain LoRA.
+        ValueError: a LoRA head with dropout, in training.
+    """
+    layer = model.get_output_embeddings()
+    if isinstance(layer, BaseTunerLayer):
+        weight, bias = _adapted(layer, dtype)
+    else:  # PEFT's wrappers (modules_to_save, trainable_token_indices) show the weight in force
+        weight, bias = _weight(layer), getattr(layer, "bias", None)
+    if hasattr(weight, "full_tensor"):
+        weight = _gathered(weight).to(dtype)
+        bias = None if bias is None else _gathered(bias)
+    config = model.config.get_text_config()
+    return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A DTensor in full. Every rank has its own loss; their gradients are averaged, as FSDP2 averages others."""
+    ranks = parameter.device_mesh.size()
+    whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / ranks)
+    return whole
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dtype not in HEAD_DTYPES:
+        held = "no weight" if weight is None else f"a {weight.dtype} weight"
+        raise TypeError(
+            f"The output head must be a layer with a 16-bit or float32 weight, got {type(layer).__name__} with {held}. "
+            "Keep it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)."
+        )
+    return weight
+
+
+def _adapted(layer: BaseTunerLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head that is an adapter layer."""
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as the layer's own forward does
+    base = layer.get_base_layer()
+    weight, bias = _weight(base), getattr(base, "bias", None)
+    held = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
+    active = [name for name in layer.active_adapters if name in held]
+    if layer.disable_adapters or layer.merged or not active:
+        return weight, bias
+    if isinstance(layer, TrainableTokensLayer):
+        return layer.get_merged_weights(active), None
+    if type(layer) is not LoraLinear or any(name in layer.lora_variant for name in active):
+        kind = type(layer).__name__
+        raise TypeError(f"The output head has an adapter of type {kind}; only plain LoRA can be read. Merge it.")
+    for name in active:
+        rate = getattr(layer.lora_dropout[name], "p", 0.0)
+        if rate > 0 and layer.training:
+            raise ValueError(
+                f"lora_dropout must be 0 for a LoRA output head, got {rate}: the head is one matrix for all tokens. "
+                'Or train the head in full with modules_to_save=["lm_head"].'
+            )
+        with torch.autocast(weight.device.type, enabled=False):  # B A in 16 bit would lose most of a small update
+            weight = weight + layer.get_delta_weight(name)
+            if layer.lora_bias[name]:
+                shift = layer.scaling[name] * layer.lora_B[name].bias
+                bias = shift if bias is None else bias + shift
+    return weight.to(dtype), bias
