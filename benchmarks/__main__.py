@@ -13,7 +13,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Results
 
 
 def _loss(args: argparse.Namespace) -> int:
@@ -70,8 +75,44 @@ def _counts(args: argparse.Namespace) -> int:
 
 
 def _step(args: argparse.Namespace) -> int:
-    print("python -m benchmarks step: not measured yet; it comes with the trainer's packed passes.", file=sys.stderr)
-    return 2
+    import torch
+
+    from .step_report import computed, tables
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.count or (device == "cpu" and not args.small):
+        print(computed(args.pairs, args.tflops * 1e12, args.terabytes * 1e12, args.gibibytes * 2**30))
+        if args.plots is not None:
+            _save_steps(args.plots, None, args.pairs)
+        return 0
+    from .results import Results, environment
+    from .step import PLANS, run
+
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    cells = PLANS["small"] if args.small else [cell for cell in PLANS["gpu"] if cell.pair in (*args.pairs, "8b-8b")]
+    dtype = torch.float32 if args.small else torch.bfloat16
+    results = Results(args.out, environment(device, args.commit))
+    for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
+        part = Results(None, results.environment)
+        part.rows = rows
+        print(f"\n{tables(part)}\n", flush=True)
+    if args.plots is not None:
+        _save_steps(args.plots, results, args.pairs)
+    return 0
+
+
+def _save_steps(folder: Path, results: Results | None, pairs: Sequence[str]) -> None:
+    """Write the picture of a result's steps, or of computed ones."""
+    from .plots import stacked_phases
+    from .report import describe
+    from .step_report import panels
+
+    folder.mkdir(parents=True, exist_ok=True)
+    caption = "computed, not measured" if results is None else describe(results.environment)
+    label = "TFLOP by count" if results is None else "seconds, median of each phase"
+    path = folder / ("step-counts.png" if results is None else "step.png")
+    stacked_phases(panels(results, pairs), label, caption).savefig(path, dpi=130)
+    print(path, file=sys.stderr)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -79,6 +120,13 @@ def _report(args: argparse.Namespace) -> int:
     from .results import Results
 
     results = Results.load(args.result)
+    if results.environment.get("suite") == "step":
+        from .step_report import markdown as steps
+
+        print(steps(results))
+        if args.plots is not None:
+            _save_steps(args.plots, results, ())
+        return 0
     print(summary(results) if args.short else markdown(results))
     if args.plots is not None:
         try:
@@ -141,7 +189,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     counts.set_defaults(run=_counts)
 
-    commands.add_parser("step").set_defaults(run=_step)
+    step = commands.add_parser("step", help="without a CUDA device and --small: computed from counts")
+    step.add_argument("--small", action="store_true", help="tiny models, measured wherever this runs, in seconds")
+    step.add_argument("--count", action="store_true", help="computed, even where it could be measured")
+    step.add_argument("--pairs", nargs="+", choices=("8b-2b", "8b-4b"), default=["8b-2b", "8b-4b"])
+    step.add_argument("--rounds", type=int, default=3, help="timed steps of each method")
+    step.add_argument("--minutes", type=float, help="start nothing new after this long")
+    step.add_argument("--commit", help="for the result file, where the checkout is not a git repository")
+    step.add_argument("--out", type=Path, help="result file, written after every cell")
+    step.add_argument("--plots", type=Path, metavar="FOLDER", help="write a picture there")
+    step.add_argument("--tflops", type=float, default=494.5, help="assumed by computed times: half an H200's peak")
+    step.add_argument("--terabytes", type=float, default=4.3, help="per second, assumed by computed times")
+    step.add_argument("--gibibytes", type=float, default=132, help="of memory that computed parts must fit into")
+    step.set_defaults(run=_step)
 
     report = commands.add_parser("report")
     report.add_argument("result", type=Path)

@@ -72,13 +72,13 @@ class _Entry:
     seconds: list[float] = field(default_factory=list)
 
 
-def _reason(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     if is_out_of_memory(error):
         return "out of memory"
     return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _free(error: Exception) -> None:
+def release_frames(error: Exception) -> None:
     """Give back what the frames of an exception hold."""
     error.__traceback__ = None
     gc.collect()
@@ -91,10 +91,10 @@ def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
     try:
         action()
     except Exception as error:
-        entry.status, entry.run = _reason(error), None
+        entry.status, entry.run = describe_failure(error), None
         if not is_out_of_memory(error):
             traceback.print_exc()
-        _free(error)
+        release_frames(error)
 
 
 def _gradient_bytes(problem: DenseProblem, job: Job) -> int:
@@ -244,9 +244,9 @@ def run(
                     rows = measure_job(problem, cell.shape, job, cell.methods, device, rounds=rounds)
                 except Exception as error:
                     traceback.print_exc()
-                    missing[name] = _reason(error)
+                    missing[name] = describe_failure(error)
                     results.save()
-                    _free(error)
+                    release_frames(error)
                     continue
                 del missing[name]
                 results.add(*rows)

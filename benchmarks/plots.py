@@ -191,6 +191,28 @@ def roofline(results: Results) -> Figure:
     return figure
 
 
+def stacked_phases(cells: dict[str, dict[str, dict[str, float]]], label: str, caption: str) -> Figure:
+    """A bar for each method, stacked by phase; a panel for each cell ({cell: {method: {phase: value}}})."""
+    figure, axes = _panels(len(cells), 6.5, 3, caption)
+    for axis, (cell, methods) in zip(axes, cells.items(), strict=True):
+        shown = list(reversed(methods))
+        left = np.zeros(len(shown))
+        for index, phase in enumerate(dict.fromkeys(phase for phases in methods.values() for phase in phases)):
+            values = np.array([methods[method].get(phase, 0.0) for method in shown])
+            axis.barh(shown, values, left=left, color=f"C{index}", label=phase)
+            left += values
+        axis.bar_label(
+            axis.containers[-1],
+            labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in left],
+            padding=3,
+            fontsize=8,
+        )
+        axis.set(title=cell, xlabel=label, xlim=(0, 1.2 * left.max()))
+        axis.tick_params(labelsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
+    return figure
+
+
 FIGURES = {
     "time": time_over_tokens,
     "memory": memory_over_tokens,

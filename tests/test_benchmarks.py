@@ -318,8 +318,6 @@ def test_commands(results):
     assert "19,456" in command("counts").stdout
     assert "x floor" in command("report", str(results.path)).stdout
     assert "+0.0 %" in command("--compare", str(results.path), str(results.path)).stdout
-    step = command("step")
-    assert step.returncode == 2 and "not measured yet" in step.stderr
     missing = command("report", "no-such-file.json")
     assert missing.returncode == 1 and "no-such-file.json is not a result file" in missing.stderr
     assert command().returncode == 2

@@ -1,0 +1,166 @@
+"""What a training step runs on: named pairs of models with random weights, and prompts with synthetic images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen3VLConfig
+
+from vgs.groups import PromptGroup, response_lengths
+from vgs.sizes import QWEN3_VL
+
+
+def _small(hidden: int, tied: bool) -> Qwen3VLConfig:
+    """A model of the same build that a CPU trains in milliseconds."""
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": 2048,
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_interleaved": True,
+                "mrope_section": [6, 5, 5],
+            },
+            "tie_word_embeddings": tied,
+            "initializer_range": 0.1,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "patch_size": 8,
+            "num_position_embeddings": 64,
+            "out_hidden_size": hidden,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": 0.1,
+        },
+        image_token_id=2047,
+        video_token_id=2046,
+        vision_start_token_id=2045,
+        vision_end_token_id=2044,
+        tie_word_embeddings=tied,
+    )
+
+
+#: (student, teacher) by name.
+PAIRS: dict[str, tuple[Callable[[], PretrainedConfig], Callable[[], PretrainedConfig]]] = {
+    **{f"8b-{size.lower()}": (QWEN3_VL[size], QWEN3_VL["8B"]) for size in ("2B", "4B", "8B")},
+    "small": (partial(_small, 96, True), partial(_small, 128, False)),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """The batch of one optimizer step.
+
+    Attributes:
+        prompts, generations: P prompts with G responses each.
+        micro_batch: responses of one pass with gradient, the same for every method; a multiple of G.
+        grid: rows and columns of an image's patches. prompt: text tokens of a prompt.
+        shortest, longest: range of the responses' lengths, drawn from a fixed seed.
+        sampled: tokens that the rollout is measured at; None means the longest response.
+        seed: of prompts and lengths.
+    """
+
+    prompts: int
+    generations: int
+    micro_batch: int
+    grid: tuple[int, int]
+    prompt: int
+    shortest: int
+    longest: int
+    sampled: int | None = None
+    seed: int = 0
+
+    @property
+    def patches(self) -> int:
+        """Of one image."""
+        return self.grid[0] * self.grid[1]
+
+
+#: Images of 1,024 x 1,024 pixels (1,024 tokens), 200 prompt tokens, responses of 500 to 2,000, as in the paper.
+PAPER = {
+    generations: Load(8 // generations, generations, 4, (64, 64), 200, 500, 2000, sampled=64) for generations in (1, 4)
+}
+#: One response alone: the least that a pass can hold.
+SINGLE = replace(PAPER[1], prompts=1, micro_batch=1)
+SMALL = {generations: Load(4 // generations, generations, 4, (8, 8), 8, 8, 24) for generations in (1, 4)}
+
+
+def make_groups(load: Load, config: PretrainedConfig) -> list[PromptGroup]:
+    """The prompts of a step without their pixels, the same for all methods and students of a vocabulary."""
+    generator = torch.Generator().manual_seed(load.seed)
+    # Text tokens lie below all placeholders.
+    placeholders = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
+    first = min(config.get_text_config().vocab_size, *placeholders)
+
+    def text(length: int) -> Tensor:
+        return torch.randint(1, first, (length,), generator=generator)
+
+    image_tokens = load.patches // config.vision_config.spatial_merge_size**2
+    groups = []
+    for _ in range(load.prompts):
+        question = text(load.prompt)
+        image = torch.full((image_tokens,), config.image_token_id)
+        start, end = (torch.tensor([token]) for token in (config.vision_start_token_id, config.vision_end_token_id))
+        ids = torch.cat([start, image, end, question])
+        lengths = torch.randint(load.shortest, load.longest + 1, (load.generations,), generator=generator).tolist()
+        images = {
+            "image_grid_thw": torch.tensor([[1, *load.grid]]),
+            "mm_token_type_ids": (ids == config.image_token_id).long(),
+        }
+        groups.append(PromptGroup(ids, question, tuple(map(text, lengths)), images))
+    return groups
+
+
+def add_pixels(groups: list[PromptGroup], config: PretrainedConfig, device: str) -> list[PromptGroup]:
+    """The same prompts with random images on a device."""
+    vision = config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    generator = torch.Generator(device).manual_seed(0)
+
+    def pixels(group: PromptGroup) -> Tensor:
+        patches = int(group.images["image_grid_thw"].prod())
+        return torch.randn(patches, width, generator=generator, device=device)
+
+    return [replace(group, images={**group.images, "pixel_values": pixels(group)}) for group in groups]
+
+
+def micro_batches(groups: list[PromptGroup], load: Load) -> list[list[PromptGroup]]:
+    """The step's prompts in passes of ``load.micro_batch`` responses."""
+    size = load.micro_batch // load.generations
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
+def response_tokens(groups: list[PromptGroup]) -> int:
+    return sum(response_lengths(groups))
+
+
+def make_model(config: PretrainedConfig, dtype: torch.dtype, device: str, *, trainable: bool) -> nn.Module:
+    """A model with random weights, built where it stays.
+
+    Args:
+        config: of a vision-language model.
+        dtype: of its weights.
+        device: where it is.
+        trainable: with gradient checkpointing, in training mode; False: frozen, in evaluation mode.
+    """
+    torch.manual_seed(int(trainable))
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if trainable:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+    return model.requires_grad_(False).eval()
