@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def head(name: str, value: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor) -> None:
-    """Check a head's weight [V, D] and bias [V] against the hidden states [N, D] that it projects."""
-    if isinstance(value, Tensor) and value.numel() == 0:
+def head(name: str, value: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor, *, shard: bool = False) -> None:
+    """Check a head's weight [V, D] and bias [V] against hidden states [N, D]. Only a shard may have no column."""
+    if isinstance(value, Tensor) and value.numel() == 0 and not shard:
         raise ValueError(
             f"{name} is empty, got shape {tuple(value.shape)}; expected (V, {hidden.shape[1]}). "
             "A head sharded by ZeRO-3 must be gathered before the call."
@@ -82,8 +83,12 @@ def number(name: str, value: float | None, *, positive: bool = False, optional: 
     return float(value)
 
 
-def vocabulary(heads: dict[str, int], vocab_size: int | None) -> int:
-    """The number of columns to use, given those of each head."""
+def vocabulary(heads: dict[str, int], vocab_size: int | None, *, shard: bool = False) -> int | None:
+    """The number of columns to use, given those of each head; of a shard only the ranks together can tell (None)."""
+    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}.")
+    if shard:
+        return vocab_size
     sizes = ", ".join(f"{name} has {size}" for name, size in heads.items())
     if vocab_size is None:
         if len(set(heads.values())) > 1:
@@ -92,16 +97,47 @@ def vocabulary(heads: dict[str, int], vocab_size: int | None) -> int:
                 "say so with vocab_size."
             )
         return next(iter(heads.values()))
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}.")
-    if not 1 <= vocab_size <= min(heads.values()):
-        raise ValueError(f"vocab_size must lie in [1, {min(heads.values())}], got {vocab_size}: {sizes}.")
+    return _at_most(vocab_size, min(heads.values()), sizes)
+
+
+def _at_most(vocab_size: int, most: int, sizes: str) -> int:
+    if not 1 <= vocab_size <= most:
+        raise ValueError(f"vocab_size must lie in [1, {most}], got {vocab_size}: {sizes}.")
     return vocab_size
 
 
-def ids_in_vocabulary(name: str, ids: Tensor | None, vocab: int) -> None:
+def shards(sizes: Sequence[Sequence[int]], vocab_size: int | None) -> list[int]:
+    """The number of columns that each rank of a vocabulary group uses, given those of each head on each rank."""
+    shown = ", ".join(f"rank {rank} has {' and '.join(map(str, dict.fromkeys(x)))}" for rank, x in enumerate(sizes))
+    if any(len(set(x)) > 1 for x in sizes):
+        raise ValueError(
+            f"student_weight and the target's weights must have the same columns on each rank of vocab_group: {shown}."
+        )
+    total = sum(x[0] for x in sizes)
+    if not total:
+        raise ValueError("student_weight must have a column on one rank of vocab_group at least, got none.")
+    left = total if vocab_size is None else _at_most(vocab_size, total, shown)
+    used = []
+    for count, *_ in sizes:
+        used.append(min(count, left))
+        left -= used[-1]
+    return used
+
+
+def process_group(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(value).__name__}.")
+
+
+def ids_in_vocabulary(name: str, ids: Tensor | None, vocab: int | None) -> None:
     """On a CPU, where looking costs nothing; elsewhere an id outside the vocabulary has log-probability -inf."""
-    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if (
+        ids is not None
+        and vocab is not None
+        and ids.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and ids.numel()
+    ):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"{name} must lie in [0, {vocab}), got values from {low} to {high}.")

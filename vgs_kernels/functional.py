@@ -92,6 +92,7 @@ def fused_linear_vgs_loss(
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     return_terms: bool = True,
     backend: str = "auto",
@@ -119,10 +120,20 @@ def fused_linear_vgs_loss(
         vds_threshold: gate threshold known beforehand, a number or 0-d tensor; a pair (low, high) for the adaptive
             schedule.
         trajectory_ids: [N] int64, needed by ``vds_scope="trajectory"``.
-        vocab_size: number of leading columns of both heads to use; names the rest as padding.
+        vocab_size: number of leading columns of both heads to use; names the rest as padding. With ``vocab_group``, of
+            the whole vocabulary.
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula.
         process_group: data-parallel ranks of ``vds_scope="ranks"``; None means all. Every rank must call, also one
             without tokens.
+        vocab_group: ranks that share the vocabulary: each passes its own columns of both heads (weights and biases;
+            any number, in the order of the ranks) and otherwise the same arguments, requiring the same gradients. All
+            get the loss and terms of the whole vocabulary, the whole gradient of the hidden states, which is not to be
+            summed again, and that of their own columns. ``target_ids`` and ``vocab_size`` count through the ranks;
+            padding may fill whole shards. ``vds_scope="ranks"`` then needs a ``process_group`` of its own, one rank of
+            each vocabulary group. A rank sends, in one MAX and one SUM for each tile, 16 float32 for a token (17 with
+            ``target_ids``; folded 6 and 7), 6 more for each token that is projected again (those gated; adaptive: all),
+            and at the end one [N, Ds] float32 for each gradient of hidden states. The host waits once, for the number
+            of each rank's columns.
         workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the hidden states of one tile or
             gradient block, whatever N is. Heads are read once for each tile that fits: at the default, 256 tokens of a
             vocabulary of 152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice;
@@ -146,11 +157,15 @@ def fused_linear_vgs_loss(
     checks.tensor("student_text_hidden", student_text_hidden, tuple(student_hidden.shape), like=student_hidden)
     checks.tensor("teacher_hidden", teacher_hidden, (n, None), like=student_hidden)
     checks.tensor("teacher_text_hidden", teacher_text_hidden, tuple(teacher_hidden.shape), like=student_hidden)
-    checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden)
-    checks.head("teacher_weight", teacher_weight, "teacher_bias", teacher_bias, teacher_hidden)
+    checks.process_group("vocab_group", vocab_group)
+    shard = vocab_group is not None
+    checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden, shard=shard)
+    checks.head("teacher_weight", teacher_weight, "teacher_bias", teacher_bias, teacher_hidden, shard=shard)
     vocab = checks.vocabulary(
-        {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}, vocab_size
+        {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}, vocab_size, shard=shard
     )
+    if shard and process_group is None and objective.vds_scope == "ranks" and vds_threshold is None:
+        raise ValueError("process_group must be given for vds_scope='ranks' with a vocab_group, got None.")
     for name, value in (("student_softcap", student_softcap), ("teacher_softcap", teacher_softcap)):
         checks.number(name, value, positive=True, optional=True)
     scales = [
@@ -174,14 +189,14 @@ def fused_linear_vgs_loss(
         loss, terms = _divergence(
             TargetRow(1.0, student_hidden, student_weight, student_bias, scales[0]), target,
             token_weights * (objective.eta * (1 + objective.gamma)), target_ids, objective.temperature, vocab,
-            workspace_bytes, backend,
+            vocab_group, workspace_bytes, backend,
         )  # fmt: skip
         return VGSOutput(loss, entropy=terms[1], target_logps=terms[2] if len(terms) > 2 else None)
 
     loss, terms, *_ = ops.linear_vgs(
         student_hidden, student_text_hidden, student_weight, student_bias,
         teacher_hidden.detach(), teacher_text_hidden.detach(), teacher_weight.detach(), _detached(teacher_bias),
-        token_weights, target_ids, *steering, *_knobs(objective), vocab, scales,
+        token_weights, target_ids, *steering, *_knobs(objective), vocab, _group(vocab_group), scales,
         [student_softcap or 0.0, teacher_softcap or 0.0], workspace_bytes, backend,
         checks.compute_dtype(student_hidden), _needs(student_hidden, student_text_hidden, student_weight, student_bias),
     )  # fmt: skip
@@ -256,6 +271,7 @@ def fused_linear_divergence(
     student_logit_scale: float = 1.0,
     target_ids: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> DivergenceOutput:
@@ -270,8 +286,8 @@ def fused_linear_divergence(
         target: rows (coefficient, hidden [N, Dk], weight [V, Dk][, bias [V]]) or :class:`TargetRow`.
         divergence: ``"reverse_kl"``.
         temperature: divides the student's logits and the composed ones, > 0.
-        token_weights, student_bias, student_softcap, student_logit_scale, target_ids, vocab_size, workspace_bytes,
-            backend: as in :func:`fused_linear_vgs_loss`.
+        token_weights, student_bias, student_softcap, student_logit_scale, target_ids, vocab_size, vocab_group,
+            workspace_bytes, backend: as in :func:`fused_linear_vgs_loss`.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -281,26 +297,28 @@ def fused_linear_divergence(
     if isinstance(target, (str, Tensor)) or not isinstance(target, Sequence) or not target:
         raise ValueError(f"target must be a non-empty sequence of rows, got {type(target).__name__}.")
     rows = [_target_row(f"target[{i}]", row) for i, row in enumerate(target)]
+    checks.process_group("vocab_group", vocab_group)
+    shard = vocab_group is not None
     checks.tensor("student_hidden", student_hidden, (None, None))
-    checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden)
+    checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden, shard=shard)
     heads = {"student_weight": len(student_weight)}
     for i, row in enumerate(rows):
         hidden, weight, bias = row.hidden, row.weight, row.bias
         name = f"target[{i}]"
         checks.number(f"{name}.coefficient", row.coefficient)
         checks.tensor(f"{name}.hidden", hidden, (len(student_hidden), None), like=student_hidden)
-        checks.head(f"{name}.weight", weight, f"{name}.bias", bias, hidden)
+        checks.head(f"{name}.weight", weight, f"{name}.bias", bias, hidden, shard=shard)
         checks.number(f"{name}.softcap", row.softcap, positive=True, optional=True)
         checks.number(f"{name}.logit_scale", row.logit_scale, positive=True)
         heads[f"{name}.weight"] = len(weight)
     student = TargetRow(1.0, student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
-    vocab = checks.vocabulary(heads, vocab_size)
+    vocab = checks.vocabulary(heads, vocab_size, shard=shard)
     checks.number("temperature", temperature, positive=True)
     checks.number("student_softcap", student_softcap, positive=True, optional=True)
     checks.number("student_logit_scale", student_logit_scale, positive=True)
     target_ids = _target_ids(target_ids, student_hidden, vocab)
     loss, terms = _divergence(
-        student, rows, _weights(token_weights, student_hidden), target_ids, temperature, vocab,
+        student, rows, _weights(token_weights, student_hidden), target_ids, temperature, vocab, vocab_group,
         checks.workspace(workspace_bytes), checks.backend(backend, student_hidden),
     )  # fmt: skip
     return DivergenceOutput(loss, *terms)
@@ -312,7 +330,8 @@ def _divergence(
     token_weights: Tensor,
     target_ids: Tensor | None,
     temperature: float,
-    vocab: int,
+    vocab: int | None,
+    vocab_group: torch.distributed.ProcessGroup | None,
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -321,7 +340,7 @@ def _divergence(
         student.hidden, student.weight, student.bias,
         [row.hidden.detach() for row in target], [row.weight.detach() for row in target],
         [_detached(row.bias) for row in target], token_weights, target_ids,
-        [float(row.coefficient) for row in target], float(temperature), vocab,
+        [float(row.coefficient) for row in target], float(temperature), vocab, _group(vocab_group),
         [float(row.logit_scale) for row in (student, *target)], [row.softcap or 0.0 for row in (student, *target)],
         workspace_bytes, backend, checks.compute_dtype(student.hidden),
         _needs(student.hidden, student.weight, student.bias),
@@ -359,6 +378,10 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
 
 
+def _group(vocab_group: torch.distributed.ProcessGroup | None) -> str | None:
+    return None if vocab_group is None else group_name(vocab_group)
+
+
 def _weights(token_weights: Tensor | None, like: Tensor) -> Tensor:
     n = len(like)
     dtype = accumulation_dtype(like)
@@ -367,7 +390,7 @@ def _weights(token_weights: Tensor | None, like: Tensor) -> Tensor:
     return checks.per_token("token_weights", token_weights, like).to(dtype)
 
 
-def _target_ids(target_ids: Tensor | None, like: Tensor, vocab: int) -> Tensor | None:
+def _target_ids(target_ids: Tensor | None, like: Tensor, vocab: int | None) -> Tensor | None:
     target_ids = checks.per_token("target_ids", target_ids, like, integer=True)
     checks.ids_in_vocabulary("target_ids", target_ids, vocab)
     return target_ids
@@ -378,7 +401,7 @@ def _token_arguments(
     like: Tensor,
     token_weights: Tensor | None,
     target_ids: Tensor | None,
-    vocab: int,
+    vocab: int | None,
     vds: Tensor | None,
     vds_threshold: float | Tensor | Sequence[float] | None,
     trajectory_ids: Tensor | None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .objective import VGSObjective
+from .parallel import VocabularyShard
 from .plan import GradientView
 from .rows import LogitTransform, RowCoefficients, Statistics, accumulation_dtype, scaled
 from .sinks import DenseSink, LinearSink
@@ -94,7 +95,8 @@ def _linear_vgs(
     schedule: str,
     adaptive_quantile: float,
     vds_scope: str,
-    vocab: int,
+    vocab: int | None,
+    vocab_group: str | None,
     scales: list[float],
     softcaps: list[float],
     workspace_bytes: int,
@@ -109,8 +111,9 @@ def _linear_vgs(
     objective = VGSObjective(
         gamma, lam, vds_quantile, eta, temperature, detach_prior, schedule, adaptive_quantile, vds_scope
     )
+    shard = VocabularyShard.of(vocab_group, [weight, teacher_weight], vocab, target_ids)
     student, teacher = (
-        _head(w, b, vocab, scale, softcap, temperature)
+        _head(w, b, shard.columns, scale, softcap, temperature)
         for w, b, scale, softcap in zip((weight, teacher_weight), (bias, teacher_bias), scales, softcaps, strict=True)
     )
     transforms = (student.transform, teacher.transform)
@@ -123,7 +126,7 @@ def _linear_vgs(
         teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text_hidden])
         if steering.needs_vds_first and any(needs):
             # KL(q_I || q_x) of every token: a pair of the teacher's rows, values only.
-            pair = LinearSource([teacher_rows], (teacher.transform, teacher.transform), workspace_bytes)
+            pair = LinearSource([teacher_rows], (teacher.transform, teacher.transform), workspace_bytes, shard)
             steering.vds = Statistics(sweep(pair, rows)[0]).standard.to(dtype)
             steering.find_limits()
             del pair  # frees the slabs
@@ -132,9 +135,9 @@ def _linear_vgs(
         d_hidden, d_text, d_bias = _empty_gradients(
             [need_hidden, need_text, need_bias], [hidden, text_hidden, bias], dtype
         )
-        d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
+        d_weight = _head_gradient(need_weight, weight, shard.columns, len(hidden), dtype)
         need_head = need_weight or need_bias
-        head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
+        head_gradients = (_wanted(d_weight[: shard.columns], need_weight), _wanted(d_bias[: shard.columns], need_bias))
 
         # Phase 1: standard + gamma * visual, on all four rows. The language term comes with it where the gate is known
         # and either all text-only rows have gradient anyway or the host may count the gated ones, and where the head
@@ -151,7 +154,7 @@ def _linear_vgs(
             alpha = 1.0 if prior else lam
             views.append(GradientView(text_hidden, _wanted(d_text, need_text), alpha, compact=compact))
         source = LinearSource(
-            [StackedRows(student, [hidden, text_hidden]), teacher_rows], transforms, workspace_bytes, views
+            [StackedRows(student, [hidden, text_hidden]), teacher_rows], transforms, workspace_bytes, shard, views
         )
         coefficients = functools.partial(
             steering.coefficients, live_prior=prior, language=(lam if prior else 1.0) if at_once else 0.0
@@ -172,12 +175,14 @@ def _linear_vgs(
                 [StackedRows(student, [text_hidden], gated), StackedRows(teacher, [teacher_text_hidden], gated)],
                 transforms,
                 workspace_bytes,
+                shard,
                 [view],
             )
             sink = LinearSink([view], student.weight, *head_gradients, source.plan, add=True)
             weights = steering.language_weights()[gated]
             gain = student.transform.gain
             sweep(source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink)
+        shard.sum(d_hidden, d_text if prior or language else None)
     return loss, terms, steering.unit, d_hidden, d_text, d_weight, d_bias
 
 
@@ -244,7 +249,8 @@ def _linear_divergence(
     target_ids: Tensor | None,
     coefficients: list[float],
     temperature: float,
-    vocab: int,
+    vocab: int | None,
+    vocab_group: str | None,
     scales: list[float],
     softcaps: list[float],
     workspace_bytes: int,
@@ -256,8 +262,9 @@ def _linear_divergence(
     target_hiddens, target_weights, target_biases = (
         _cast(compute_dtype, x) for x in (target_hiddens, target_weights, target_biases)
     )
+    shard = VocabularyShard.of(vocab_group, [weight, *target_weights], vocab, target_ids)
     student, *targets = (
-        _head(w, b, vocab, scale, softcap, temperature)
+        _head(w, b, shard.columns, scale, softcap, temperature)
         for w, b, scale, softcap in zip(
             [weight, *target_weights], [bias, *target_biases], scales, softcaps, strict=True
         )
@@ -268,21 +275,23 @@ def _linear_divergence(
         weights, unit = unit_weights(token_weights, dtype)
         need_hidden, need_weight, need_bias = needs
         d_hidden, d_bias = _empty_gradients([need_hidden, need_bias], [hidden, bias], dtype)
-        d_weight = _head_gradient(need_weight, weight, vocab, len(hidden), dtype)
+        d_weight = _head_gradient(need_weight, weight, shard.columns, len(hidden), dtype)
         views = [GradientView(hidden, _wanted(d_hidden, need_hidden))] if any(needs) else []
         target = ComposedRow(list(zip(coefficients, target_hiddens, targets, strict=True)))
         source = LinearSource(
             [StackedRows(student, [hidden]), target],
             (student.transform, LogitTransform(inv_temperature=1.0 / temperature)),
             workspace_bytes,
+            shard,
             views,
         )
-        head_gradients = (_wanted(d_weight[:vocab], need_weight), _wanted(d_bias[:vocab], need_bias))
+        head_gradients = (_wanted(d_weight[: shard.columns], need_weight), _wanted(d_bias[: shard.columns], need_bias))
         sink = LinearSink(views, student.weight, *head_gradients, source.plan) if views else None
         gain = student.transform.gain
         state, target_logits = sweep(
             source, rows, None, lambda at, x: _pair_coefficients(x, weights[at], gain), sink, target_ids
         )
+        shard.sum(d_hidden)
         x = Statistics(state)
         loss = scaled(weights * unit, x.standard).sum().to(dtype)
         terms = [x.standard, x.entropy]

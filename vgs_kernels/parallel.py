@@ -1,10 +1,20 @@
-"""Collectives over data-parallel ranks."""
+"""Collectives over data-parallel ranks, and over ranks that share a vocabulary.
+
+Ranks that share a vocabulary must take the same decisions: how many tiles there are, which tokens are gated. They do so
+from the same tokens and from merged statistics, which all_reduce leaves with the same bits on each of them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import checks
+from .rows import RunningStatistics
 
 
 def group_name(process_group: dist.ProcessGroup | None) -> str | None:
@@ -14,17 +24,86 @@ def group_name(process_group: dist.ProcessGroup | None) -> str | None:
     return (process_group if process_group is not None else dist.group.WORLD).group_name
 
 
+def _resolve(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def _gather(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks, which have one shape."""
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return parts
+
+
 def gather_rows(values: Tensor, name: str | None) -> Tensor:
     """Concatenate [n_r] tensors of different lengths from all ranks; collective, also for a rank with none."""
     if name is None:
         return values
-    group = dist.distributed_c10d._resolve_process_group(name)
-    size = torch.tensor([values.numel()], device=values.device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    counts = torch.cat(sizes).tolist()
+    group = _resolve(name)
+    counts = torch.cat(_gather(torch.tensor([values.numel()], device=values.device), group)).tolist()
     padded = values.new_zeros(max(counts))
     padded[: values.numel()] = values
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(_gather(padded, group), counts, strict=True)])
+
+
+class VocabularyShard(NamedTuple):
+    """The columns of a vocabulary that this rank holds and uses: all of them where no group shares it."""
+
+    columns: int
+    largest: int
+    """Columns that the rank with most of them uses: what all ranks plan their tiles for."""
+    start: int = 0
+    group: str | None = None
+
+    @classmethod
+    def of(
+        cls, name: str | None, heads: Sequence[Tensor], vocab: int | None, target_ids: Tensor | None
+    ) -> VocabularyShard:
+        """Find this rank's place, and check what only the group together knows; collective.
+
+        Args:
+            name: of the process group; None: this rank has the whole vocabulary.
+            heads: their weights here, [V_r, .] each.
+            vocab: leading columns to use, of all ranks together; None means all.
+            target_ids: global ids, or None.
+        """
+        if name is None:
+            return cls(vocab, vocab)
+        group = _resolve(name)
+        sizes = torch.tensor([len(head) for head in heads], device=heads[0].device)
+        sizes = torch.stack(_gather(sizes, group)).tolist()
+        columns = checks.shards(sizes, vocab)
+        checks.ids_in_vocabulary("target_ids", target_ids, sum(columns))
+        rank = dist.get_rank(group)
+        return cls(columns[rank], max(columns), sum(size[0] for size in sizes[:rank]), name)
+
+    def local(self, ids: Tensor | None) -> Tensor | None:
+        """Global ids as columns of this shard; those of other shards lie outside it."""
+        return ids if ids is None or self.start == 0 else ids - self.start
+
+    def merge(self, state: Tensor, picked: Tensor | None) -> None:
+        """From the statistics [K, R] of a shard, and the logits [R] of columns that one shard has, to those of all."""
+        if self.group is None:
+            return
+        group = _resolve(self.group)
+        x = RunningStatistics(state)
+        tops = torch.cat([x.tops(), *([] if picked is None else [picked.unsqueeze(0)])])
+        dist.all_reduce(tops, dist.ReduceOp.MAX, group)
+        if picked is not None:
+            picked.copy_(tops[-1])
+            tops = tops[:-1]
+        x.rise_to(tops)
+        addends = x.addends()
+        merged = torch.stack(addends)
+        dist.all_reduce(merged, group=group)
+        for addend, value in zip(addends, merged, strict=True):
+            addend.copy_(value)
+        x.store()
+
+    def sum(self, *gradients: Tensor | None) -> None:
+        """Add up gradients of what all ranks have, in place."""
+        if self.group is None:
+            return
+        for gradient in gradients:
+            if gradient is not None and gradient.numel():
+                dist.all_reduce(gradient, group=_resolve(self.group))

@@ -10,6 +10,7 @@ small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,95 @@ def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
         if name.endswith("_max"):
             row.fill_(-torch.inf)  # an index tensor would be copied from the host
     return state
+
+
+def anchor(maximum: Tensor) -> Tensor:
+    """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
+    return maximum.masked_fill(maximum == -torch.inf, 0)
+
+
+def _stack(rows: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """rows[places]; an index tensor would be copied from the host."""
+    return torch.stack([rows[place] for place in places])
+
+
+def _steered(rows: Tensor) -> Tensor:
+    """a + t - w of [4, R] numbers in the order of ``RunningStatistics.names``."""
+    return rows[2] + rows[1] - rows[3]
+
+
+class RunningStatistics:
+    """A state [K, R] on its way to higher maxima. What is done to [R] vectors is done to all rows, or gaps, at once.
+
+    Attributes:
+        names: of the rows.
+        gaps: the part of ``GAPS`` that these rows have.
+        maxima, sums: [rows, R].
+        totals: [gaps, R] weighted sums.
+        q_max, q_sum: [R] views of the state; None of a pair.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        self.four = len(state) == len(VGS_STATE)
+        self.names = "staw" if self.four else "st"
+        self._state = dict(zip(VGS_STATE if self.four else PAIR_STATE, state, strict=True))
+        self.gaps = {name: gap for name, gap in GAPS.items() if name in self._state}
+        self.maxima, self.sums = (
+            torch.stack([self._state[f"{name}_{kind}"] for name in self.names]) for kind in ("max", "sum")
+        )
+        self.totals = torch.stack([self._state[name] for name in self.gaps])
+        self.q_max, self.q_sum = self._state.get("q_max"), self._state.get("q_sum")
+        places = [
+            [len(self.names) if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()
+        ]
+        self._weighting, self._upper, self._lower = zip(*places, strict=True)
+
+    def rise(self, maxima: Tensor, masked: bool) -> Tensor:
+        """Centre what was summed at higher maxima [rows, R]; returns the new anchors."""
+        anchors = anchor(maxima)
+        shift, discount = anchor(self.maxima) - anchors, (self.maxima - anchors).exp_()
+        shifts = [*shift, torch.zeros_like(shift[0])]
+        kept = _stack(discount, self._weighting)
+        moved = _stack(shifts, self._upper) - _stack(shifts, self._lower)
+        self.totals.add_(moved * _stack(self.sums, self._weighting)).mul_(kept)
+        if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
+            self.totals.masked_fill_(kept == 0, 0)
+        self.sums.mul_(discount)
+        if self.four:
+            self.q_max.add_(_steered(shift))
+        self.maxima = maxima
+        return anchors
+
+    def rise_steered(self, maximum: Tensor) -> Tensor:
+        """The same of q alone: another ``q_max`` [R], for the present maxima of the other rows."""
+        q_anchor = anchor(maximum)
+        self.q_sum.mul_((self.q_max - q_anchor).exp_())
+        self.q_max.copy_(maximum)
+        return q_anchor
+
+    def tops(self) -> Tensor:
+        """Maxima that compare between states of the same tokens, [rows, R], and that of q where there is one."""
+        if not self.four:
+            return self.maxima
+        return torch.cat([self.maxima, (self.q_max + _steered(anchor(self.maxima))).unsqueeze(0)])
+
+    def rise_to(self, tops: Tensor) -> None:
+        """Centre at common ``tops``, the maxima of several states: then their sums and totals add up."""
+        anchors = self.rise(tops[: len(self.names)], masked=True)
+        if self.four:
+            self.rise_steered(tops[-1] - _steered(anchors))
+
+    def addends(self) -> list[Tensor]:
+        """Everything that adds up between states with common maxima."""
+        return [*self.sums, *self.totals, *([self.q_sum] if self.four else [])]
+
+    def store(self) -> None:
+        """Back into the state."""
+        for name, maximum, total in zip(self.names, self.maxima, self.sums, strict=True):
+            self._state[f"{name}_max"].copy_(maximum)
+            self._state[f"{name}_sum"].copy_(total)
+        for name, total in zip(self.gaps, self.totals, strict=True):
+            self._state[name].copy_(total)
 
 
 class Statistics:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .rows import GAPS, PAIR_STATE, VGS_STATE, RowCoefficients, RowTile, slices
+from .rows import VGS_STATE, RowCoefficients, RowTile, RunningStatistics, anchor, slices
 
 #: Tokens and elements of a block: an operator's start must be small beside its work, and long stretches of few rows are
 #: read faster than short ones of many. The temporaries of a block take 20 MiB.
@@ -50,26 +49,10 @@ def _exp(x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, _LOG2_E, out=out).exp2_()
 
 
-def _anchor(maximum: Tensor) -> Tensor:
-    """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
-    return maximum.masked_fill(maximum == -torch.inf, 0)
-
-
-def _raise(maximum: Tensor, raised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
-    anchor = _anchor(raised)
-    return anchor, _anchor(maximum) - anchor, (maximum - anchor).exp_()
-
-
 def _steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
     """q' = a' + (t' - w'), and -inf where any of the three is."""
     torch.sub(centred["t"], centred["w"], out=out).add_(centred["a"])
     return out.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else out
-
-
-def _stack(rows: Sequence[Tensor], places: Sequence[int]) -> Tensor:
-    """rows[places]; an index tensor would be copied from the host."""
-    return torch.stack([rows[place] for place in places])
 
 
 def statistics(tile: RowTile, state: Tensor) -> None:
@@ -80,29 +63,20 @@ def statistics(tile: RowTile, state: Tensor) -> None:
 
 
 def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
-    """``statistics`` of a few tokens. What is done to [R] vectors is done to all rows, or to all gaps, at once."""
+    """``statistics`` of a few tokens."""
     masked = tile.may_be_masked
-    names = "staw" if tile.four else "st"
-    x = dict(zip(VGS_STATE if tile.four else PAIR_STATE, state, strict=True))
-    gaps = {name: gap for name, gap in GAPS.items() if name in x}
-    maxima, sums = (torch.stack([x[f"{name}_{kind}"] for name in names]) for kind in ("max", "sum"))
-    totals = torch.stack([x[name] for name in gaps])
-    block_sums, block_totals = torch.empty_like(sums), torch.empty_like(totals)
-    weighting, upper, lower = zip(
-        *([names.index(name) if name else len(names) for name in gap] for gap in gaps.values()), strict=True
-    )
+    x = RunningStatistics(state)
+    block_sums, block_totals = torch.empty_like(x.sums), torch.empty_like(x.totals)
 
     for columns in blocks.columns():
         *temporaries, difference, product = blocks.temporaries(rows, columns)
-        centred, weights = (dict(zip(names, temporaries[i::2], strict=True)) for i in range(2))
+        centred, weights = (dict(zip(x.names, temporaries[i::2], strict=True)) for i in range(2))
         logits = _load(tile, rows, columns, state.dtype)
-        raised = torch.maximum(maxima, torch.stack([values.amax(1) for values in logits.values()]))
-        anchors, shift, discount = _raise(maxima, raised)
-        maxima = raised
-        for name, anchor, total in zip(names, anchors, block_sums, strict=True):
-            torch.sub(logits[name], anchor.unsqueeze(1), out=centred[name])
+        anchors = x.rise(torch.maximum(x.maxima, torch.stack([values.amax(1) for values in logits.values()])), masked)
+        for name, at, total in zip(x.names, anchors, block_sums, strict=True):
+            torch.sub(logits[name], at.unsqueeze(1), out=centred[name])
             torch.sum(_exp(centred[name], weights[name]), 1, out=total)
-        for (name, (weight, high, low)), total in zip(gaps.items(), block_totals, strict=True):
+        for (name, (weight, high, low)), total in zip(x.gaps.items(), block_totals, strict=True):
             gap = centred[high] if low is None else torch.sub(centred[high], centred[low], out=difference)
             if masked and name == "s_prior_gap":  # outside the support of q*, where log q* is -inf
                 gap.masked_fill_(centred["w"] == -torch.inf, -torch.inf)
@@ -110,26 +84,13 @@ def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
             if masked:  # 0 * inf is 0
                 product.masked_fill_(weights[weight] == 0, 0)
             torch.sum(product, 1, out=total)
-        # What was summed before was centred at the old anchors.
-        shifts = [*shift, torch.zeros_like(shift[0])]
-        kept = _stack(discount, weighting)
-        totals.add_((_stack(shifts, upper) - _stack(shifts, lower)) * _stack(sums, weighting)).mul_(kept)
-        if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
-            totals.masked_fill_(kept == 0, 0)
-        totals += block_totals
-        sums.mul_(discount).add_(block_sums)
+        x.sums += block_sums
+        x.totals += block_totals
         if tile.four:
             steered = _steered(centred, masked, out=difference)
-            maximum = x["q_max"] + (shift[2] + shift[1] - shift[3])
-            torch.maximum(maximum, steered.amax(1), out=x["q_max"])
-            anchor, _, discount = _raise(maximum, x["q_max"])
-            x["q_sum"].mul_(discount).add_(_exp(steered.sub_(anchor.unsqueeze(1)), out=steered).sum(1))
-
-    for name, maximum, total in zip(names, maxima, sums, strict=True):
-        x[f"{name}_max"].copy_(maximum)
-        x[f"{name}_sum"].copy_(total)
-    for name, total in zip(gaps, totals, strict=True):
-        x[name].copy_(total)
+            at = x.rise_steered(torch.maximum(x.q_max, steered.amax(1)))
+            x.q_sum.add_(_exp(steered.sub_(at.unsqueeze(1)), out=steered).sum(1))
+    x.store()
 
 
 def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
@@ -176,14 +137,14 @@ def gradient(
             p, *temporaries = blocks.temporaries(rows, columns)
             logits = _load(tile, rows, columns, state.dtype)
             centred = {
-                name: torch.sub(values, _anchor(x[f"{name}_max"]), out=temporary)
+                name: torch.sub(values, anchor(x[f"{name}_max"]), out=temporary)
                 for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
             }
             _exp(centred["s"], out=p).div_(x["s_sum"])
             if out_text is not None:
                 d_a = None
                 if live_prior:
-                    q = _steered(centred, masked, out=temporaries[-1]).sub_(_anchor(x["q_max"]))
+                    q = _steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
                     d_a = _exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
                     if masked:  # 0 * inf is 0
                         d_a.masked_fill_(weight * gamma == 0, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import rows_torch
 from .gemm import UPCAST_COLUMNS, project
+from .parallel import VocabularyShard
 from .plan import GradientView, Plan, pitch, slab_rows
 from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state, slices
 from .sinks import Sink
@@ -121,7 +122,7 @@ class Source(Protocol):
     """Where tiles come from."""
 
     n: int
-    vocab: int
+    shard: VocabularyShard
     plan: Plan
 
     def new_state(self) -> Tensor: ...
@@ -137,6 +138,7 @@ class LinearSource:
         parts: Sequence[StackedRows | ComposedRow],
         transforms: tuple[LogitTransform, LogitTransform],
         workspace_bytes: int,
+        shard: VocabularyShard,
         views: Sequence[GradientView] = (),
     ) -> None:
         hidden = parts[0].views[0]
@@ -144,11 +146,13 @@ class LinearSource:
         self.parts = parts
         self.transforms = transforms
         heads = [head for part in parts for head in part.heads]
-        self.vocab = len(heads[0].weight)
+        self.shard = shard
         self.may_be_masked = any(head.bias is not None for head in heads)
         dtype = accumulation_dtype(hidden)
         count = sum(len(part.views) for part in parts)
-        self.plan = Plan.of(self.n, self.vocab, count * dtype.itemsize, views, workspace_bytes, hidden.device)
+        plan = Plan.of(self.n, shard.largest, count * dtype.itemsize, views, workspace_bytes, hidden.device)
+        # Every rank of a group cuts the tokens alike, for their statistics meet tile by tile.
+        self.plan = replace(plan, columns=max(1, min(plan.columns, shard.columns)))
         self._slabs = [
             hidden.new_empty(len(part.views) * self.plan.rows * pitch(self.plan.columns), dtype=dtype) for part in parts
         ]
@@ -174,7 +178,7 @@ class DenseSource:
         self, logits: Sequence[Tensor], transforms: tuple[LogitTransform, LogitTransform], vocab: int, tile_rows: int
     ) -> None:
         self.n = len(logits[0])
-        self.vocab = vocab
+        self.shard = VocabularyShard(vocab, vocab)
         self.plan = Plan(tile_rows, vocab, tile_rows)
         self._logits, self._transforms = logits, transforms
 
@@ -211,9 +215,11 @@ def sweep(
         target_ids: [N] columns whose student logits are wanted.
 
     Returns:
-        The statistics [K, N], and the student's logits at ``target_ids``, [N] (-inf for an id outside the vocabulary).
+        The statistics [K, N], and the student's logits at ``target_ids``, [N] (-inf for an id outside the vocabulary),
+        both over all shards of the vocabulary.
     """
-    columns_of = slices(source.vocab, source.plan.columns)
+    columns_of = slices(source.shard.columns, source.plan.columns)
+    target_ids = source.shard.local(target_ids)
     known = state is not None
     state = state if known else source.new_state()
     picked = None if target_ids is None else torch.full_like(state[0], -torch.inf)
@@ -224,6 +230,8 @@ def sweep(
             backend.statistics(tile, state[:, rows])
             if target_ids is not None:
                 _pick(tile, target_ids[rows], columns, picked[rows])
+        if not known:
+            source.shard.merge(state[:, rows], None if picked is None else picked[rows])
         if sink is None:
             continue
         scalars = coefficients(rows, state[:, rows])
