@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test gate lint bench bench-gpu clean
+.PHONY: demo test gate lint bench bench-gpu bench-step clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -27,6 +27,9 @@ bench: $(INSTALLED)  # about an hour on two cores
 bench-gpu:  # under nine minutes, straight from the checkout, with whatever peers are installed
 	$(PYTHON) -m benchmarks loss --device cuda --minutes 7.5 $(if $(COMMIT),--commit $(COMMIT)) --out $(RESULTS)/gpu.json
 	$(PYTHON) -m benchmarks report --plots $(RESULTS)/gpu --short $(RESULTS)/gpu.json
+
+bench-step:  # under nine minutes on a CUDA device; elsewhere the same tables, counted
+	$(PYTHON) -m benchmarks step --minutes 8 $(if $(COMMIT),--commit $(COMMIT)) --out $(RESULTS)/step/gpu.json --plots $(RESULTS)/step
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -80,7 +80,7 @@ def _step(args: argparse.Namespace) -> int:
     from .step_report import computed, tables
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.count or (device == "cpu" and not args.small):
+    if args.count or (device == "cpu" and args.toy is None):
         print(computed(args.pairs, args.tflops * 1e12, args.terabytes * 1e12, args.gibibytes * 2**30))
         if args.plots is not None:
             _save_steps(args.plots, None, args.pairs)
@@ -89,8 +89,10 @@ def _step(args: argparse.Namespace) -> int:
     from .step import PLANS, run
 
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    cells = PLANS["small"] if args.small else [cell for cell in PLANS["gpu"] if cell.pair in (*args.pairs, "8b-8b")]
-    dtype = torch.float32 if args.small else torch.bfloat16
+    cells = PLANS[args.toy or "gpu"]
+    if args.toy is None:
+        cells = [cell for cell in cells if cell.pair in (*args.pairs, "8b-8b")]
+    dtype = torch.float32 if args.toy else torch.bfloat16
     results = Results(args.out, environment(device, args.commit))
     for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
         part = Results(None, results.environment)
@@ -189,8 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     counts.set_defaults(run=_counts)
 
-    step = commands.add_parser("step", help="without a CUDA device and --small: computed from counts")
-    step.add_argument("--small", action="store_true", help="tiny models, measured wherever this runs, in seconds")
+    step = commands.add_parser("step", help="without a CUDA device, --small or --medium: computed from counts")
+    toy = step.add_mutually_exclusive_group()
+    for name, about in (("small", "seconds"), ("medium", "a sixteenth of the lengths, minutes on a CPU")):
+        about = f"toy models, measured wherever this runs: {about}"
+        toy.add_argument(f"--{name}", dest="toy", action="store_const", const=name, help=about)
     step.add_argument("--count", action="store_true", help="computed, even where it could be measured")
     step.add_argument("--pairs", nargs="+", choices=("8b-2b", "8b-4b"), default=["8b-2b", "8b-4b"])
     step.add_argument("--rounds", type=int, default=3, help="timed steps of each method")

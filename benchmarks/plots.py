@@ -45,7 +45,7 @@ def _headline(results: Results) -> dict[str, dict[str, Row]]:
 
 
 def _panels(count: int, width: float, height: float, caption: str) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows + 0.4), squeeze=False, layout="constrained"
@@ -193,7 +193,7 @@ def roofline(results: Results) -> Figure:
 
 def stacked_phases(cells: dict[str, dict[str, dict[str, float]]], label: str, caption: str) -> Figure:
     """A bar for each method, stacked by phase; a panel for each cell ({cell: {method: {phase: value}}})."""
-    figure, axes = _panels(len(cells), 6.5, 3, caption)
+    figure, axes = _panels(len(cells), 7.5, 3, caption)
     for axis, (cell, methods) in zip(axes, cells.items(), strict=True):
         shown = list(reversed(methods))
         left = np.zeros(len(shown))

@@ -26,7 +26,7 @@ from .step_problem import (
     PAIRS,
     PAPER,
     SINGLE,
-    SMALL,
+    TOYS,
     Load,
     add_pixels,
     make_groups,
@@ -55,7 +55,7 @@ class Cell:
     def load(self) -> Load:
         if self.job == LONGEST:
             return SINGLE
-        return (SMALL if self.pair == "small" else PAPER)[int(self.job[1:])]
+        return TOYS.get(self.pair, PAPER)[int(self.job[1:])]
 
 
 def _cell(pair: str, generations: int) -> Cell:
@@ -65,7 +65,7 @@ def _cell(pair: str, generations: int) -> Cell:
 _COMPARED = ("vgs-naive", "vgs", "plain")
 #: What is measured by default, the most important first.
 PLANS = {
-    "small": [_cell("small", 1), _cell("small", 4)],
+    **{toy: [_cell(toy, 1), _cell(toy, 4)] for toy in TOYS},
     "gpu": [
         *(_cell("8b-2b", 4), _cell("8b-2b", 1), _cell("8b-4b", 4), Cell("8b-2b", LONGEST, _COMPARED)),
         *(_cell("8b-4b", 1), Cell("8b-8b", "G4", ("vgs-shared",)), Cell("8b-4b", LONGEST, _COMPARED)),

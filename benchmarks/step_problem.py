@@ -14,18 +14,18 @@ from vgs.groups import PromptGroup, response_lengths
 from vgs.sizes import QWEN3_VL
 
 
-def _small(hidden: int, tied: bool) -> Qwen3VLConfig:
-    """A model of the same build that a CPU trains in milliseconds."""
+def _toy(hidden: int, layers: int, vocabulary: int, tied: bool) -> Qwen3VLConfig:
+    """A model of the same build that a CPU trains."""
     return Qwen3VLConfig(
         text_config={
-            "vocab_size": 2048,
+            "vocab_size": vocabulary,
             "hidden_size": hidden,
             "intermediate_size": 3 * hidden,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 32,
+            "num_key_value_heads": hidden // 32,
             "head_dim": 32,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": 2048,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,
@@ -57,7 +57,8 @@ def _small(hidden: int, tied: bool) -> Qwen3VLConfig:
 #: (student, teacher) by name.
 PAIRS: dict[str, tuple[Callable[[], PretrainedConfig], Callable[[], PretrainedConfig]]] = {
     **{f"8b-{size.lower()}": (QWEN3_VL[size], QWEN3_VL["8B"]) for size in ("2B", "4B", "8B")},
-    "small": (partial(_small, 96, True), partial(_small, 128, False)),
+    "small": (partial(_toy, 96, 3, 2048, True), partial(_toy, 128, 3, 2048, False)),
+    "medium": (partial(_toy, 256, 4, 8192, True), partial(_toy, 512, 6, 8192, False)),
 }
 
 
@@ -96,7 +97,11 @@ PAPER = {
 }
 #: One response alone: the least that a pass can hold.
 SINGLE = replace(PAPER[1], prompts=1, micro_batch=1)
-SMALL = {generations: Load(4 // generations, generations, 4, (8, 8), 8, 8, 24) for generations in (1, 4)}
+#: For pairs that a CPU trains, the second with a sixteenth of the paper's lengths.
+TOYS = {
+    "small": {generations: Load(4 // generations, generations, 4, (8, 8), 8, 8, 24) for generations in (1, 4)},
+    "medium": {generations: Load(8 // generations, generations, 4, (16, 16), 12, 31, 125) for generations in (1, 4)},
+}
 
 
 def make_groups(load: Load, config: PretrainedConfig) -> list[PromptGroup]:

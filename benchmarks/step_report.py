@@ -10,7 +10,7 @@ from .report import describe, duration, size, table
 from .results import Results, Row, median
 from .step import LONGEST, ROLLOUT
 from .step_methods import METHODS, PHASES, differing
-from .step_problem import PAIRS, PAPER, SINGLE, Load
+from .step_problem import PAIRS, PAPER, SINGLE, TOYS, Load
 
 #: (what, bound, whether larger is better); ratios of seconds, or of FLOPs where nothing was measured.
 _TARGETS = {
@@ -122,7 +122,7 @@ def _longest_table(cells: Sequence[tuple[tuple, dict[str, Row]]]) -> str:
 
 def _student_table(cells: Sequence[tuple[tuple, dict[str, Row]]]) -> str:
     """Which students took a step, at G = 4."""
-    tried = {pair: rows for (pair, _, _, job), rows in cells if job == "G4" and pair != "small"}
+    tried = {pair: rows for (pair, _, _, job), rows in cells if job == "G4" and pair not in TOYS}
     methods = dict.fromkeys(name for rows in tried.values() for name in rows if name != ROLLOUT)
     lines = [
         [_title(name), *(rows.get(name, {}).get("status", "not tried") for rows in tried.values())] for name in methods
@@ -144,7 +144,7 @@ def tables(results: Results) -> str:
             if ROLLOUT in rows
             else [_cell_table(pair, load, rows)]
         )
-        if pair != "small":  # the targets are for real sizes
+        if pair not in TOYS:  # the targets are for real sizes
             parts.append(_cell_targets(rows))
     parts += ["**Longest response that fits**", longest] if (longest := _longest_table(cells)) else []
     parts += ["**Students that fit**", students] if (students := _student_table(cells)) else []
@@ -248,7 +248,7 @@ def computed(pairs: Sequence[str], flops: float, bytes_per_second: float, memory
     for pair in pairs:
         for load in PAPER.values():
             parts += _count_cell(pair, load, flops, bytes_per_second)
-    return "\n\n".join([*parts, *_count_fits([pair for pair in PAIRS if pair != "small"], memory)])
+    return "\n\n".join([*parts, *_count_fits([pair for pair in PAIRS if pair not in TOYS], memory)])
 
 
 def panels(results: Results | None, pairs: Sequence[str] = ()) -> dict[str, dict[str, dict[str, float]]]:

@@ -20,7 +20,7 @@ from benchmarks.methods import Context
 from benchmarks.problem import SHAPES, Shape, make_problem
 from benchmarks.results import Results, environment
 from benchmarks.step_methods import METHODS, PHASES, unmeasured
-from benchmarks.step_problem import PAIRS, SINGLE, SMALL, Load, make_groups
+from benchmarks.step_problem import PAIRS, SINGLE, TOYS, Load, make_groups
 
 SHARING = step.PLANS["small"][1]
 
@@ -61,7 +61,7 @@ def test_methods_take_the_same_gradient(small, monkeypatch, names, changed):
 
 def test_passes_add_up_to_the_step(small):
     """Two prompts a step: the gate's threshold and the weights are of all of them."""
-    load = replace(SMALL[4], prompts=2)
+    load = replace(TOYS["small"][4], prompts=2)
     groups = step.add_pixels(make_groups(load, small.student.config), small.student.config, "cpu")
     whole = replace(small, batches=[groups])
     cut = replace(small, batches=[groups[:1], groups[1:]])
@@ -186,7 +186,7 @@ def test_longest_response_is_bisected(monkeypatch, limit, fits, fails):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(METHODS, "plain", replace(METHODS["plain"], run=run))
-    group = make_groups(SMALL[4], PAIRS["small"][0]())
+    group = make_groups(TOYS["small"][4], PAIRS["small"][0]())
     student, teacher = nn.Linear(1, 1), nn.Linear(1, 1)
     fake = step.Step(student, teacher, [group], "cpu", None, torch.optim.SGD(student.parameters()))
     row = step.longest_response(fake, "plain")

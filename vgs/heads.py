@@ -42,8 +42,12 @@ def logit_scale(config: Any) -> float:
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that ``read_head`` reads: what ZeRO-3 has to gather around it and the loss."""
-    return list(model.get_output_embeddings().parameters())
+    """Every parameter that ``read_head`` reads: what ZeRO-3 has to gather around it and the loss.
+
+    Each is read as its module's attribute: inside a forward that tells ZeRO-3 to have it whole in the backward, too.
+    """
+    modules = model.get_output_embeddings().modules()
+    return [getattr(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
 
 
 def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
