@@ -29,7 +29,7 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from tiny import save_tiny_checkpoint, tiny_model, tiny_processor, tiny_samples, trainer_options
-from trainers import ScriptedTrainer
+from trainers import PLAIN_SGD, ScriptedTrainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vgs import VGSConfig
@@ -237,13 +237,8 @@ def run(case: Case, folder: Path, *, single: bool = False) -> ProcessTrainer:
         folder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        max_steps=2,
-        optim="sgd",
-        learning_rate=0.05,
-        max_grad_norm=0.0,
-        lam=0.5,
         bf16=case.half,
-        **settings,
+        **{**PLAIN_SGD, **settings},
     )
     models = {"student": {"seed": 0, "tie": case.tie}, "teacher": {"seed": 1, "hidden": 48}}
     if case.loaded and int(os.environ.get("RANK", 0)) == 0:

@@ -144,6 +144,16 @@ def test_other_text_stacks_are_not_verified() -> None:
     assert not is_verified(model)
 
 
+@pytest.mark.parametrize("family", ["internvl", "gemma3"])
+def test_rotary_embeddings_of_the_longest_sequence_are_not_verified(family: str) -> None:
+    """Their frequencies change with the longest prompt at hand, which in a row is somebody else's."""
+    model = FAMILIES[family].build()
+    assert is_verified(model)
+    parameters = model.config.text_config.rope_parameters
+    (parameters if "rope_type" in parameters else parameters["full_attention"])["rope_type"] = "dynamic"
+    assert not is_verified(model)
+
+
 def test_an_unverified_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("vgs.scoring.logger.warning_once", lines.append)

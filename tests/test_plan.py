@@ -124,7 +124,7 @@ def test_parts_of_the_papers_run(large_run: dict) -> None:
     assert part(plan, "teacher hidden states") == 64 * 2048 * 2 * 4096 * 2
     assert part(plan, "rollout: keys and values", "rollout") == 4 * 2 * 28 * 1024 * 64 * (1200 + 2048)
     assert plan.pass_tokens == 2 * (1000 + 2 * 200 + 2 * 2048)
-    assert plan.teacher_pass_tokens == plan.batch_tokens == 32 * plan.pass_tokens
+    assert plan.teacher_pass_tokens == plan.pass_tokens == plan.batch_tokens // 32
     assert plan.shortest_pass == plan.pass_tokens // 2
     assert plan.peak == max(plan.total(phase) for phase in PHASES)
 
@@ -135,7 +135,7 @@ def test_shared_prompts_and_budgets_shorten_passes(large_run: dict) -> None:
     apart = predict(with_training(large_run, num_generations=2, share_prefix=False), Machine(), Lengths(response=500))
     assert apart.pass_tokens == 2 * (1000 + 2 * 200 + 2 * 500)
     bounded = predict(with_training(large_run, max_tokens_per_pass=6000), Machine(), Lengths(response=500))
-    assert (bounded.pass_tokens, bounded.teacher_pass_tokens) == (2 * 2400, 6000)
+    assert (bounded.pass_tokens, bounded.teacher_pass_tokens) == (2 * 2400, 6000)  # the teacher fills its passes
     plain = {"gamma": 0.0, "lam": 0.0, "eta": 1.0, "log_terms": False}
     one_view = predict(with_training(large_run, **plain), Machine(), Lengths(response=500))
     assert one_view.pass_tokens == 2 * (1000 + 200 + 500)
@@ -150,7 +150,7 @@ def test_shared_prompts_and_budgets_shorten_passes(large_run: dict) -> None:
         ({"lam": 0.0}, "activations", "student"),
         ({"loss_workspace_bytes": 2**26}, "loss workspace", "teacher"),
         ({"optim": "adamw_8bit"}, "optimizer states", "rollout"),
-        ({"max_tokens_per_pass": 6000}, "temporary buffers", "teacher"),
+        ({"max_tokens_per_pass": 3000}, "temporary buffers", "teacher"),
         ({"use_vllm": True}, "rollout: keys and values", "rollout"),
     ],
 )

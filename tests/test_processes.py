@@ -95,9 +95,11 @@ def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
     names = ["loss", "grad_norm"]
     if case.split[1] == 1:  # the host logs the mean over micro-batches
-        names += ["standard", "visual", "language", "vds", "gate", "student_vds", "entropy", "vds_q40", "vds_q70"]
+        names += ["standard", "visual", "language", "vds", "student_vds", "entropy", "vds_q40", "vds_q70"]
     for theirs, ours in zip(ranks[0]["logs"][:2], one.state.log_history[:2], strict=True):
-        assert {key: theirs[key] for key in names} == pytest.approx({key: ours[key] for key in names}, rel=1e-4)
+        assert ("gate" in theirs) == ("gate" in ours)  # not in steps without the language term
+        logged = [*names, "gate"] if "gate" in ours and "standard" in names else names
+        assert {key: theirs[key] for key in logged} == pytest.approx({key: ours[key] for key in logged}, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -143,6 +143,19 @@ def test_sampling_works_on_after_packing(student, groups) -> None:
     assert torch.equal(student.generate(**inputs, **options), fresh.generate(**inputs, **options))
 
 
+def test_an_unknown_kernel_is_refused(student, groups) -> None:
+    with pytest.raises(ValueError, match="kernel must be one of auto, dense, flex, varlen, got 'Flex'"):
+        score_groups(student, groups, kernel="Flex")
+
+
+def test_varlen_without_dropout(groups) -> None:
+    model = tiny_model(0).train()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(ValueError, match='packed_attention="varlen" has no attention dropout'):
+        score_groups(model, groups, share_prefix=False, kernel="varlen")
+
+
 def test_varlen_needs_plain_sequences(student, groups) -> None:
     with pytest.raises(ValueError, match='packed_attention="varlen" takes plain causal sequences alone'):
         score_groups(student, groups, kernel="varlen")

@@ -153,7 +153,8 @@ def test_plain_arm_equals_trls_own_distillation(tmp_path: Path) -> None:
 def test_forwards_of_a_step(tmp_path: Path, options: dict, calls: list) -> None:
     """(model, views in the row, gradient?) of the backbones' forwards."""
     # Every response has gated tokens, whatever it is.
-    trainer, seen = make_trainer(tmp_path, eta=1.0, vds_scope="trajectory", vds_quantile=0.0, **options), []
+    settings = {"eta": 1.0, "vds_scope": "trajectory", "vds_quantile": 0.0, "per_device_train_batch_size": 8}
+    trainer, seen = make_trainer(tmp_path, **settings, **options), []
     samples = [sample for sample in trainer.train_dataset if sample["images"][0].width == 32]
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         model.base_model.register_forward_pre_hook(

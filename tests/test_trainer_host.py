@@ -16,6 +16,7 @@ from trainers import make_trainer, rollout
 import vgs.trainer
 from vgs import VGSConfig, VGSTrainer
 from vgs.rollouts import expand_images_once, forbid_tokens, greedy_decoding
+from vgs.teacher import Offload
 
 # The host's methods that are overridden or called, with their parameters in TRL 1.16.
 HOOKS = {
@@ -186,7 +187,7 @@ def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
         ({"lp_every": 0}, "lp_every must be >= 1"),
         (
             {"max_tokens_per_pass": 20, "max_prompt_length": 9},
-            "max_completion_length=6 tokens in both views with a prompt of max_prompt_length=9 needs 21",
+            "max_completion_length=6 tokens and max_prompt_length=9 may need 30 in 2 views",
         ),
     ],
 )
@@ -226,6 +227,24 @@ def other_image_token() -> nn.Module:
 def test_trainer_errors(tmp_path: Path, change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         refuse(tmp_path, **change)
+
+
+def test_one_view_needs_half_the_budget(tmp_path: Path) -> None:
+    options = {"max_tokens_per_pass": 15, "max_prompt_length": 9, "gamma": 0.0, "lam": 0.0, "log_terms": False}
+    assert VGSConfig(**trainer_options(tmp_path, **options)).max_tokens_per_pass == 15
+
+
+def test_reentrant_checkpointing_cannot_measure_eta(tmp_path: Path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="needs gradient checkpointing that is not reentrant"):
+        make_trainer(tmp_path, eta="measure", **options)
+
+
+def test_a_teacher_elsewhere_is_not_offloaded(tmp_path: Path) -> None:
+    teacher = tiny_model(1)
+    teacher.model.visual.to("meta")
+    with pytest.raises(ValueError, match="whole teacher on cpu to begin with, but parameters are on meta"):
+        Offload(teacher, [], torch.device("cpu"))
 
 
 def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,17 +56,17 @@ class ScriptedTrainer(VGSTrainer):
         return responses
 
 
+#: Settings of runs that are compared: a step is the gradient, unclipped.
+PLAIN_SGD = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "lam": 0.5}
+
+
 def scripted_run(output_dir: Path, batch_size: int, accumulation: int, **options) -> ScriptedTrainer:
     """Two SGD steps over the same 8 samples, however they are split; gradients are not clipped."""
     args = trainer_options(
         output_dir,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        max_steps=2,
-        optim="sgd",
-        learning_rate=0.05,
-        max_grad_norm=0.0,
-        lam=0.5,
+        **PLAIN_SGD,
         **options,
     )
     trainer = ScriptedTrainer(

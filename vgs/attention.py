@@ -85,8 +85,8 @@ class RowLayout:
                 )
             return Segments.of(self.starts, device)
         if kernel == "flex":
-            compiled = device.type == "cuda"
-            return create_block_mask(self.compose(family), None, None, size, size, device=device, _compile=compiled)
+            create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+            return create(self.compose(family), None, None, size, size, device=device)
         return Blocks.of(self.starts, self.compose(family), device)
 
     @contextmanager
@@ -100,6 +100,11 @@ class RowLayout:
 
 
 _ACTIVE: ContextVar[RowLayout | None] = ContextVar("packed_row", default=None)
+
+
+@functools.cache
+def _compiled_block_mask() -> Callable:
+    return torch.compile(create_block_mask)  # uncompiled it would form the whole mask
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ def _attention(
         return attention_mask.attend(sdpa_attention_forward, module, query, key, value, **options), None
     if isinstance(attention_mask, Segments):
         if "flash" not in base:
+            if unknown := [name for name in ("dropout", "softcap", "s_aux") if options.get(name)]:
+                raise ValueError(f'packed_attention="varlen" has no attention {unknown[0]}; use "flex" or "dense".')
             return _varlen(query, key, value, attention_mask, options.get("scaling")), None
         options |= attention_mask.flash_options()
         attention_mask = None

@@ -9,11 +9,11 @@ from trl import DistillationConfig
 from vgs_kernels import VGSObjective
 from vgs_kernels.functional import DEFAULT_WORKSPACE_BYTES
 
+from .attention import KERNELS
 from .steering import ETA_PRESETS
 
 LOSS_REDUCTIONS = ("trajectory", "token")
 LOSS_BACKENDS = ("auto", "triton", "torch")
-PACKED_ATTENTION = ("auto", "dense", "flex", "varlen")
 AT_LEAST_ONE = (
     *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
     *("num_generations", "max_tokens_per_pass", "lp_every"),
@@ -44,8 +44,9 @@ class VGSConfig(DistillationConfig):
         num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
             gradient_accumulation_steps`` counts responses and must be a multiple of it.
         share_prefix: responses to one prompt share it, and its images, in a packed pass.
-        max_tokens_per_pass: most tokens, prompts and both views included, that run through a model at once; a
-            micro-batch is split into as many passes as it takes, with the same loss and gradient. None: one pass.
+        max_tokens_per_pass: most tokens, prompts and both views included, that run through a model at once (padding
+            aside, where a family is not packed); a micro-batch is split into as many passes as it takes, with the same
+            loss and gradient. None: a micro-batch is one pass.
         packed_attention: kernel of packed passes, see ``vgs.attention.RowLayout``.
         lp_every: take the language preservation term in every so manieth optimizer step, that many times as strong.
             Between them the student's text-only view needs no backward.
@@ -92,7 +93,7 @@ class VGSConfig(DistillationConfig):
         for name, choices in (
             ("loss_reduction", LOSS_REDUCTIONS),
             ("loss_backend", LOSS_BACKENDS),
-            ("packed_attention", PACKED_ATTENTION),
+            ("packed_attention", KERNELS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -113,13 +114,15 @@ class VGSConfig(DistillationConfig):
             )
         if self.max_tokens_per_pass is None:
             return
-        prompt = self.max_prompt_length or 0
-        needed = prompt + 2 * (self.max_completion_length or 0)
+        views = 2 if self.log_terms or self.gamma > 0 or self.lam > 0 else 1
+        # A text-only prompt is at most as long as the prompt with its images.
+        needed = views * ((self.max_prompt_length or 0) + (self.max_completion_length or 0))
         if needed > self.max_tokens_per_pass:
+            prompt = f" and max_prompt_length={self.max_prompt_length}" if self.max_prompt_length else ""
             raise ValueError(
                 f"max_tokens_per_pass={self.max_tokens_per_pass} is too small: one response of "
-                f"max_completion_length={self.max_completion_length} tokens in both views"
-                f"{f' with a prompt of max_prompt_length={prompt}' if prompt else ''} needs {needed}."
+                f"max_completion_length={self.max_completion_length} tokens{prompt} may need {needed} in {views} "
+                f"view{'s' if views > 1 else ''}."
             )
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention import RowLayout
+from .attention import KERNELS, RowLayout
 from .groups import PER_TOKEN_FIELDS, PromptGroup
 from .images import join_images
 
@@ -81,7 +81,12 @@ def pack(
         device: where the row's tensors go.
         share_prefix: with False every response gets a copy of its prompt.
         kernel: see ``RowLayout``.
+
+    Raises:
+        ValueError: an unknown kernel.
     """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}.")
     if not share_prefix:
         stems = [single for stem in stems for single in stem.alone()]
     names = [name for name in PER_TOKEN_FIELDS if any(name in stem.images for stem in stems)]

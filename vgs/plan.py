@@ -248,7 +248,7 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
 
     budget = options.max_tokens_per_pass
     pass_tokens = min(budget or tokens(micro), tokens(micro))
-    teacher_tokens = min(budget or tokens(responses), tokens(responses))
+    teacher_tokens = min(budget or tokens(micro), tokens(responses))
     rows = -(-pass_tokens * micro * response // tokens(micro))  # of one view
 
     parts: dict[str, dict[str, int]] = {}

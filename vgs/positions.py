@@ -6,6 +6,7 @@ A packed row holds many sequences, so no model can infer positions from it; they
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,17 @@ MROPE = frozenset({"qwen2_5_vl", "qwen3_vl"})
 VERIFIED = MROPE | {"gemma3", "internvl", "llava", "smolvlm"}
 #: Text stacks under them: full or sliding attention, rotary positions, nothing carried from token to token.
 VERIFIED_TEXT = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
+
+#: Rotary embeddings whose frequencies do not depend on the longest sequence at hand, by ``rope_type``.
+FIXED_ROPE = frozenset({"default", "linear", "llama3", "mrope", "yarn"})
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Every ``rope_type`` in a text config's ``rope_parameters``, which may differ by kind of layer."""
+    if not isinstance(parameters, Mapping):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    return set().union({parameters.get("rope_type", "default")}, *nested)
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -30,7 +42,7 @@ def is_verified(model: nn.Module) -> bool:
     """Whether the packed forward is known to be exact for the family of an unwrapped (possibly PEFT) model."""
     config = backbone(model).config
     text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", None):
+    if getattr(text, "use_bidirectional_attention", None) or _rope_types(text.rope_parameters) - FIXED_ROPE:
         return False
     return config.model_type in VERIFIED and text.model_type in VERIFIED_TEXT
 

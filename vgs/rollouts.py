@@ -117,5 +117,8 @@ def sampled_groups(
             raise ValueError(
                 f"prompts {first} to {own.stop - 1} differ, expected {num_generations} responses to one prompt."
             )
-        groups.append(PromptGroup(ids[first], torch.tensor(text), tuple(responses[own]), images[first]))
+        kept = images[first]
+        if num_generations > 1:  # a view would hold the images of all copies of all prompts
+            kept = {name: value.clone() for name, value in kept.items()}
+        groups.append(PromptGroup(ids[first], torch.tensor(text), tuple(responses[own]), kept))
     return groups

@@ -149,8 +149,8 @@ def _score_padded(
 ) -> tuple[Tensor, ...]:
     """As ``score_groups``; text-only rows all carry gradient if one does."""
     logger.warning_once(
-        f"{type(model).__name__} ({model.config.model_type}) has no verified positions in packed rows; its views are "
-        "padded batches instead: exact, but slower."
+        f"{type(model).__name__} ({model.config.model_type}) is not verified in packed rows; its views are padded "
+        "batches instead, which takes longer."
     )
     # Without image grids, a family may batch its pixels by row, where text-only rows do not fit in.
     stackable = all("image_grid_thw" in group.images or not group.has_images for group in groups)

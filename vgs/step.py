@@ -103,19 +103,21 @@ class StepScorer:
         teacher_model: as prepared by the accelerator.
         anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
             run the vision tower, in the backward too; with no weight in the loss.
+        packs: whether both models' families run as packed rows.
     """
 
     args: VGSConfig
     accelerator: Accelerator
     teacher_model: nn.Module
     anchor: PromptGroup
+    packs: bool
     _redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
     _offload: Offload | None = None
 
     def __post_init__(self) -> None:
         self.teacher_model.eval()
         if self.args.teacher_offload:
-            self._offload = Offload(self._teacher, head_parameters(self._teacher))
+            self._offload = Offload(self._teacher, head_parameters(self._teacher), self.accelerator.device)
 
     @property
     def _teacher(self) -> nn.Module:
@@ -142,22 +144,23 @@ class StepScorer:
             "backend": self.args.loss_backend,
         }
 
-    def _passes(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
-        """As many on every rank: sharded models run their layers together. The added ones are empty."""
-        budget = self.args.max_tokens_per_pass
-        passes = plan_passes(groups, budget, text=text, share_prefix=self.args.share_prefix)
-        if self.accelerator.num_processes == 1:
-            return passes
+    def _plan(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
+        shared = self.args.share_prefix and self.packs
+        return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared)
+
+    def _equal(self, passes: list[list[int]]) -> list[list[int]]:
+        """As many passes on every rank, for what they do together. Those that are added are empty."""
         count = torch.tensor([len(passes)], device=self.accelerator.device)
         most = int(self.accelerator.gather(count).max())
-        return passes + [[] for _ in range(most - len(passes))]
+        return passes + [[] for _ in range(max(most, 1) - len(passes))]
 
     def _rows(
-        self, model: nn.Module, groups: list[PromptGroup], text: bool, text_gradient: bool | list[bool]
+        self, model: nn.Module, groups: list[PromptGroup], text: bool, text_gradient: bool | list[bool], together: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Hidden states [N, D] of the groups' views, and a zero that carries gradient to an image."""
+        """Hidden states [N, D] of the groups' views, and, where ranks run layers together, a zero that carries
+        gradient to an image."""
         count = sum(response_lengths(groups))
-        anchored = self.accelerator.num_processes > 1 and not any(group.has_images for group in groups)
+        anchored = together and not any(group.has_images for group in groups)
         if anchored:
             groups = [*groups, self.anchor]
             if not isinstance(text_gradient, bool):
@@ -187,7 +190,7 @@ class StepScorer:
         teacher = self._teacher
         found: dict[int, TeacherRows] = {}
         with self._offload.on_device() if self._offload else nullcontext(), self.accelerator.autocast():
-            for chosen in self._passes(groups, text):
+            for chosen in self._teacher_passes(groups, text):
                 part = select_responses(groups, chosen)
                 task = partial(self._teacher_pass, teacher, part, objective, text)
                 _, (rows, vds) = run_inside(self._redirect, self.teacher_model, teacher, task)
@@ -198,10 +201,23 @@ class StepScorer:
                 found |= dict(zip(chosen, entries, strict=True))
         return [found[index] for index in sorted(found)]
 
+    @property
+    def _teacher_sharded(self) -> bool:
+        """The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _teacher_passes(self, groups: list[PromptGroup], text: bool) -> list[list[int]]:
+        if self.args.max_tokens_per_pass is None:
+            size, count = self.args.per_device_train_batch_size, len(response_lengths(groups))
+            passes = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        else:
+            passes = self._plan(groups, text)
+        return self._equal(passes) if self._teacher_sharded else passes
+
     def _teacher_pass(
         self, teacher: nn.Module, groups: list[PromptGroup], objective: VGSObjective, text: bool
     ) -> tuple[None, tuple[list[Tensor], Tensor | None]]:
-        rows, _ = self._rows(teacher, groups, text, text_gradient=False)
+        rows, _ = self._rows(teacher, groups, text, text_gradient=False, together=self._teacher_sharded)
         if not self._needs_vds(objective):
             return None, (rows, None)
         with maybe_gather_lm_head_ctx(*head_parameters(teacher)):
@@ -225,7 +241,9 @@ class StepScorer:
         if known_vds:
             limits, gated = self._gate(groups, teacher, objective)
         text = terms or objective.gamma > 0 or objective.lam > 0
-        passes = self._passes(groups, text)
+        passes = self._plan(groups, text)
+        if self.accelerator.num_processes > 1:
+            passes = self._equal(passes)
         return MicroBatch(groups, teacher, weights, objective, terms, known_vds, limits, gated, passes)
 
     def _gate(
@@ -260,7 +278,8 @@ class StepScorer:
         teacher = self._teacher
         # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
         with self.accelerator.autocast():
-            rows, zero = self._rows(student, groups, batch.text, uniform)
+            together = self.accelerator.num_processes > 1
+            rows, zero = self._rows(student, groups, batch.text, uniform, together)
             with maybe_gather_lm_head_ctx(*head_parameters(student), *head_parameters(teacher)):
                 student_head, teacher_head = (read_head(model, rows[0].dtype) for model in (student, teacher))
                 output = fused_loss(

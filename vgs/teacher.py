@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vgs_kernels import TargetRow, fused_linear_divergence
@@ -58,15 +59,24 @@ class Offload:
     The host copy (pinned where the device is CUDA) is made once; leaving the device copies nothing back.
 
     Args:
-        model: the model, on its device.
-        resident: parameters that stay there.
+        model: the model.
+        resident: parameters that stay on the device.
+        device: where all of the model is.
+
+    Raises:
+        ValueError: the model is not on ``device`` alone.
     """
 
-    def __init__(self, model: nn.Module, resident: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, resident: Sequence[nn.Parameter], device: torch.device) -> None:
+        if others := {str(p.device) for p in model.parameters() if p.device != device}:
+            raise ValueError(
+                f"teacher_offload=True needs the whole teacher on {device} to begin with, but parameters are on "
+                f"{', '.join(sorted(others))}. Load it without a device_map, or in 8 bits instead."
+            )
         kept = {id(parameter) for parameter in resident}
         self._parameters = [p for p in model.parameters() if id(p) not in kept]
-        self._device = next(model.parameters()).device
-        pin = self._device.type == "cuda"
+        self._device = device
+        pin = device.type == "cuda"
         self._host = [p.data.cpu().pin_memory() if pin else p.data for p in self._parameters]
         self._leave()
 

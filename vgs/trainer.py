@@ -33,6 +33,7 @@ from .data import answers_match
 from .groups import PromptGroup, response_lengths
 from .pairing import encode_groups, placeholder_ids
 from .passes import select_responses
+from .positions import is_verified
 from .rollouts import expand_images_once, forbid_tokens, greedy_decoding, sampled_groups
 from .scoring import freeze
 from .steering import SteeringState, gradient_norm
@@ -113,7 +114,9 @@ class VGSTrainer(ExactResume, DistillationTrainer):
         if self.use_vllm and self.vllm_mode == "colocate":
             expand_images_once(self.vllm_generation, self.model.config.image_token_id)
         freeze(self.accelerator.unwrap_model(self.model), vision=args.freeze_vision, embeddings=args.freeze_embeddings)
-        self.step_scorer = StepScorer(args, self.accelerator, self.teacher_model, self._anchor())
+        models = [self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model)]
+        packs = all(is_verified(model) for model in models)
+        self.step_scorer = StepScorer(args, self.accelerator, self.teacher_model, self._anchor(), packs)
 
     def _check_models(self) -> None:
         if not self._is_vlm or not self.placeholder_ids:
@@ -133,6 +136,12 @@ class VGSTrainer(ExactResume, DistillationTrainer):
             )
         if self.args.teacher_offload and getattr(self.teacher_model, "is_quantized", False):
             raise ValueError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
+        checkpointing = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {})
+        if self.args.fixed_eta is None and checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                'eta="measure" needs gradient checkpointing that is not reentrant. Set use_reentrant to false in '
+                "gradient_checkpointing_kwargs, or eta to a number."
+            )
         if self.args.num_generations > 1 and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             raise ValueError(
                 f"num_generations={self.args.num_generations} needs a dataset with a length, got "
@@ -342,6 +351,8 @@ class VGSTrainer(ExactResume, DistillationTrainer):
 
     def _log(self, outputs: list[VGSOutput | DivergenceOutput], training: bool) -> None:
         values = {"eta": self.objective.eta, **mean_terms(self.accelerator, outputs, self.args.log_terms)}
+        if self.objective.lam == 0:  # without a gated term, a gate would only tell how the batch was split
+            values.pop("gate", None)
         metrics = self._metrics["train" if training else "eval"]
         for name, value in values.items():
             metrics[name].append(value)

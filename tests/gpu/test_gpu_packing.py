@@ -57,7 +57,7 @@ def test_an_offloaded_model_comes_and_goes() -> None:
         expected = scored(model, "dense", True, gradient=False)
         before = torch.cuda.memory_allocated()
         head = model.lm_head.weight
-        offload = Offload(model, [head])
+        offload = Offload(model, [head], head.device)
         left = torch.cuda.memory_allocated()
         total = sum(p.nbytes for p in model.parameters())
         assert before - left > 0.9 * (total - head.nbytes)
