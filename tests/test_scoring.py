@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,14 @@ def test_sampling_works_on_after_packing(student, groups) -> None:
     assert student.config.get_text_config()._attn_implementation != fresh.config.get_text_config()._attn_implementation
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(student.generate(**inputs, **options), fresh.generate(**inputs, **options))
+
+
+def test_a_prompt_that_lost_its_images_is_refused(student, groups) -> None:
+    cut = replace(groups[0], prompt_ids=groups[0].prompt_ids[groups[0].prompt_ids != student.config.image_token_id])
+    with pytest.raises(
+        ValueError, match=r"0 image placeholders, but its images of grids \[\[1, 4, 4\]\] make 4 tokens"
+    ):
+        score_groups(student, [cut])
 
 
 def test_an_unknown_kernel_is_refused(student, groups) -> None:

@@ -59,6 +59,9 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
 
     Returns:
         [R, P] int64 on the CPU; R is 3 (time, height, width) for mRoPE families, else 1.
+
+    Raises:
+        ValueError: the prompt does not have as many placeholders as its images make tokens.
     """
     inner = backbone(model)
     rows = 3 if inner.config.model_type in MROPE else 1
@@ -67,4 +70,10 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
         return torch.arange(len(prompt_ids)).expand(rows, -1)
     ids = prompt_ids[None]
     kinds = (ids == inner.config.image_token_id).int()
+    tokens = int(grid.prod(dim=-1).sum()) // inner.config.vision_config.spatial_merge_size**2
+    if tokens != kinds.sum():
+        raise ValueError(
+            f"prompt_ids has {int(kinds.sum())} image placeholders, but its images of grids {grid.tolist()} make "
+            f"{tokens} tokens: prompt and images have lost their alignment."
+        )
     return inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid.cpu())[0][:, 0]
