@@ -113,6 +113,50 @@ def test_a_damaged_checkpoint_is_skipped_with_one_sentence(
     assert re.search(f"^The checkpoint .*checkpoint-10 is skipped: {reason}", message)
 
 
+def test_the_newest_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
+    """Of a run that went on from step 40, not of the one that had reached step 100 before."""
+    make_checkpoint(tmp_path / "checkpoint-40")
+    make_checkpoint(tmp_path / "checkpoint-100")
+    again = make_checkpoint(tmp_path / "checkpoint-60")
+    os.utime(tmp_path / "checkpoint-100" / MANIFEST)  # copied since
+    assert newest_complete_checkpoint(tmp_path) == again
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint-1")
+
+    def fail(path: Path) -> int:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoints, "_checksum", fail)
+    assert find_damage(folder) == "0.bin cannot be read (Input/output error)"
+
+
+def test_a_deletion_that_leaves_something_behind_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path / TRASH / "checkpoint-1")
+    make_checkpoint(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    discard(tmp_path / "checkpoint-1")
+    assert folders(tmp_path) == [TRASH]
+
+
+def test_a_failed_rename_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = make_checkpoint(tmp_path / "checkpoint-1", "old")
+    staged = make_checkpoint(tmp_path / STAGING / "checkpoint-1", "new")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source) == staged:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints._appear(staged, final)
+    assert (final / "shards" / "0.bin").read_text() == "old"
+    assert find_damage(final) is None
+
+
 def test_only_checkpoints_are_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("checkpoint-x", "checkpoint-7-old", "xcheckpoint-8", f"{STAGING}/checkpoint-9"):
         make_checkpoint(tmp_path / name)
@@ -183,11 +227,22 @@ def test_checkpoints_rotate_after_the_new_one_is_there(tmp_path: Path, monkeypat
     trainer.train()
     assert seen == [("checkpoint-1", "checkpoint-2"), ("checkpoint-2", "checkpoint-3")]
     assert folders(tmp_path) == ["checkpoint-3"]
-    assert set(json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())) == {
+    assert set(json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())["files"]) == {
         str(path.relative_to(tmp_path / "checkpoint-3"))
         for path in (tmp_path / "checkpoint-3").rglob("*")
         if path.is_file() and path.name != MANIFEST
     }
+
+
+def test_the_best_checkpoint_survives_a_folder_in_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "save_total_limit": 1, "eval_greedy": True}
+    trainer = build(Path("runs"), max_steps=3, load_best_model_at_end=True, **options)
+    trainer.args.output_dir = "./runs//x"
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == f"checkpoint-{trainer.state.best_global_step}"
+    assert find_damage(tmp_path / best) is None
 
 
 def test_a_checkpoint_of_the_same_step_makes_way_at_the_last_moment(

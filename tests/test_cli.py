@@ -66,6 +66,34 @@ def test_train_then_eval(config: Path, capsys: pytest.CaptureFixture, caplog: py
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--resume_from_checkpoint", "x"],
+            "'resume_from_checkpoint' in section 'training'; use --resume.",
+        ),
+        (["--model_init_kwargs", "{}"], "Unknown key 'model_init_kwargs' in section 'training'; use section student."),
+        (["--num_generations", "3"], "num_generations=3 must divide"),
+        (["--output_dir", "/proc/nothing"], "output_dir must be a folder that can be written to"),
+    ],
+)
+def test_a_run_that_cannot_start_ends_in_one_sentence(
+    config: Path, capsys: pytest.CaptureFixture, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", str(config), *overrides])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.yaml").write_text("training: [1, 2")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(tmp_path / "x.yaml")])
+    assert "x.yaml is not YAML" in capsys.readouterr().err
+
+
 def test_resume_finds_the_latest_checkpoint(config: Path) -> None:
     assert cli.main(["train", str(config), "--save_strategy=steps", "--save_steps=1", "--max_steps=1"]) == 0
     settings = cli.load_config(config, ["--save_strategy=steps", "--save_steps=1"])

@@ -141,6 +141,14 @@ def test_shared_prompts_and_budgets_shorten_passes(large_run: dict) -> None:
     assert one_view.pass_tokens == 2 * (1000 + 200 + 500)
 
 
+def test_a_pass_holds_what_the_trainer_asks_for(large_run: dict) -> None:
+    """The longest prompt and response allowed, in both views, though the plan's own prompts are shorter."""
+    allowed = with_training(large_run, max_prompt_length=16384, max_completion_length=2048)
+    assert predict(allowed, Machine(), Lengths()).shortest_pass == 2 * (16384 + 2048)
+    suggested = largest_pass(allowed, Machine(memory=2**38), Lengths())
+    assert suggested >= 2 * (16384 + 2048)
+
+
 @pytest.mark.parametrize(
     ("training", "part_name", "phase"),
     [

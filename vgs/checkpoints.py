@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -65,7 +66,10 @@ def _flush(path: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """List a folder's files in its ``manifest.json``, relative name -> [bytes, CRC-32], and flush all to the disk."""
+    """Write a folder's ``manifest.json``, and flush all to the disk.
+
+    It holds the time, ``saved``, and ``files``: relative name -> [bytes, CRC-32].
+    """
     manifest = folder / MANIFEST
     manifest.unlink(missing_ok=True)
     paths = sorted(folder.rglob("*"))
@@ -74,37 +78,57 @@ def write_manifest(folder: Path) -> None:
         checksums = list(pool.map(_checksum, files))
         sizes = [path.stat().st_size for path in files]
         names = [path.relative_to(folder).as_posix() for path in files]
-        manifest.write_text(json.dumps(dict(zip(names, zip(sizes, checksums, strict=True), strict=True)), indent=1))
+        entries = dict(zip(names, zip(sizes, checksums, strict=True), strict=True))
+        manifest.write_text(json.dumps({"saved": time.time(), "files": entries}, indent=1))
         list(pool.map(_flush, [*paths, manifest, folder, folder.parent]))
+
+
+def _read_manifest(folder: Path) -> tuple[float, dict[str, tuple[int, int]]]:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    files = {name: (int(size), int(checksum)) for name, (size, checksum) in manifest["files"].items()}
+    return float(manifest["saved"]), files
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest, in a few words; None if nothing is."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (int(size), int(checksum)) for name, (size, checksum) in entries.items()}
+        expected = _read_manifest(folder)[1]
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return f"its {MANIFEST} cannot be read"
-    for name, (size, _) in expected.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
-    with ThreadPoolExecutor() as pool:
-        checksums = pool.map(_checksum, [folder / name for name in expected])
-        for (name, (_, checksum)), found in zip(expected.items(), checksums, strict=True):
-            if found != checksum:
-                return f"the checksum of {name} is {found} instead of {checksum}"
+    try:
+        for name, (size, _) in expected.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size}"
+        with ThreadPoolExecutor() as pool:
+            checksums = pool.map(_checksum, [folder / name for name in expected])
+            for (name, (_, checksum)), found in zip(expected.items(), checksums, strict=True):
+                if found != checksum:
+                    return f"the checksum of {name} is {found} instead of {checksum}"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     return None
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The ``checkpoint-N`` of the highest step that agrees with its manifest; a warning names each newer one."""
+    """The ``checkpoint-N`` that was saved last and agrees with its manifest; a warning names each newer one.
+
+    By time and not by step: a run that went on from an earlier checkpoint leaves later steps of another run behind.
+    Those without a readable manifest are looked at first, from the highest step on.
+    """
+
+    def age(item: tuple[int, Path]) -> tuple[float, int]:
+        try:
+            return _read_manifest(item[1])[0], item[0]
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            return math.inf, item[0]
+
     folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     steps = {int(step): path for path in folders if (step := path.name.partition("-")[2]).isdecimal()}
-    for _, path in sorted(steps.items(), reverse=True):
+    for _, path in sorted(steps.items(), key=age, reverse=True):
         damage = find_damage(path)
         if damage is None:
             return path
@@ -113,24 +137,34 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint into the trash; returns where it is then."""
     trash = folder.parent / TRASH
     shutil.rmtree(trash, ignore_errors=True)
-    trash.mkdir()
-    os.replace(folder, trash / folder.name)
-    return trash
+    trash.mkdir(exist_ok=True)  # files that others hold open can survive on a network file system
+    aside = trash / folder.name
+    if aside.exists():
+        aside = Path(tempfile.mkdtemp(dir=trash)) / folder.name
+    os.replace(folder, aside)
+    return aside
 
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that none is ever seen half deleted."""
-    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+    _set_aside(folder)
+    shutil.rmtree(folder.parent / TRASH, ignore_errors=True)
 
 
 def _appear(staged: Path, final: Path) -> None:
     old = _set_aside(final) if final.exists() else None
-    os.replace(staged, final)
+    try:
+        os.replace(staged, final)
+    except BaseException:
+        if old is not None:
+            os.replace(old, final)
+        raise
     _flush(final.parent)
-    for folder in filter(None, (old, staged.parent)):
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in (TRASH, STAGING):
+        shutil.rmtree(final.parent / name, ignore_errors=True)
 
 
 def clear_leftovers(output_dir: str | Path) -> None:
@@ -173,7 +207,7 @@ class ExactResume:
         if self.accelerator.is_main_process and resume_from_checkpoint:
             try:
                 outcome[0] = self._choose_checkpoint(resume_from_checkpoint)
-            except ValueError as error:  # raised by every process, so that none waits for the others
+            except (ValueError, OSError) as error:  # raised by every process, so that none waits for the others
                 outcome[1] = str(error)
         checkpoint, problem = broadcast_object_list(outcome)
         if problem is not None:
@@ -213,7 +247,8 @@ class ExactResume:
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(staged):
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == staged:
                 self.state.best_model_checkpoint = str(final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -239,7 +274,10 @@ class ExactResume:
         kept = {newest} if best is None else {newest, Path(best)}
         others = [path for path in map(Path, sort_checkpoints(str(newest.parent), use_mtime=True)) if path not in kept]
         for path in others[: max(len(others) + len(kept) - max(limit, len(kept)), 0)]:
-            discard(path)
+            try:
+                discard(path)
+            except OSError as error:
+                logger.warning("The old checkpoint %s could not be deleted: %s.", path, error)
 
     def _progress_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"progress_{self.args.process_index}.pt"

@@ -17,15 +17,27 @@ DESCRIPTION = "Visual Gradient Steering: on-policy distillation of vision-langua
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-6 as text
 MODEL_KEYS = ("path", "revision", "dtype", "attn_implementation", "trust_remote_code")
 TEACHER_KEYS = (*MODEL_KEYS, "load_in_8bit")
+# Settings of the host's that `vgs` takes from another place.
+ELSEWHERE = {
+    "resume_from_checkpoint": "--resume",
+    "model_init_kwargs": "section student",
+    "teacher_model_init_kwargs": "section teacher",
+}
 DIGITS_KEYS = ("cache", "teacher_seed", "student_seed", "train_size", "eval_size", "data_seed")
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> ValueError:
+class ConfigError(ValueError):
+    """A config that cannot be run, found before anything is loaded."""
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a misspelt key, with the nearest valid name."""
     known = sorted(known)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}."
-    return ValueError(f"Unknown key {key!r} in {where}; {hint}")
+    if key in ELSEWHERE:
+        hint = f"use {ELSEWHERE[key]}."
+    return ConfigError(f"Unknown key {key!r} in {where}; {hint}")
 
 
 def _schema() -> dict[str, Any]:
@@ -41,7 +53,9 @@ def _schema() -> dict[str, Any]:
         "processor": None,
         "data": {"train": source, "eval": source},
         "digits": DIGITS_KEYS,
-        "training": [field.name for field in dataclasses.fields(VGSConfig) if field.init],
+        "training": [
+            field.name for field in dataclasses.fields(VGSConfig) if field.init and field.name not in ELSEWHERE
+        ],
         "lora": None,
     }
 
@@ -94,7 +108,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         ValueError: an unknown key (the nearest valid one is named), or a missing section.
         FileNotFoundError: no such file.
     """
-    config = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        config = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     schema = _schema()
     for keys, value in _overrides(overrides, schema):
         section = config
@@ -171,7 +188,7 @@ def load_processor(config: Mapping[str, Any]) -> Any:
     student = config["student"]
     options = {key: student[key] for key in ("revision", "trust_remote_code") if key in student}
     return AutoProcessor.from_pretrained(
-        student["path"], padding_side="left", truncation_side="left", **options, **config.get("processor", {})
+        student["path"], padding_side="left", truncation_side="left", **options, **(config.get("processor") or {})
     )
 
 
@@ -190,7 +207,10 @@ def _run(config: Mapping[str, Any], limit: int | None) -> Run:
     if config.get("task") == "digits":
         return _digits_run(config.get("digits", {}))
     processor = load_processor(config)
-    _check_teacher(config, processor)
+    try:
+        _check_teacher(config, processor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     train, held_out = (_samples(config, part, processor, limit) for part in ("train", "eval"))
     return Run(config["student"]["path"], config["teacher"]["path"], processor, train, held_out, None)
 
@@ -206,8 +226,11 @@ def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
     if config.get("task") is None:
         options["model_init_kwargs"] = _init_options(config["student"])
         options["teacher_model_init_kwargs"] = _init_options(config["teacher"])
-    args = VGSConfig(**options)
-    check_writable(args.output_dir)
+    try:
+        args = VGSConfig(**options)
+        check_writable(args.output_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     run = _run(config, args.max_prompt_length)
     peft_config = None
     if config.get("lora"):
@@ -318,14 +341,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         config = load_config(options.config, overrides)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.command == "train":
-        train(config, options.resume)
+        try:
+            train(config, options.resume)
+        except ConfigError as error:
+            parser.error(str(error))
     elif options.command == "plan":
         from .plan_report import show
 
-        show(config, options)
+        try:
+            show(config, options)
+        except ValueError as error:
+            parser.error(str(error))
     else:
         evaluate(config, options.model, options.batch_size, options.out)
     return 0

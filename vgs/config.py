@@ -52,8 +52,8 @@ class VGSConfig(DistillationConfig):
             Between them the student's text-only view needs no backward.
         freeze_vision, freeze_embeddings: keep the student's vision tower or input embeddings (and with them a tied
             output head) as they are.
-        teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. One
-            process or DDP; a sharded teacher is offloaded by its engine.
+        teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. Not under
+            DeepSpeed, which shards the teacher and offloads by itself.
     """
 
     gamma: float = field(default=2.0, metadata={"help": "Weight of the visual term."})

@@ -1,11 +1,12 @@
 """Predicted memory of a training run on one GPU, by part and phase, from its config alone.
 
-What is assumed: activations as in ``ModelSize.activation_bytes``; every response as long as allowed and every prompt of
-the given length, so that all figures are upper ones; CUDA context and libraries take ``OVERHEAD``; memory that the
-allocator loses to fragmentation is not in it. Autocast keeps a 16-bit copy of every float32 matrix during a forward.
-DDP keeps a second copy of the gradients. FSDP2 shards the student, its gradients and optimizer states, and gathers two
-layers at a time and the head in whole; the teacher is whole on every GPU, as TRL places it (ZeRO-3, which shards it
-too, takes less). 8-bit weights are those of the linear layers; heads and embeddings stay in 16 bit.
+What is assumed: activations as in ``ModelSize.activation_bytes``; every response as long as allowed (or given), every
+prompt as given: under a token budget shorter responses put more images into a pass, which takes more; CUDA context and
+libraries take ``OVERHEAD``; memory that the allocator loses to fragmentation is not in it. Autocast keeps a 16-bit copy
+of every float32 matrix during a forward. DDP keeps a second copy of the gradients. FSDP2 shards the student, its
+gradients and optimizer states, and gathers two layers at a time and the head in whole; the teacher is whole on every
+GPU, as TRL places it (ZeRO-3, which shards it too, takes less). 8-bit weights are those of the linear layers; heads and
+embeddings stay in 16 bit.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Plan:
     Attributes:
         parts: name -> phase -> bytes; a part that a phase does not need is left out.
         pass_tokens, teacher_pass_tokens: tokens of the largest pass of each model.
-        shortest_pass: tokens of one response with its prompt, below which max_tokens_per_pass cannot go.
+        shortest_pass: the least max_tokens_per_pass: one response with its prompt, both as long as allowed.
         batch_tokens: tokens of the whole generation batch.
         notes: what could not be counted.
     """
@@ -337,4 +338,7 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
             busy = ("rollout",) if options.vllm_enable_sleep_mode else PHASES
             add("vLLM", options.vllm_gpu_memory_utilization * machine.memory, *busy)
     add("CUDA context and libraries", OVERHEAD, *PHASES)
-    return Plan(parts, pass_tokens, teacher_tokens, tokens(1), tokens(responses), tuple(notes))
+    # As the trainer asks for: a response with the longest prompt must fit, whatever the prompts of this plan.
+    allowed = views * ((options.max_prompt_length or 0) + options.max_completion_length)
+    shortest = max(tokens(1), allowed)
+    return Plan(parts, pass_tokens, teacher_tokens, shortest, tokens(responses), tuple(notes))
