@@ -86,15 +86,23 @@ def release_frames(error: Exception) -> None:
         torch.cuda.empty_cache()
 
 
-def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
-    """Run something of a method; what it raises becomes its status, and it takes no further part."""
+def attempt(action: Callable[[], object]) -> str:
+    """Run something; ``"ok"``, or what it raised as a status."""
     try:
         action()
     except Exception as error:
-        entry.status, entry.run = describe_failure(error), None
         if not is_out_of_memory(error):
             traceback.print_exc()
         release_frames(error)
+        return describe_failure(error)
+    return "ok"
+
+
+def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
+    """Run something of a method; what it raises becomes its status, and it takes no further part."""
+    status = attempt(action)
+    if status != "ok":
+        entry.status, entry.run = status, None
 
 
 def _gradient_bytes(problem: DenseProblem, job: Job) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from vgs.padding import pad_groups
 from vgs.pairing import placeholder_ids
 
-from .loss import describe_failure, release_frames
-from .measure import is_out_of_memory, memory_limit, peak_extra_bytes, seconds
+from .loss import attempt
+from .measure import memory_limit, peak_extra_bytes, seconds
 from .methods import METHODS as LOSSES
 from .results import Results, Row
 from .step_methods import METHODS, Step, differing, plain_loss_name, unmeasured
@@ -105,15 +104,8 @@ class _Entry:
 
 def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
     """Run something of a method that is still in the race; what it raises becomes its status."""
-    if entry.status != "ok":
-        return
-    try:
-        action()
-    except Exception as error:
-        entry.status = describe_failure(error)
-        if not is_out_of_memory(error):
-            traceback.print_exc()
-        release_frames(error)
+    if entry.status == "ok":
+        entry.status = attempt(action)
 
 
 def make_step(cell: Cell, device: str, dtype: torch.dtype) -> Step:
@@ -287,6 +279,13 @@ def _rows(cell: Cell, step: Step, rounds: int, deadline: float | None) -> list[R
     return [row or {"method": ROLLOUT, "status": sampling.status, "seconds": []}, *rows]
 
 
+def _cell_rows(cell: Cell, device: str, dtype: torch.dtype, rounds: int, deadline: float | None) -> list[Row]:
+    """Where the models themselves do not fit, every method is a row that says so."""
+    rows: list[Row] = []
+    status = attempt(lambda: rows.extend(_rows(cell, make_step(cell, device, dtype), rounds, deadline)))
+    return rows or [{"method": name, "status": status, "seconds": []} for name in cell.methods]
+
+
 @contextlib.contextmanager
 def _libraries_unsearched() -> Iterator[None]:
     """Spare every measurement of memory a search of the loaded libraries for garbage."""
@@ -325,17 +324,7 @@ def run(
         for cell in tqdm(cells, desc="step", unit="cell"):
             if _expired(deadline):
                 break
-            step = None
-            try:
-                step = make_step(cell, device, dtype)
-                rows = _rows(cell, step, rounds, deadline)
-            except Exception as error:
-                reason = describe_failure(error)
-                if not is_out_of_memory(error):
-                    traceback.print_exc()
-                step = None
-                release_frames(error)
-                rows = [{"method": name, "status": reason, "seconds": []} for name in cell.methods]
+            rows = _cell_rows(cell, device, dtype, rounds, deadline)
             del missing[f"{cell.pair} {cell.job}"]
             common = {
                 "shape": cell.pair,

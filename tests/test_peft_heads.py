@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import torchrun
 from peft import LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
 from tiny import tiny_model
 from torch import Tensor, nn
@@ -150,17 +149,7 @@ def test_adapters_injected_into_a_plain_model() -> None:
 
 @pytest.mark.slow
 def test_sharded_heads_of_two_ranks(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    torchrun(Path(__file__), 2, str(tmp_path))
     for name in SHARDED:
         model = student(name, tie=False)
         expected = gradients(model, model(input_ids=IDS).logits)

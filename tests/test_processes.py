@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from launch import TESTS, torchrun
 from processes import CASES, CONFIGS, Case, launch_environment, parse_launch, run
 from tiny import tiny_model
 from trainers import make_trainer
@@ -34,18 +33,7 @@ EXACT = [name for name in RUNNABLE if not CASES[name].half]
 
 def launch(folder: Path, ranks: int, names: list[str]) -> None:
     """Runs the cases on gloo ranks; a rank that hangs prints its stacks and fails."""
-    root = Path(__file__).parents[1]
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("processes.py")), str(folder), *names],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    torchrun(TESTS / "processes.py", ranks, str(folder), *names, timeout=600, DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import TESTS, torchrun
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import RUNS, pair_loss, scripted_run
 
@@ -35,21 +33,7 @@ def test_accumulation_1x4_equals_4x1(tmp_path: Path, reduction: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of ``trainers.py`` on two gloo ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("trainers.py")), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    torchrun(TESTS / "trainers.py", 2, str(folder))
     return folder
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from launch import TESTS, torchrun
 from problems import Evaluation, evaluate, make_problem, relative_error, value_floor
 from test_rows_triton import make_tile
 from vocab_parallel import (
@@ -44,17 +41,7 @@ LIMIT = 240  # seconds; ranks that wait for each other fail by this clock
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | str], list]:
     """What ``vocab_parallel.py`` saved, by the number of ranks that shared a vocabulary."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    worker = [str(Path(__file__).with_name("vocab_parallel.py")), str(folder)]
-    done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(TESTS / "vocab_parallel.py", RANKS, str(folder), timeout=LIMIT, TRITON_INTERPRET="1")
     return functools.cache(lambda kind: [torch.load(path) for path in sorted(folder.glob(f"{kind}-*.pt"))])
 
 

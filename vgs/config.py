@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import DistillationConfig
 
@@ -18,6 +19,17 @@ AT_LEAST_ONE = (
     *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
     *("num_generations", "max_tokens_per_pass", "lp_every"),
 )
+
+
+def view_count(options: Any) -> int:
+    """2 where anything needs the text-only view, else 1. ``options``: a ``VGSConfig``, or anything with its fields."""
+    return 2 if options.log_terms or options.gamma > 0 or options.lam > 0 else 1
+
+
+def least_pass(options: Any) -> int:
+    """The least ``max_tokens_per_pass`` that holds any response allowed, with any prompt allowed; as ``view_count``."""
+    # A text-only prompt is at most as long as the prompt with its images.
+    return view_count(options) * ((options.max_prompt_length or 0) + (options.max_completion_length or 0))
 
 
 @dataclass
@@ -114,9 +126,7 @@ class VGSConfig(DistillationConfig):
             )
         if self.max_tokens_per_pass is None:
             return
-        views = 2 if self.log_terms or self.gamma > 0 or self.lam > 0 else 1
-        # A text-only prompt is at most as long as the prompt with its images.
-        needed = views * ((self.max_prompt_length or 0) + (self.max_completion_length or 0))
+        views, needed = view_count(self), least_pass(self)
         if needed > self.max_tokens_per_pass:
             prompt = f" and max_prompt_length={self.max_prompt_length}" if self.max_prompt_length else ""
             raise ValueError(

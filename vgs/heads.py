@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import Partial
 
+from vgs_kernels import TargetRow
+
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -27,6 +29,19 @@ class Head:
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+
+    def target(self, hidden: Tensor) -> TargetRow:
+        """Logits of hidden states [N, D], as the target of a divergence."""
+        return TargetRow(1.0, hidden, self.weight, self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """What the fused losses want to know of a student's head beside its weight."""
+        return {
+            "student_bias": self.bias,
+            "student_softcap": self.softcap,
+            "student_logit_scale": self.logit_scale,
+        }
 
 
 def logit_scale(config: Any) -> float:

@@ -25,7 +25,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from .config import VGSConfig
+from .config import VGSConfig, least_pass, view_count
 from .scoring import freeze
 from .sizes import ModelSize, build_on_meta
 
@@ -232,8 +232,7 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
     notes = []
 
     # ---- tokens
-    text = options.log_terms or options.gamma > 0 or options.lam > 0
-    views = 2 if text else 1
+    views = view_count(options)
     response = lengths.response or options.max_completion_length
     micro = options.per_device_train_batch_size
     responses = micro * options.gradient_accumulation_steps
@@ -301,7 +300,7 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
 
     # ---- the student's pass
     kept = pass_tokens
-    if text and options.lam == 0 and options.detach_prior:  # the text-only view runs without gradient
+    if views == 2 and options.lam == 0 and options.detach_prior:  # the text-only view runs without gradient
         kept = round(pass_tokens * tokens(micro, views=1) / tokens(micro))
     activations = student.activation_bytes(
         kept,
@@ -338,7 +337,5 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
             busy = ("rollout",) if options.vllm_enable_sleep_mode else PHASES
             add("vLLM", options.vllm_gpu_memory_utilization * machine.memory, *busy)
     add("CUDA context and libraries", OVERHEAD, *PHASES)
-    # As the trainer asks for: a response with the longest prompt must fit, whatever the prompts of this plan.
-    allowed = views * ((options.max_prompt_length or 0) + options.max_completion_length)
-    shortest = max(tokens(1), allowed)
+    shortest = max(tokens(1), least_pass(options))  # the trainer asks for that, whatever the prompts of this plan
     return Plan(parts, pass_tokens, teacher_tokens, shortest, tokens(responses), tuple(notes))

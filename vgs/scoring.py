@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from vgs_kernels import (
     DivergenceOutput,
-    TargetRow,
     VGSObjective,
     VGSOutput,
     fused_linear_divergence,
@@ -183,7 +182,7 @@ def fused_loss(
         student_head, teacher_head: from ``read_head``.
         objective: gamma, lam, eta and the rest.
         token_weights: [N] float32; None means 1/N each.
-        trajectory_ids: [N] int64, from ``PairedViews``.
+        trajectory_ids: [N] int64, see ``groups.trajectory_ids``.
         return_terms: whether the per-token terms are wanted.
         **options: vocab_size, workspace_bytes, backend of ``fused_linear_vgs_loss``.
 
@@ -199,27 +198,14 @@ def fused_loss(
     # With a model split over devices, the backbone can end elsewhere than the head.
     student_rows, teacher_rows = [rows.to(device) for rows in student_rows], [rows.to(device) for rows in teacher_rows]
     token_weights = None if token_weights is None else token_weights.to(device)
-    student_options = {
-        "student_bias": student_head.bias,
-        "student_softcap": student_head.softcap,
-        "student_logit_scale": student_head.logit_scale,
-    }
     if len(student_rows) == 1:
-        target = TargetRow(
-            1.0,
-            teacher_rows[0],
-            teacher_head.weight,
-            teacher_head.bias,
-            logit_scale=teacher_head.logit_scale,
-            softcap=teacher_head.softcap,
-        )
         output = fused_linear_divergence(
             student_rows[0],
             student_head.weight,
-            [target],
+            [teacher_head.target(teacher_rows[0])],
             token_weights=token_weights,
             temperature=objective.temperature,
-            **student_options,
+            **student_head.student_options,
             **options,
         )
         return replace(output, loss=objective.eta * output.loss)
@@ -235,7 +221,7 @@ def fused_loss(
         teacher_bias=teacher_head.bias,
         teacher_softcap=teacher_head.softcap,
         teacher_logit_scale=teacher_head.logit_scale,
-        **student_options,
+        **student_head.student_options,
         **options,
     )
 

@@ -61,7 +61,7 @@ class MicroBatch:
     @property
     def text(self) -> bool:
         """Whether anything needs the text-only view."""
-        return self.terms or self.objective.gamma > 0 or self.objective.lam > 0
+        return self.terms or self.objective.needs_text
 
 
 def run_inside(
@@ -240,8 +240,7 @@ class StepScorer:
         known_vds = self._needs_vds(objective)
         if known_vds:
             limits, gated = self._gate(groups, teacher, objective)
-        text = terms or objective.gamma > 0 or objective.lam > 0
-        passes = self._plan(groups, text)
+        passes = self._plan(groups, terms or objective.needs_text)
         if self.accelerator.num_processes > 1:
             passes = self._equal(passes)
         return MicroBatch(groups, teacher, weights, objective, terms, known_vds, limits, gated, passes)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgs_kernels import TargetRow, fused_linear_divergence
+from vgs_kernels import fused_linear_divergence
 
 from .heads import Head
 
@@ -40,17 +40,10 @@ def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **
         temperature: divides the logits.
         **options: vocab_size, workspace_bytes and backend of ``fused_linear_divergence``.
     """
-    text = TargetRow(1.0, rows[1], head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
-    return fused_linear_divergence(
-        rows[0],
-        head.weight,
-        [text],
-        temperature=temperature,
-        student_bias=head.bias,
-        student_softcap=head.softcap,
-        student_logit_scale=head.logit_scale,
-        **options,
-    ).divergence
+    output = fused_linear_divergence(
+        rows[0], head.weight, [head.target(rows[1])], temperature=temperature, **head.student_options, **options
+    )
+    return output.divergence
 
 
 class Offload:

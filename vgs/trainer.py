@@ -267,7 +267,7 @@ class VGSTrainer(ExactResume, DistillationTrainer):
 
     def _with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
         objective = self.objective
-        text = self.args.log_terms or objective.gamma > 0 or objective.lam > 0
+        text = self.args.log_terms or objective.needs_text
         return {**batch, "teacher": self.step_scorer.score_teacher(batch["groups"], objective, text)}
 
     def _measure_eta(self) -> None:

@@ -85,6 +85,11 @@ class VGSObjective:
         return (self.adaptive_quantile, self.vds_quantile) if self.schedule == "adaptive" else (self.vds_quantile,)
 
     @property
+    def needs_text(self) -> bool:
+        """Whether the loss depends on any text-only row."""
+        return self.gamma > 0 or self.lam > 0
+
+    @property
     def needs_text_gradient(self) -> bool:
         """Whether the student's text-only rows receive gradient."""
         return self.lam > 0 or not (self.detach_prior or self.gamma == 0)
