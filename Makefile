@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED)  # about an hour on two cores
+bench: $(INSTALLED)  # over an hour on two cores
 	$(BIN)/python -m benchmarks loss --rounds 3 --out $(RESULTS)/cpu.json
 	$(BIN)/python -m benchmarks report --plots $(RESULTS)/cpu --short $(RESULTS)/cpu.json
 

@@ -1,8 +1,8 @@
 """The gradient in float64, on a sample: what stands beside every time.
 
-The definition (:func:`vgs_kernels.reference.vgs_reference`, itself tested against an independent oracle) runs in
-float64, a few tokens at a time; gradients are kept for a sample of tokens and, of the head, for a sample of vocabulary
-rows. The head's takes all tokens: on a CPU it is left out where they are many.
+The definition (:mod:`vgs_kernels.reference`, itself tested against an independent oracle) runs in float64, a few
+tokens at a time; gradients are kept for a sample of tokens and, of the head, for a sample of vocabulary rows. The
+head's takes all tokens: on a CPU it is left out where they are many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vgs_kernels.gating import grouped_quantile
-from vgs_kernels.reference import kl_divergence, vgs_reference
+from vgs_kernels.reference import divergence_reference, kl_divergence, vgs_reference
 
 from .jobs import Job
 from .problem import VIEWS, DenseProblem
@@ -42,12 +42,11 @@ def vds_threshold(problem: DenseProblem, quantile: float) -> float:
     return grouped_quantile(torch.cat(scores), quantile)[0].item()
 
 
-def _loss(definition: str, logits: list[Tensor], job: Job, threshold: float | None, n: int) -> Tensor:
+def _loss(logits: list[Tensor], job: Job, threshold: float | None, n: int) -> Tensor:
     """Sum of the tokens' losses over ``n``."""
     if job.plain:
-        log_p, log_q = (torch.log_softmax(row, -1) for row in logits)
-        pair = {"reverse_kl": (log_p, log_q), "forward_kl": (log_q, log_p)}[definition]
-        return kl_divergence(*pair).sum() / n
+        student, teacher = logits
+        return divergence_reference(student, [(1.0, teacher)], job.divergence).sum() / n
     weights = torch.full_like(logits[0][:, 0], 1 / n)
     limits = (float("inf") if threshold is None else threshold,)
     return vgs_reference(*logits, job.objective, weights, vds_threshold=limits)["loss"]
@@ -63,7 +62,7 @@ class Exact:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, problem: DenseProblem, job: Job, threshold: float | None, definition: str | None = None) -> Exact:
+    def of(cls, problem: DenseProblem, job: Job, threshold: float | None) -> Exact:
         problem, n = problem.wide(), problem.tokens
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randperm(n, generator=generator)[:_SAMPLED_TOKENS].sort().values.to(problem.student.device)
@@ -79,7 +78,7 @@ class Exact:
             with torch.enable_grad():
                 logits = problem.logits(rows, VIEWS[::2] if job.plain else VIEWS)
                 leaves = [x.requires_grad_() for x in logits[: len(logits) // 2]]
-                loss = _loss(definition or job.objective.divergence, logits, job, threshold, n)
+                loss = _loss(logits, job, threshold, n)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             sampled = torch.isin(rows, tokens)
             for view, gradient in zip(views, gradients, strict=False):

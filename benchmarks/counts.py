@@ -19,15 +19,16 @@ def tables(tokens: int, flops: float, bytes_per_second: float) -> str:
     for name, shape in SHAPES.items():
         if name in ("cpu", "gate"):  # sizes for a CPU
             continue
+        alike: dict[tuple[float, float], list[str]] = {}
         for job_name, job in JOBS.items():
-            if job.dense:
-                continue
-            work = job.flops(shape, tokens)
-            moved = job.compulsory_bytes(shape, tokens, 2)
-            columns = sum(phase.columns(shape) for phase in job.phases(shape))
+            if not job.dense:
+                work = job.flops(shape, tokens), job.compulsory_bytes(shape, tokens, 2)
+                alike.setdefault(work, []).append(job_name)
+        for (work, moved), jobs in alike.items():
+            columns = work / (2 * shape.vocab * tokens)
             lines.append(
                 [
-                    *(name, job_name, f"{columns:,.0f}", f"{work / 1e12:.1f}", duration(work / flops)),
+                    *(name, ", ".join(jobs), f"{columns:,.0f}", f"{work / 1e12:.1f}", duration(work / flops)),
                     *(size(moved), duration(moved / bytes_per_second)),
                 ]
             )

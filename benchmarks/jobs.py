@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vgs_kernels import VGSObjective
+from vgs_kernels import Divergence, VGSObjective
 
 from .problem import Shape
 
@@ -43,7 +43,7 @@ class Job:
         trainable: inputs that require grad.
         threshold_given: whether the VDS threshold is known beforehand.
         folded: whether neither terms nor VDS are asked for.
-        plain: whether the text-only rows play no part: plain distillation.
+        divergence: of plain distillation, where the text-only rows play no part.
         dense: whether the caller holds the logits, so that no matrix product is left.
     """
 
@@ -52,8 +52,17 @@ class Job:
     trainable: tuple[str, ...] = ("student", "student_text", "student_weight")
     threshold_given: bool = False
     folded: bool = False
-    plain: bool = False
+    divergence: Divergence | None = None
     dense: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return self.divergence is not None
+
+    @property
+    def beta(self) -> float:
+        """Plain distillation as a generalised JSD, of which the forward KL is 0 and the reverse KL 1."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(self.divergence.kind, self.divergence.beta)
 
     def phases(self, shape: Shape) -> list[Phase]:
         """The cheapest products that suffice; none for logits that are given."""
@@ -90,12 +99,18 @@ class Job:
         return float(itemsize) * (heads + hidden)
 
 
-_PLAIN = VGSObjective(gamma=0.0, lam=0.0, eta=1.0)
+def _plain(title: str, divergence: str) -> Job:
+    objective = VGSObjective(gamma=0.0, lam=0.0, eta=1.0)
+    return Job(title, objective, ("student", "student_weight"), divergence=Divergence(divergence))
+
+
 JOBS = {
     "vgs": Job("VGS-LP, exact quantile", VGSObjective()),
     "vgs-threshold": Job("VGS-LP, threshold given", VGSObjective(), threshold_given=True),
     "vgs-folded": Job("VGS, lam = 0, folded", VGSObjective(lam=0.0), ("student", "student_weight"), folded=True),
     "vgs-frozen-head": Job("VGS-LP, frozen head", VGSObjective(), ("student", "student_text")),
     "vgs-logits": Job("VGS-LP from given logits", VGSObjective(), ("student", "student_text"), dense=True),
-    "reverse-kl": Job("plain reverse KL", _PLAIN, ("student", "student_weight"), plain=True),
+    "reverse-kl": _plain("plain reverse KL", "reverse_kl"),
+    "forward-kl": _plain("plain forward KL", "forward_kl"),
+    "jsd": _plain("plain JSD, beta 0.5", "jsd"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels import rows_triton
+from vgs_kernels import entries_triton, rows_triton
 from vgs_kernels.rows import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -32,40 +33,87 @@ _ITEMSIZE = {"fp32": 4, "bf16": 2}
 _PLAIN = {"STUDENT_CAP": False, "TARGET_CAP": False, "MASKED": False}
 _CAPS = {**_PLAIN, "STUDENT_CAP": True, "TARGET_CAP": True}
 _MASKED, _MASKED_CAPS = {**_PLAIN, "MASKED": True}, {**_CAPS, "MASKED": True}
-#: Kernel -> (compile-time options, dtype of the logits, dtype of their gradient) in use. Projected logits are float32,
-#: may be capped, and masked where a head has a bias; logits that the caller holds are of any dtype, which their
-#: gradient shares, and may be masked.
-VARIANTS = {
-    "statistics_kernel": [
-        ({"FOUR": four, **options}, logits, "fp32")
-        for four in (True, False)
-        for options, logits in (
-            *((options, "fp32") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)),
-            (_MASKED, "bf16"),
-        )
-    ],
-    "meet_kernel": [({"FOUR": four}, "fp32", "fp32") for four in (True, False)],
-    "gradient_kernel": [
-        ({"FOUR": four, "PRIOR": prior, "LANGUAGE": language, "COMPACT": compact, **options}, logits, gradient)
-        for four, prior, language, compact in (
-            (True, False, False, False),
-            (True, True, False, False),
-            (True, True, True, False),
-            (True, False, True, False),
-            (True, False, True, True),
-            (False, False, False, False),
-        )
-        for options, logits, gradient in (
-            (_PLAIN, "fp32", "fp32"),
-            (_PLAIN, "fp32", "bf16"),
-            (_CAPS, "fp32", "bf16"),
-            (_MASKED, "fp32", "bf16"),
-            (_MASKED_CAPS, "fp32", "bf16"),
-            (_MASKED, "fp32", "fp32"),
-            (_MASKED, "bf16", "bf16"),
-        )
-        if not (compact and logits != "fp32") and (four or logits == "fp32")  # only of projected logits
-    ],
+
+
+class Variant(NamedTuple):
+    """Compile-time options, dtype of the logits, dtype of their gradient (of results that are none: float32)."""
+
+    options: dict[str, Any]
+    logits: str
+    gradient: str = "fp32"
+
+
+class Kernel(NamedTuple):
+    """``sweep`` is what it does with a tile: ``"read"``, ``"write"`` the gradient, or ``"none"`` at all."""
+
+    function: triton.JITFunction
+    sweep: str
+    variants: list[Variant]
+
+
+#: Projected logits are float32, may be capped, and masked where a head has a bias; logits that the caller holds are of
+#: any dtype, which their gradient shares, and may be masked.
+_READS = [*((options, "fp32") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)), (_MASKED, "bf16")]
+_PROJECTED_WRITES = [
+    (_PLAIN, "fp32", "fp32"),
+    *((options, "fp32", "bf16") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)),
+    (_MASKED, "fp32", "fp32"),
+]
+_WRITES = [*_PROJECTED_WRITES, (_MASKED, "bf16", "bf16")]
+#: The least and the most of projected logits, and held ones: for what has many variants of its own.
+_FEW_READS = [(_PLAIN, "fp32"), (_MASKED_CAPS, "fp32"), (_MASKED, "bf16")]
+_FEW_WRITES = [(_PLAIN, "fp32", "bf16"), (_MASKED_CAPS, "fp32", "bf16"), (_MASKED, "bf16", "bf16")]
+
+
+def _variants(flags: str, used: Sequence[str], tiles: Sequence[tuple], **fixed: int) -> list[Variant]:
+    """Every set of flags in use on every sort of tile."""
+    return [
+        Variant({**fixed, **{flag: flag in on.split() for flag in flags.split()}, **options}, *dtypes)
+        for on in used
+        for options, *dtypes in tiles
+    ]
+
+
+def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]]) -> list[Variant]:
+    """``used``: sets of flags by divergence."""
+    kinds = entries_triton.KINDS
+    return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name].value)]
+
+
+_GRADIENT = "FOUR PRIOR LANGUAGE POLICY COMPACT"
+KERNELS = {
+    "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
+    "meet_kernel": Kernel(rows_triton.meet_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
+    "gradient_kernel": Kernel(
+        rows_triton.gradient_kernel,
+        "write",
+        [
+            *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR", "FOUR PRIOR LANGUAGE", "FOUR LANGUAGE", ""), _WRITES),
+            *_variants(_GRADIENT, ("FOUR LANGUAGE COMPACT",), _PROJECTED_WRITES),
+            *_variants(_GRADIENT, ("FOUR PRIOR LANGUAGE POLICY", "POLICY"), _FEW_WRITES),
+        ],
+    ),
+    # The KLs as they are come out of the statistics, the reverse one's gradient out of the kernel above.
+    "totals_kernel": Kernel(
+        entries_triton.totals_kernel,
+        "read",
+        _entries(
+            *("CLIP TAIL", _FEW_READS),
+            {"reverse_kl": ("CLIP TAIL",), "forward_kl": ("CLIP TAIL",), "jsd": ("", "CLIP", "CLIP TAIL")},
+        ),
+    ),
+    "entry_gradient_kernel": Kernel(
+        entries_triton.entry_gradient_kernel,
+        "write",
+        _entries(
+            *("CLIP TAIL POLICY", _FEW_WRITES),
+            {
+                "reverse_kl": ("CLIP TAIL POLICY",),
+                "forward_kl": ("", "CLIP TAIL POLICY"),
+                "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
+            },
+        ),
+    ),
 }
 
 
@@ -108,7 +156,7 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name == "text_row_ptr":
+        elif name in ("text_row_ptr", "chosen_ptr"):
             kinds[name] = "*i64"
         elif name in ("s_ptr", "t_ptr", "a_ptr", "w_ptr"):
             kinds[name] = f"*{logits}"
@@ -155,28 +203,26 @@ def _amd(assembly: str) -> _Machine:
     return _Machine(registers, sum(spills), sum("dwordx4" in load for load in loads), len(loads), flops)
 
 
-def _column_bytes(name: str, options: dict[str, Any], logits: str, gradient: str) -> int:
+def _column_bytes(sweep: str, variant: Variant) -> int:
     """Bytes that one token moves for one column: every logit row once, every gradient row once."""
-    read = (4 if options["FOUR"] else 2) * _ITEMSIZE[logits]
-    if name == "statistics_kernel":
-        return read
-    return read + (1 + (options["PRIOR"] or options["LANGUAGE"])) * _ITEMSIZE[gradient]
+    used = {key for key, value in variant.options.items() if value}
+    written = {"read": 0, "write": 2 if used & {"PRIOR", "LANGUAGE"} else 1}[sweep]
+    return (4 if "FOUR" in used else 2) * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
 
 
-def compile_kernel(
-    name: str, options: dict[str, Any], logits: str, gradient: str, target: str, aligned: bool = True
-) -> Resources:
+def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = True) -> Resources:
     """Compile one kernel as it is launched, on rows that are aligned to 16 bytes or are not."""
-    kernel = getattr(rows_triton, name)
+    kernel, sweep, _ = KERNELS[name]
+    options, logits, gradient = variant
     backend = TARGETS[target].backend
     warps, layout, block = 1, {"LANES": rows_triton.MEETING_LANES}, 0
-    if name == "statistics_kernel":
+    if sweep == "read":
         warps, layout = (
             rows_triton.STATISTICS_WARPS[backend],
             rows_triton.statistics_layout(backend, _ITEMSIZE[logits], aligned),
         )
         block = layout["LANES"] * layout["WIDTH"]
-    elif name == "gradient_kernel":
+    elif sweep == "write":
         warps, block = rows_triton.GRADIENT_WARPS[backend], rows_triton.GRADIENT_BLOCK
         layout = {"BLOCK": block}
     constants = {**options, **layout}
@@ -193,7 +239,7 @@ def compile_kernel(
     machine = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     if block:
         columns_a_thread = block / (TARGETS[target].warp_size * warps)
-        token_bytes = VOCABULARY * _column_bytes(name, options, logits, gradient)
+        token_bytes = VOCABULARY * _column_bytes(sweep, variant)
         token_flops = round(VOCABULARY * machine.flops / columns_a_thread)
     else:  # once a token, one lane a thread
         token_bytes = 4 * (layout["LANES"] + 1) * len(VGS_STATE if options["FOUR"] else PAIR_STATE)
@@ -205,9 +251,10 @@ def compile_kernel(
     )
 
 
-def _held(name: str, options: dict[str, Any], logits: str, gradient: str) -> bool:
+def _held(sweep: str, variant: Variant) -> bool:
     """Whether the logits may be a caller's, whose rows need not be aligned."""
-    return name != "meet_kernel" and options["MASKED"] and not options["STUDENT_CAP"] and logits in ("bf16", gradient)
+    options, logits, gradient = variant
+    return sweep != "none" and options["MASKED"] and not options["STUDENT_CAP"] and logits in ("bf16", gradient)
 
 
 def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
@@ -220,19 +267,23 @@ def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
         if target not in TARGETS:
             raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {target!r}.")
     return [
-        asdict(compile_kernel(name, *variant, target, aligned))
+        asdict(compile_kernel(name, variant, target, aligned))
         for target in targets or TARGETS
-        for name, variants in VARIANTS.items()
-        for variant in variants
-        for aligned in ((True, False) if _held(name, *variant) else (True,))
+        for name, kernel in KERNELS.items()
+        for variant in kernel.variants
+        for aligned in ((True, False) if _held(kernel.sweep, variant) else (True,))
     ]
+
+
+def _named(option: str, value: int) -> str:
+    return option if value is True else f"{option}={value}"
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """One line a kernel, for people."""
     return [
-        f"{row['target']:7} {row['kernel']:18} {row['logits']}->{row['gradient']} "
-        f"{' '.join(key for key, value in row['options'].items() if value):38} "
+        f"{row['target']:7} {row['kernel']:21} {row['logits']}->{row['gradient']} "
+        f"{' '.join(_named(*option) for option in row['options'].items() if option[1] is not False):38} "
         f"{'' if row['aligned'] else 'unaligned, '}{row['registers']} registers, {row['spills']} spills, "
         f"{row['shared_bytes']} B shared, {row['wide_loads']}/{row['loads']} wide loads, "
         f"{row['token_bytes'] / 1e6:.2f} MB and {row['token_flops'] / 1e6:.1f} MFLOP a token"

@@ -35,7 +35,8 @@ class Cell:
 
 
 _MAIN = ("vgs", "reverse-kl")
-_OTHERS = tuple(job for job in JOBS if job not in _MAIN)
+_PLAIN = ("forward-kl", "jsd")
+_OTHERS = tuple(job for job in JOBS if job not in _MAIN + _PLAIN)
 _PEERS = tuple(name for name in METHODS if name != "compile")  # compiled anew for every size: once is enough
 
 
@@ -47,12 +48,12 @@ def _gpu(tokens: int, shape: str = "8b-2b") -> Cell:
 #: What is measured by default, the most important first.
 PLANS = {
     "cpu": [
-        Cell("cpu", 512, _MAIN),
+        Cell("cpu", 512, _MAIN + _PLAIN),
         Cell("cpu", 2048, _MAIN, ("ours", "eager", "trl")),
         Cell("cpu", 512, _OTHERS, ("ours", "eager")),
     ],
     "gpu": [
-        Cell("8b-2b", 8192, _MAIN),
+        Cell("8b-2b", 8192, _MAIN + _PLAIN),
         *(_gpu(65_536), _gpu(1024), _gpu(8192, "8b-4b")),
         Cell("8b-2b", 8192, _OTHERS, ("ours", "eager")),
         *(_gpu(32_768), _gpu(8192, "gemma-12b-4b"), _gpu(8192, "llava-13b-7b"), _gpu(4096), _gpu(16_384), _gpu(2048)),
@@ -188,17 +189,15 @@ def measure_job(
     context = Context(problem, job, threshold)
     names = [FLOOR, *(name for name in methods if METHODS[name].jobs(job))]
     entries: dict[str, _Entry] = {}
-    exact: dict[str | None, Exact] = {}
+    exact: Exact | None = None
     for name in tqdm(names, desc=f"{shape_name} N {problem.tokens} {job_name}: warm-up", unit="method", leave=False):
         entries[name], leaves = _prepare(name, context, device)
         if leaves is None or name == FLOOR:
             continue
-        definition = METHODS[name].definition
-        if definition not in exact:
-            exact[definition] = Exact.of(problem, job, threshold, definition)
-        entries[name].errors = exact[definition].errors(leaves)
+        exact = exact or Exact.of(problem, job, threshold)
+        entries[name].errors = exact.errors(leaves)
         del leaves
-    exact.clear()
+    del exact
     _rounds(entries, inputs, job, device, rounds)
     common = {
         "shape": shape_name,

@@ -7,8 +7,9 @@ called through their public interface, with the options that give them their bes
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ def _ours(context: Context) -> Loss:
         if job.dense:
             return vgs_loss(*x.tensors, objective=job.objective).loss
         if job.plain:
-            return fused_linear_divergence(x.student, x.student_weight, [(1.0, x.teacher, x.teacher_weight)]).loss
+            target = [(1.0, x.teacher, x.teacher_weight)]
+            return fused_linear_divergence(x.student, x.student_weight, target, **asdict(job.divergence)).loss
         output = fused_linear_vgs_loss(
             x.student,
             x.student_text,
@@ -93,6 +95,17 @@ def _logits(x: DenseProblem, job: Job) -> list[Tensor | None]:
         return [student, x.student_text @ x.student_weight.T, teacher, teacher_text]
 
 
+def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Generalised JSD with the mixture beta * q + (1 - beta) * p; 0 is KL(q || p), 1 is KL(p || q)."""
+    if beta == 1:
+        return _kl(log_p.exp(), log_p, log_q)
+    q = log_q.exp()
+    if beta == 0:
+        return _kl(q, log_q, log_p)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * _kl(q, log_q, log_m) + (1 - beta) * _kl(log_p.exp(), log_p, log_m)
+
+
 def _vds(log_q: Tensor, log_qx: Tensor) -> Tensor:
     with torch.no_grad():
         return _kl(log_q.exp(), log_q, log_qx)
@@ -102,12 +115,11 @@ def _plain_loss(x: DenseProblem, job: Job, threshold: Tensor | float | None = No
     """Sum over the tokens: the formula of the paper on float32 log-probabilities, gradients by autograd."""
     student, text, teacher, teacher_text = _logits(x, job)
     log_p = _log_softmax(student)
-    p = log_p.exp()
     with torch.no_grad():
         log_q = _log_softmax(teacher)
     if job.plain:
-        return _kl(p, log_p, log_q).sum()
-    objective = job.objective
+        return _divergence(log_p, log_q, job.beta).sum()
+    p, objective = log_p.exp(), job.objective
     with torch.set_grad_enabled(objective.lam > 0):
         log_px = _log_softmax(text)
     with torch.no_grad():
@@ -166,15 +178,15 @@ def _checkpointed(context: Context) -> Loss:
 
 
 # --- other packages: plain distillation ---------------------------------------------------------------------------
+# Their beta is ours: the mixture is beta * teacher + (1 - beta) * student, 0 the forward and 1 the reverse KL.
 
 
 def _trl(context: Context) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Problem) -> Tensor:
-        beta = 1.0  # KL(student || teacher)
         divergence, _ = ChunkedDivergenceFunction.apply(
-            x.student, x.student_weight, None, x.teacher, x.teacher_weight, None, beta
+            x.student, x.student_weight, None, x.teacher, x.teacher_weight, None, context.job.beta
         )
         return divergence.mean()
 
@@ -184,7 +196,7 @@ def _trl(context: Context) -> Loss:
 def _liger_jsd(context: Context) -> Loss:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    module = LigerFusedLinearJSD(jsd_beta=1.0, accum_dtype=torch.float32)  # 1 is the reverse KL
+    module = LigerFusedLinearJSD(jsd_beta=context.job.beta, accum_dtype=torch.float32)
     return lambda x: module(x.student, x.student_weight, x.teacher, x.teacher_weight, None)
 
 
@@ -204,7 +216,8 @@ def _liger_kl(context: Context) -> Loss:
 def _liger_chunked(context: Context) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    # Without its weight no cross-entropy is computed, and the labels only say that no token is ignored.
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=context.job.beta)
     labels = torch.zeros(context.problem.tokens, dtype=torch.int64, device=context.problem.student.device)
     return lambda x: module(x.student, x.student_weight, x.teacher, x.teacher_weight, labels)
 
@@ -220,7 +233,6 @@ class Method:
         cuda_only: whether it needs a CUDA device.
         compiles: whether its first call for a size compiles.
         jobs: which jobs it can do.
-        definition: what its gradient is compared with, if not the job's own.
     """
 
     title: str
@@ -229,7 +241,6 @@ class Method:
     cuda_only: bool = False
     compiles: bool = False
     jobs: Callable[[Job], bool] = lambda job: True
-    definition: str | None = None
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -242,6 +253,10 @@ def _plain(job: Job) -> bool:
     return job.plain
 
 
+def _forward_kl(job: Job) -> bool:
+    return job.plain and job.beta == 0
+
+
 FLOOR = "floor"
 METHODS = {
     "ours": Method("ours", _ours),
@@ -249,18 +264,9 @@ METHODS = {
     "compile": Method("PyTorch, torch.compile", _compiled, compiles=True),
     "checkpointed": Method("PyTorch, checkpointed chunks", _checkpointed, jobs=lambda job: not job.dense),
     "trl": Method("TRL ChunkedDivergenceFunction", _trl, "trl", jobs=_plain),
-    "liger-jsd": Method("Liger fused linear JSD (beta 1)", _liger_jsd, "liger_kernel", cuda_only=True, jobs=_plain),
-    "liger-kl": Method(
-        "Liger fused linear KL (forward KL)",
-        _liger_kl,
-        "liger_kernel",
-        cuda_only=True,
-        jobs=_plain,
-        definition="forward_kl",
-    ),
-    "liger-chunked": Method(
-        "Liger chunked JSD loss (beta 1)", _liger_chunked, "liger_kernel", compiles=True, jobs=_plain
-    ),
+    "liger-jsd": Method("Liger fused linear JSD", _liger_jsd, "liger_kernel", cuda_only=True, jobs=_plain),
+    "liger-kl": Method("Liger fused linear KL", _liger_kl, "liger_kernel", cuda_only=True, jobs=_forward_kl),
+    "liger-chunked": Method("Liger chunked JSD loss", _liger_chunked, "liger_kernel", compiles=True, jobs=_plain),
 }
 
 

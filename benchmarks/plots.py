@@ -22,7 +22,7 @@ from .results import Results, Row, median, percentiles
 
 #: One colour for each method in all pictures; the floor is grey.
 _COLOURS = {FLOOR: "0.45", **{name: f"C{i}" for i, name in enumerate(METHODS)}}
-_MARKERS = dict(zip(JOBS, "osD^vP", strict=True))
+_MARKERS = dict(zip(JOBS, "osD^vP<X", strict=True))
 _INPUTS = {"student": "hidden states", "student_text": "text-only hidden states", "student_weight": "head"}
 
 

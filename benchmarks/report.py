@@ -89,8 +89,7 @@ def summary(results: Results) -> str:
         if ours is None:
             lines.append([shape, f"{tokens:,}", job, rows.get("ours", {}).get("status", "not measured"), *[""] * 4])
             continue
-        # of those that compute the same objective
-        peers = {name: median(row) for name, row in rows.items() if name in METHODS and not METHODS[name].definition}
+        peers = {name: median(row) for name, row in rows.items() if name in METHODS}
         peers = {name: time for name, time in peers.items() if name != "ours" and time is not None}
         best = min(peers, key=peers.get) if peers else None
         peak = rows["ours"]["peak_extra_bytes"]

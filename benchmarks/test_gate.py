@@ -17,8 +17,9 @@ from .methods import FLOOR, Context, runner
 from .problem import SHAPES, Problem, make_problem
 
 _TOKENS, _MEMORY_TOKENS, _ROUNDS, _DEVICE = 128, 512, 7, "cpu"
-#: (times the floor, times eager) at most; measured on two quiet cores: 1.2 and 0.8, 1.2 and 1.0.
-_TIME_BOUNDS = {"vgs": (2.0, 1.4), "reverse-kl": (2.0, 1.5)}
+#: (times the floor, times eager) at most; measured on two quiet cores: 1.2 and 0.8, 1.2 and 1.0; the JSD on one core of
+#: a busy machine: 1.8 and 1.3.
+_TIME_BOUNDS = {"vgs": (2.0, 1.4), "reverse-kl": (2.0, 1.5), "jsd": (3.0, 2.0)}
 #: Times eager's at most; measured: 0.35 and 0.47.
 _MEMORY_BOUNDS = {"vgs": 0.5, "reverse-kl": 0.65}
 

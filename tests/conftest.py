@@ -12,7 +12,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Tests against the oracle, on ``problems.DEVICE``: where that is a GPU, ``-m gpu`` selects them as well.
-EXACTNESS = ("test_loss_*.py", "test_divergence.py", "test_integration_torch.py")
+EXACTNESS = ("test_loss_*.py", "test_divergence*.py", "test_policy_term.py", "test_integration_torch.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers

@@ -6,11 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import divergence_oracle, vgs_oracle
+from oracle import vgs_from_logits, vgs_oracle
+from problems import DEVICE
+from torch import Tensor
 
 from benchmarks import loss, methods, report
 from benchmarks.accuracy import Exact, vds_threshold
@@ -19,6 +22,7 @@ from benchmarks.measure import is_out_of_memory, peak_extra_bytes
 from benchmarks.methods import FLOOR, METHODS, Context, runner
 from benchmarks.problem import SHAPES, Problem, Shape, make_problem
 from benchmarks.results import Results, environment, median
+from vgs_kernels import Divergence
 
 ROOT = Path(__file__).parents[1]
 TOKENS, SMALL = 37, Shape(311, 16, 24)
@@ -43,7 +47,10 @@ def measured(problem: Problem, job: str, names: tuple[str, ...] = ("ours", "eage
 
 @pytest.mark.parametrize(
     ("job", "columns"),
-    [("reverse-kl", 10_240), ("vgs-folded", 12_288), ("vgs-threshold", 17_613), ("vgs", 19_456)],
+    [
+        *(("reverse-kl", 10_240), ("forward-kl", 10_240), ("jsd", 10_240)),
+        *(("vgs-folded", 12_288), ("vgs-threshold", 17_613), ("vgs", 19_456)),
+    ],
 )
 def test_floor_flops_are_those_of_the_2b_8b_table(job, columns):
     """3 Ds + Dt, 4 Ds + Dt, 4 Ds + 2 Dt + 0.3 * 2 Ds, 4 Ds + 2 Dt + 0.3 (3 Ds + Dt)."""
@@ -93,28 +100,39 @@ def test_inputs_look_like_a_trained_pair():
     assert dependence.quantile(0.9) > 20 * dependence.quantile(0.3) > 0
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_exact_gradients_are_the_oracles(problem, job, monkeypatch):
-    job = JOBS[job]
+def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Mean over the tokens, from float64 logits; GKD (arXiv 2306.13649, Eq. 1), whose P is the teacher."""
+    q, p = (torch.softmax(x, -1) for x in (student, teacher))
+    if beta in (0, 1):
+        x, y = (p, q) if beta == 0 else (q, p)
+        return (x * (x / y).log()).sum(-1).mean()
+    m = beta * p + (1 - beta) * q
+    return (beta * p * (p / m).log() + (1 - beta) * q * (q / m).log()).sum(-1).mean()
+
+
+BETAS = {"forward-kl": 0.0, "jsd": 0.5, "reverse-kl": 1.0}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_exact_gradients_are_the_oracles(problem, name, monkeypatch):
+    job = JOBS[name]
     monkeypatch.setattr("benchmarks.accuracy._BLOCK_ELEMENTS", {"cpu": 5 * SMALL.vocab})
     leaves = problem.leaves(())
     leaves = type(leaves)(*(x.double().requires_grad_() for x in leaves.tensors))
     inputs = (leaves.student, leaves.student_text, leaves.student_weight, leaves.teacher, leaves.teacher_text)
     if job.plain:
-        target = [(1.0, leaves.teacher, leaves.teacher_weight)]
-        output = divergence_oracle(leaves.student, leaves.student_weight, target)
+        logits = leaves.student @ leaves.student_weight.T, leaves.teacher @ leaves.teacher_weight.T
+        value = generalised_jsd(*logits, BETAS[name])
     else:
-        output = vgs_oracle(*inputs, leaves.teacher_weight, objective=job.objective)
+        value = vgs_oracle(*inputs, leaves.teacher_weight, objective=job.objective).loss
     measured, held = problem, leaves
     if job.dense:
         measured = problem.dense()
         rows = [x.double().requires_grad_() for x in measured.tensors]
-        from oracle import vgs_from_logits
-
-        output = vgs_from_logits(*rows, objective=job.objective)
+        value = vgs_from_logits(*rows, objective=job.objective).loss
         held = type(measured)(*rows)
     threshold = vds_threshold(measured, job.objective.vds_quantile) if job.objective.lam else None
-    output.loss.backward()
+    value.backward()
     errors = Exact.of(measured, job, threshold).errors(held)
     assert set(errors) == set(job.trainable)
     assert max(errors.values()) < 1e-9
@@ -133,10 +151,40 @@ def test_methods_agree_with_float64(problem, job):
             assert 0 < max(row["gradient_errors"].values()) < 1e-3, row
 
 
+@pytest.mark.parametrize(
+    ("name", "beta"),
+    [
+        (name, beta)
+        for name in METHODS
+        for beta in (*BETAS.values(), 0.2)  # 0.5 does not tell which model beta weighs
+        if not METHODS[name].compiles and (name != "liger-kl" or beta == 0)
+    ],
+)
+def test_everyone_means_the_same_divergence(name, beta):
+    """CUDA peers too: without a device through Triton's interpreter."""
+    problem, job = (
+        make_problem(SMALL, TOKENS, torch.float32, DEVICE),
+        replace(JOBS["jsd"], divergence=Divergence("jsd", beta)),
+    )
+    assert METHODS[name].jobs(job)
+    exact = problem.leaves(())
+    exact = type(exact)(*(x.double().requires_grad_() for x in exact.tensors))
+    value = generalised_jsd(exact.student @ exact.student_weight.T, exact.teacher @ exact.teacher_weight.T, beta)
+    value.backward()
+    leaves = problem.leaves(job.trainable)
+    loss = METHODS[name].make(Context(problem, job, None))(leaves)
+    loss.backward()
+    assert loss.item() == pytest.approx(value.item(), rel=1e-5)
+    for leaf in job.trainable:
+        expected = getattr(exact, leaf).grad
+        assert (getattr(leaves, leaf).grad - expected).norm() < 1e-4 * expected.norm(), leaf
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compile", "liger-chunked"])
-def test_compiled_peers_agree_with_float64(problem, name):
-    row = measured(problem, "reverse-kl", (name,))[1]
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].compiles])
+@pytest.mark.parametrize("job", BETAS)
+def test_compiled_peers_agree_with_float64(problem, job, name):
+    row = measured(problem, job, (name,))[1]
     assert row["status"] == "ok" and max(row["gradient_errors"].values()) < 1e-3
 
 
@@ -163,13 +211,13 @@ def test_failures_are_rows(problem, monkeypatch):
     memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     monkeypatch.setitem(METHODS, "eager", methods.Method("a", make(memory)))
     monkeypatch.setitem(METHODS, "trl", methods.Method("b", make(KeyError("moved"))))
-    monkeypatch.setitem(METHODS, "liger-kl", methods.Method("c", make(None), package="no_such_package"))
-    rows = measured(problem, "reverse-kl", ("ours", "eager", "trl", "liger-kl"))
+    monkeypatch.setitem(METHODS, "liger-jsd", methods.Method("c", make(None), package="no_such_package"))
+    rows = measured(problem, "reverse-kl", ("ours", "eager", "trl", "liger-jsd"))
     status = {row["method"]: row["status"] for row in rows}
     assert status["ours"] == "ok"
     assert status["eager"] == "out of memory"
     assert status["trl"].startswith("failed: KeyError")
-    assert status["liger-kl"] == "no_such_package is not installed"
+    assert status["liger-jsd"] == "no_such_package is not installed"
 
 
 def test_out_of_memory_is_told_apart():
@@ -275,7 +323,7 @@ def test_bad_file_is_one_sentence(tmp_path):
 def test_tables_show_every_row(results):
     text = report.markdown(results)
     assert text.count("\n| ours |") == text.count("\n| floor |") == 2 * len(JOBS)
-    assert text.count("needs CUDA") == 2
+    assert text.count("needs CUDA") == 2 * len(BETAS)
     assert report.summary(results).count("\n") == 2 * len(JOBS) + 1
 
 

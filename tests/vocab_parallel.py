@@ -16,7 +16,14 @@ import torch.distributed as dist
 from problems import FAR, NEAR, TERMS, TRAINABLE, Evaluation, Problem, evaluate, make_problem
 from test_divergence import on_problem
 
-from vgs_kernels import VGSObjective, VGSOutput, fused_linear_divergence, fused_linear_vgs_loss
+from vgs_kernels import (
+    DivergenceOutput,
+    PolicyTerm,
+    VGSObjective,
+    VGSOutput,
+    fused_linear_divergence,
+    fused_linear_vgs_loss,
+)
 
 VOCAB = 513
 SPLITS = {
@@ -27,6 +34,8 @@ RANKS = 4
 #: The ranks that share a vocabulary, by their number.
 MEMBERS = {2: [1, 3], 3: [1, 2, 3]}
 COMPOSED = {"t": 1.0, "a": 2 / 3, "w": -2 / 3}
+DIVERGENCE = on_problem(fused_linear_divergence, COMPOSED)
+HEADED = TRAINABLE[:1] + TRAINABLE[2:]
 
 
 def twice(*args: torch.Tensor, **options: Any) -> VGSOutput:
@@ -85,6 +94,29 @@ def scores(tokens: int) -> torch.Tensor:
     return torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def policy(tokens: int, *, old: bool = True) -> PolicyTerm:
+    """Ratios on either side of the clip range."""
+    draw = torch.Generator().manual_seed(1)
+    advantages, weights, guess = torch.randn(3, tokens, dtype=torch.float64, generator=draw)
+    return PolicyTerm(advantages, weights.abs(), guess - 3 if old else None)
+
+
+def values(*args: torch.Tensor, **options: Any) -> DivergenceOutput:
+    """Unreduced: a gradient of its own for each token."""
+    output = DIVERGENCE(*args, reduction="none", **options)
+    return replace(output, loss=(output.loss * torch.linspace(-1, 2, len(output.loss), dtype=torch.float64)).sum())
+
+
+FAMILY = {
+    "forward": {"divergence": "forward_kl", "temperature": 0.8, "student_softcap": 20.0},
+    "jsd": {"divergence": "jsd", "beta": 0.3, "temperature": 1.3, "temperature_squared": True},
+    "jsd, clips": {"divergence": "jsd", "clip": 0.01, "token_clip": 0.1},
+    "sampled": {"divergence": "sampled_reverse_kl", "token_clip": 1.0},
+    "student top-k": {"divergence": "jsd", "support": "student_top_k", "top_k": 200},
+    "student top-few": {"support": "student_top_k", "top_k": 3, "clip": 0.05},
+    "teacher top-k": {"divergence": "jsd", "support": "teacher_top_k", "top_k": 9},
+    "plausible": {"divergence": "forward_kl", "support": "plausible", "plausibility": 0.01},
+}
 CASES = {
     "gated": Case(),
     "nearly equal": Case(gap=NEAR, bias=False),
@@ -122,6 +154,23 @@ CASES = {
         tokens=300,
         requires_grad=TRAINABLE[:1] + TRAINABLE[2:],
     ),
+    **{name: Case({}, options, DIVERGENCE, requires_grad=HEADED) for name, options in FAMILY.items()},
+    "jsd, cut vocabulary": Case({}, {**FAMILY["jsd"], "workspace_bytes": 2**18}, DIVERGENCE, 300, requires_grad=HEADED),
+    "student top-k, cut vocabulary": Case(
+        {}, {**FAMILY["student top-k"], "workspace_bytes": 2**18}, DIVERGENCE, 300, requires_grad=HEADED
+    ),
+    "student top-k, masked shard": Case(
+        {}, FAMILY["student top-k"], DIVERGENCE, masked=(slice(0, 150), slice(400, 513)), requires_grad=HEADED
+    ),
+    "teacher top-k, padding": Case(
+        {}, {**FAMILY["teacher top-k"], "vocab_size": 411}, DIVERGENCE, requires_grad=HEADED
+    ),
+    "jsd, frozen head": Case({}, FAMILY["jsd"], DIVERGENCE, requires_grad=("student_hidden",)),
+    "jsd, no tokens": Case({}, FAMILY["jsd"], DIVERGENCE, tokens=0, requires_grad=HEADED),
+    "values": Case({}, {"divergence": "jsd"}, values, requires_grad=HEADED),
+    "policy": Case(options={"policy": policy(33)}),
+    "policy, live prior": Case({"lam": 0.0, "detach_prior": False}, {"policy": policy(33, old=False)}),
+    "policy of a divergence": Case({}, {"divergence": "jsd", "policy": policy(33)}, DIVERGENCE, requires_grad=HEADED),
     "float32": Case(dtype=torch.float32),
     "float32, nearly equal": Case({"lam": 0.5, "detach_prior": False}, gap=NEAR, dtype=torch.float32),
     "bfloat16": Case(dtype=torch.bfloat16),
@@ -183,6 +232,7 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
             fused_linear_vgs_loss, mine, target_ids=torch.tensor([0, 1, 7]), vocab_size=7, **shared
         ),
         "process_group": lambda: evaluate(fused_linear_vgs_loss, mine, objective=ranks, **shared),
+        "top_k": lambda: evaluate(composed, mine, requires_grad=(), support="student_top_k", top_k=514, **shared),
         "nothing wrong": lambda: evaluate(fused_linear_vgs_loss, mine, vocab_size=513, **shared),
     }
     answers = {}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .objective import DIVERGENCES, VGSObjective
+from . import arguments, checks, ops
+from .arguments import DEFAULT_WORKSPACE_BYTES
+from .divergence import Divergence
+from .linear_divergence import TargetRow, linear_divergence
+from .objective import VGSObjective
 from .parallel import group_name
+from .policy import PolicyTerm
 from .rows import accumulation_dtype
-
-DEFAULT_WORKSPACE_BYTES = 5 * 2**28
 
 
 @dataclass
@@ -29,6 +30,7 @@ class VGSOutput:
         entropy: [N] entropy of p_I.
         student_vds: [N] KL(p_I || p_x), the student's own visual dependency: near 0, the student does not look.
         target_logps: [N] log p_I of ``target_ids``.
+        policy: [N] values of the policy term, before its weights.
     """
 
     loss: Tensor
@@ -40,6 +42,7 @@ class VGSOutput:
     entropy: Tensor | None = None
     student_vds: Tensor | None = None
     target_logps: Tensor | None = None
+    policy: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Loss and unweighted means over this call's tokens (0 for no token), as detached 0-d tensors."""
@@ -47,27 +50,6 @@ class VGSOutput:
         terms = {name: getattr(self, name) for name in names}
         means = {name: x.float().sum() / max(len(x), 1) for name, x in terms.items() if x is not None}
         return {"loss": self.loss.detach(), **means}
-
-
-@dataclass
-class DivergenceOutput:
-    """Loss (0-d, carries gradient) and detached [N] tensors: divergence and entropy in nats, target_logps."""
-
-    loss: Tensor
-    divergence: Tensor
-    entropy: Tensor
-    target_logps: Tensor | None = None
-
-
-class TargetRow(NamedTuple):
-    """One addend of a composed target: coefficient * (softcap(logit_scale * (hidden @ weight^T + bias)))."""
-
-    coefficient: float
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 def fused_linear_vgs_loss(
@@ -86,6 +68,7 @@ def fused_linear_vgs_loss(
     vds: Tensor | None = None,
     vds_threshold: float | Tensor | Sequence[float] | None = None,
     trajectory_ids: Tensor | None = None,
+    policy: PolicyTerm | None = None,
     vocab_size: int | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -120,6 +103,7 @@ def fused_linear_vgs_loss(
         vds_threshold: gate threshold known beforehand, a number or 0-d tensor; a pair (low, high) for the adaptive
             schedule.
         trajectory_ids: [N] int64, needed by ``vds_scope="trajectory"``.
+        policy: a clipped policy gradient on ``target_ids``, added to the loss, from the same sweep.
         vocab_size: number of leading columns of both heads to use; names the rest as padding. With ``vocab_group``, of
             the whole vocabulary.
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula.
@@ -175,32 +159,41 @@ def fused_linear_vgs_loss(
     token_weights, target_ids, steering = _token_arguments(
         objective, student_hidden, token_weights, target_ids, vocab, vds, vds_threshold, trajectory_ids, process_group
     )
+    held_policy = arguments.policy_term(policy, target_ids, student_hidden)
     backend = checks.backend(backend, student_hidden)
     workspace_bytes = checks.workspace(workspace_bytes)
 
     foldable = objective.lam == 0 and objective.schedule == "constant" and objective.detach_prior
     if not return_terms and foldable and student_softcap is None and teacher_softcap is None:
-        target = _composed_target(
-            objective.kappa,
-            TargetRow(1.0, teacher_hidden, teacher_weight, teacher_bias, scales[1]),
-            teacher_text_hidden,
-            TargetRow(objective.kappa, student_text_hidden, student_weight, student_bias, scales[0]),
+        teacher = TargetRow(1.0, teacher_hidden, teacher_weight, teacher_bias, scales[1])
+        prior = TargetRow(objective.kappa, student_text_hidden, student_weight, student_bias, scales[0])
+        text = teacher._replace(coefficient=-objective.kappa, hidden=teacher_text_hidden)
+        output = linear_divergence(
+            TargetRow(1.0, student_hidden, student_weight, student_bias, scales[0]),
+            [teacher, prior, text] if objective.kappa else [teacher],
+            Divergence(temperature=objective.temperature),
+            token_weights * (objective.eta * (1 + objective.gamma)),
+            None,
+            target_ids,
+            held_policy,
+            vocab,
+            vocab_group,
+            workspace_bytes,
+            backend,
+            fold=True,
         )
-        loss, terms = _divergence(
-            TargetRow(1.0, student_hidden, student_weight, student_bias, scales[0]), target,
-            token_weights * (objective.eta * (1 + objective.gamma)), target_ids, objective.temperature, vocab,
-            vocab_group, workspace_bytes, backend,
-        )  # fmt: skip
-        return VGSOutput(loss, entropy=terms[1], target_logps=terms[2] if len(terms) > 2 else None)
+        return VGSOutput(output.loss, entropy=output.entropy, target_logps=output.target_logps, policy=output.policy)
 
     loss, terms, *_ = ops.linear_vgs(
         student_hidden, student_text_hidden, student_weight, student_bias,
-        teacher_hidden.detach(), teacher_text_hidden.detach(), teacher_weight.detach(), _detached(teacher_bias),
-        token_weights, target_ids, *steering, *_knobs(objective), vocab, _group(vocab_group), scales,
+        teacher_hidden.detach(), teacher_text_hidden.detach(), teacher_weight.detach(),
+        arguments.detached(teacher_bias), token_weights, target_ids, *steering, *held_policy, *_knobs(objective), vocab,
+        arguments.group(vocab_group), scales,
         [student_softcap or 0.0, teacher_softcap or 0.0], workspace_bytes, backend,
-        checks.compute_dtype(student_hidden), _needs(student_hidden, student_text_hidden, student_weight, student_bias),
+        checks.compute_dtype(student_hidden),
+        arguments.needs(student_hidden, student_text_hidden, student_weight, student_bias),
     )  # fmt: skip
-    return _output(loss, terms)
+    return _output(loss, terms, target_ids)
 
 
 def vgs_loss(
@@ -215,6 +208,7 @@ def vgs_loss(
     vds: Tensor | None = None,
     vds_threshold: float | Tensor | Sequence[float] | None = None,
     trajectory_ids: Tensor | None = None,
+    policy: PolicyTerm | None = None,
     vocab_size: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
@@ -226,8 +220,8 @@ def vgs_loss(
 
     Args:
         student_logits, student_text_logits, teacher_logits, teacher_text_logits: [N, V] of one dtype.
-        objective, token_weights, target_ids, vds, vds_threshold, trajectory_ids, vocab_size, process_group, backend:
-            as in :func:`fused_linear_vgs_loss`.
+        objective, token_weights, target_ids, vds, vds_threshold, trajectory_ids, policy, vocab_size, process_group,
+            backend: as in :func:`fused_linear_vgs_loss`.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -252,109 +246,11 @@ def vgs_loss(
     )
     loss, terms, *_ = ops.dense_vgs(
         student_logits, student_text_logits, teacher_logits.detach(), teacher_text_logits.detach(),
-        token_weights, target_ids, *steering, *_knobs(objective), vocab,
-        checks.backend(backend, student_logits), _needs(student_logits, student_text_logits),
+        token_weights, target_ids, *steering, *arguments.policy_term(policy, target_ids, student_logits),
+        *_knobs(objective), vocab,
+        checks.backend(backend, student_logits), arguments.needs(student_logits, student_text_logits),
     )  # fmt: skip
-    return _output(loss, terms)
-
-
-def fused_linear_divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    target: Sequence[TargetRow | tuple],
-    *,
-    divergence: str = "reverse_kl",
-    token_weights: Tensor | None = None,
-    temperature: float = 1.0,
-    student_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    student_logit_scale: float = 1.0,
-    target_ids: Tensor | None = None,
-    vocab_size: int | None = None,
-    vocab_group: torch.distributed.ProcessGroup | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-    backend: str = "auto",
-) -> DivergenceOutput:
-    """KL(softmax(student logits) || softmax(sum_k c_k * logits_k)) from hidden states; no [N, V] tensor is formed.
-
-    One operation for plain distillation (one row with coefficient 1), VGS with its terms merged (see
-    :attr:`VGSObjective.kappa`) and contrastive targets. The target receives no gradient.
-
-    Args:
-        student_hidden: [N, D].
-        student_weight: [V, D].
-        target: rows (coefficient, hidden [N, Dk], weight [V, Dk][, bias [V]]) or :class:`TargetRow`.
-        divergence: ``"reverse_kl"``.
-        temperature: divides the student's logits and the composed ones, > 0.
-        token_weights, student_bias, student_softcap, student_logit_scale, target_ids, vocab_size, vocab_group,
-            workspace_bytes, backend: as in :func:`fused_linear_vgs_loss`.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-    """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-    if isinstance(target, (str, Tensor)) or not isinstance(target, Sequence) or not target:
-        raise ValueError(f"target must be a non-empty sequence of rows, got {type(target).__name__}.")
-    rows = [_target_row(f"target[{i}]", row) for i, row in enumerate(target)]
-    checks.process_group("vocab_group", vocab_group)
-    shard = vocab_group is not None
-    checks.tensor("student_hidden", student_hidden, (None, None))
-    checks.head("student_weight", student_weight, "student_bias", student_bias, student_hidden, shard=shard)
-    heads = {"student_weight": len(student_weight)}
-    for i, row in enumerate(rows):
-        hidden, weight, bias = row.hidden, row.weight, row.bias
-        name = f"target[{i}]"
-        checks.number(f"{name}.coefficient", row.coefficient)
-        checks.tensor(f"{name}.hidden", hidden, (len(student_hidden), None), like=student_hidden)
-        checks.head(f"{name}.weight", weight, f"{name}.bias", bias, hidden, shard=shard)
-        checks.number(f"{name}.softcap", row.softcap, positive=True, optional=True)
-        checks.number(f"{name}.logit_scale", row.logit_scale, positive=True)
-        heads[f"{name}.weight"] = len(weight)
-    student = TargetRow(1.0, student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
-    vocab = checks.vocabulary(heads, vocab_size, shard=shard)
-    checks.number("temperature", temperature, positive=True)
-    checks.number("student_softcap", student_softcap, positive=True, optional=True)
-    checks.number("student_logit_scale", student_logit_scale, positive=True)
-    target_ids = _target_ids(target_ids, student_hidden, vocab)
-    loss, terms = _divergence(
-        student, rows, _weights(token_weights, student_hidden), target_ids, temperature, vocab, vocab_group,
-        checks.workspace(workspace_bytes), checks.backend(backend, student_hidden),
-    )  # fmt: skip
-    return DivergenceOutput(loss, *terms)
-
-
-def _divergence(
-    student: TargetRow,
-    target: Sequence[TargetRow],
-    token_weights: Tensor,
-    target_ids: Tensor | None,
-    temperature: float,
-    vocab: int | None,
-    vocab_group: torch.distributed.ProcessGroup | None,
-    workspace_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Loss and detached terms of a validated student row against a composed target."""
-    loss, terms, *_ = ops.linear_divergence(
-        student.hidden, student.weight, student.bias,
-        [row.hidden.detach() for row in target], [row.weight.detach() for row in target],
-        [_detached(row.bias) for row in target], token_weights, target_ids,
-        [float(row.coefficient) for row in target], float(temperature), vocab, _group(vocab_group),
-        [float(row.logit_scale) for row in (student, *target)], [row.softcap or 0.0 for row in (student, *target)],
-        workspace_bytes, backend, checks.compute_dtype(student.hidden),
-        _needs(student.hidden, student.weight, student.bias),
-    )  # fmt: skip
-    return loss, terms.detach()
-
-
-def _target_row(name: str, row: TargetRow | Sequence) -> TargetRow:
-    if isinstance(row, TargetRow):
-        return row
-    if not isinstance(row, (tuple, list)) or not 3 <= len(row) <= 6:
-        came = f"{len(row)} entries" if isinstance(row, (tuple, list)) else type(row).__name__
-        raise TypeError(f"{name} must be a TargetRow or (coefficient, hidden, weight[, bias]), got {came}.")
-    return TargetRow(*row)
+    return _output(loss, terms, target_ids)
 
 
 def _objective(objective: VGSObjective | None) -> VGSObjective:
@@ -368,32 +264,6 @@ def _objective(objective: VGSObjective | None) -> VGSObjective:
 def _knobs(objective: VGSObjective) -> list:
     """The objective as an operator takes it: in the order of its fields, without the divergence."""
     return [getattr(objective, field.name) for field in dataclasses.fields(objective)][:-1]
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
-def _needs(*tensors: Tensor | None) -> list[bool]:
-    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
-
-
-def _group(vocab_group: torch.distributed.ProcessGroup | None) -> str | None:
-    return None if vocab_group is None else group_name(vocab_group)
-
-
-def _weights(token_weights: Tensor | None, like: Tensor) -> Tensor:
-    n = len(like)
-    dtype = accumulation_dtype(like)
-    if token_weights is None:
-        return torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=like.device)
-    return checks.per_token("token_weights", token_weights, like).to(dtype)
-
-
-def _target_ids(target_ids: Tensor | None, like: Tensor, vocab: int | None) -> Tensor | None:
-    target_ids = checks.per_token("target_ids", target_ids, like, integer=True)
-    checks.ids_in_vocabulary("target_ids", target_ids, vocab)
-    return target_ids
 
 
 def _token_arguments(
@@ -417,7 +287,7 @@ def _token_arguments(
         trajectory_ids,
         group_name(process_group) if objective.vds_scope == "ranks" else None,
     ]
-    return _weights(token_weights, like), _target_ids(target_ids, like, vocab), steering
+    return arguments.token_weights(token_weights, like), arguments.target_ids(target_ids, like, vocab), steering
 
 
 def _threshold(value: float | Tensor | Sequence[float] | None, objective: VGSObjective, like: Tensor) -> Tensor | None:
@@ -442,19 +312,7 @@ def _threshold(value: float | Tensor | Sequence[float] | None, objective: VGSObj
     return limits
 
 
-def _composed_target(
-    kappa: float, teacher: TargetRow, teacher_text_hidden: Tensor, prior: TargetRow
-) -> list[TargetRow]:
-    """Rows of t + kappa * (a - w), the teacher's two folded into one by linearity: one GEMM instead of two."""
-    if kappa == 0:
-        return [teacher]
-    wide = accumulation_dtype(teacher.hidden)
-    folded = torch.sub(teacher.hidden.to(wide), teacher_text_hidden.to(wide), alpha=kappa).to(teacher.hidden.dtype)
-    bias = None if teacher.bias is None else teacher.bias * (1 - kappa)
-    return [teacher._replace(hidden=folded, bias=bias), prior]
-
-
-def _output(loss: Tensor, terms: Tensor) -> VGSOutput:
-    names = (*ops.VGS_TERMS, "target_logps")
+def _output(loss: Tensor, terms: Tensor, target_ids: Tensor | None) -> VGSOutput:
+    names = [*ops.VGS_TERMS, *([] if target_ids is None else ["target_logps"]), "policy"]
     values = dict(zip(names, terms.detach(), strict=False))
     return VGSOutput(loss, **{**values, "gate": values["gate"] > 0})

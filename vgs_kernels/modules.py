@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import DivergenceOutput, TargetRow, VGSOutput, fused_linear_divergence, fused_linear_vgs_loss
+from .functional import VGSOutput, fused_linear_vgs_loss
+from .linear_divergence import DivergenceOutput, TargetRow, fused_linear_divergence
 from .objective import VGSObjective
 
 

@@ -8,7 +8,6 @@ from . import checks
 
 SCHEDULES = ("constant", "adaptive")
 VDS_SCOPES = ("call", "ranks", "trajectory")
-DIVERGENCES = ("reverse_kl",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class VGSObjective:
             )
         if not isinstance(self.detach_prior, bool):
             raise TypeError(f"detach_prior must be a bool, got {type(self.detach_prior).__name__}.")
-        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES), ("divergence", DIVERGENCES)):
+        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES), ("divergence", ("reverse_kl",))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 

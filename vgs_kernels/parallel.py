@@ -52,6 +52,8 @@ class VocabularyShard(NamedTuple):
     columns: int
     largest: int
     """Columns that the rank with most of them uses: what all ranks plan their tiles for."""
+    total: int
+    """Columns of all ranks together."""
     start: int = 0
     group: str | None = None
 
@@ -68,30 +70,30 @@ class VocabularyShard(NamedTuple):
             target_ids: global ids, or None.
         """
         if name is None:
-            return cls(vocab, vocab)
+            return cls(vocab, vocab, vocab)
         group = _resolve(name)
         sizes = torch.tensor([len(head) for head in heads], device=heads[0].device)
         sizes = torch.stack(_gather(sizes, group)).tolist()
         columns = checks.shards(sizes, vocab)
         checks.ids_in_vocabulary("target_ids", target_ids, sum(columns))
         rank = dist.get_rank(group)
-        return cls(columns[rank], max(columns), sum(size[0] for size in sizes[:rank]), name)
+        return cls(columns[rank], max(columns), sum(columns), sum(size[0] for size in sizes[:rank]), name)
 
     def local(self, ids: Tensor | None) -> Tensor | None:
         """Global ids as columns of this shard; those of other shards lie outside it."""
         return ids if ids is None or self.start == 0 else ids - self.start
 
     def merge(self, state: Tensor, picked: Tensor | None) -> None:
-        """From the statistics [K, R] of a shard, and the logits [R] of columns that one shard has, to those of all."""
+        """From the statistics [K, R] of a shard, and logits [P, R] of columns that one shard has, to those of all."""
         if self.group is None:
             return
         group = _resolve(self.group)
         x = RunningStatistics(state)
-        tops = torch.cat([x.tops(), *([] if picked is None else [picked.unsqueeze(0)])])
+        tops = torch.cat([x.tops(), *([] if picked is None else [picked])])
         dist.all_reduce(tops, dist.ReduceOp.MAX, group)
         if picked is not None:
-            picked.copy_(tops[-1])
-            tops = tops[:-1]
+            picked.copy_(tops[-len(picked) :])
+            tops = tops[: -len(picked)]
         x.rise_to(tops)
         addends = x.addends()
         merged = torch.stack(addends)
@@ -100,10 +102,17 @@ class VocabularyShard(NamedTuple):
             addend.copy_(value)
         x.store()
 
-    def sum(self, *gradients: Tensor | None) -> None:
-        """Add up gradients of what all ranks have, in place."""
+    def top(self, values: Tensor, count: int) -> Tensor:
+        """The ``count`` largest of all shards' values [R, <= count], in descending order."""
+        if self.group is None:
+            return values
+        padded = torch.nn.functional.pad(values, (0, count - values.shape[1]), value=-torch.inf)
+        return torch.cat(_gather(padded, _resolve(self.group)), 1).topk(count).values
+
+    def sum(self, *values: Tensor | None) -> None:
+        """Add up what each rank has of sums over the vocabulary, in place."""
         if self.group is None:
             return
-        for gradient in gradients:
-            if gradient is not None and gradient.numel():
-                dist.all_reduce(gradient, group=_resolve(self.group))
+        for value in values:
+            if value is not None and value.numel():
+                dist.all_reduce(value, group=_resolve(self.group))

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s').
-PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
+_COMMON_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
+#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s') or exp(t').
+PAIR_STATE = (*_COMMON_STATE, "t_gap")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *PAIR_STATE,
+    *_COMMON_STATE,
     *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
     *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
@@ -28,6 +29,7 @@ VGS_STATE = (
 GAPS = {
     "s_logit": ("s", "s", None),
     "s_gap": ("s", "s", "t"),
+    "t_gap": ("t", "t", "s"),
     "s_prior_gap": ("s", "a", "w"),
     "s_view_gap": ("s", "s", "a"),
     "t_view_gap": ("t", "t", "w"),
@@ -78,6 +80,8 @@ class RowTile(NamedTuple):
     """Whether a logit can be -inf."""
     readable: int
     """Columns >= C that may be read in all rows, and overwritten in those of gradients; what stands there is void."""
+    deciding: Tensor | None = None
+    """The logits that decide which columns count, [R, C], where no other row does."""
 
     @property
     def four(self) -> bool:
@@ -89,7 +93,9 @@ class RowCoefficients(NamedTuple):
 
     d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
     rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) with ``live_prior``, and of
-    language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given.
+    language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given. Where ``policy`` is given,
+    d_s gains policy * (1 - p) at the column ``chosen`` of the vocabulary (int64, may lie outside) and -policy * p
+    elsewhere.
     """
 
     weight: Tensor
@@ -98,6 +104,8 @@ class RowCoefficients(NamedTuple):
     live_prior: bool = False
     language_weight: Tensor | None = None
     language_mean_gap: Tensor | None = None
+    policy: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 def slices(n: int, size: int) -> list[slice]:
@@ -220,13 +228,18 @@ class Statistics:
         return self[name] / self[f"{GAPS[name][0]}_sum"]
 
     def _divergence(self, gap: str) -> Tensor:
-        _, p, q = GAPS[gap]
+        _, p, q = GAPS[gap]  # its weights are of the row that comes first in the difference
         return self.mean(gap) - self[f"{p}_sum"].log() + self[f"{q}_sum"].log()
 
     @property
     def standard(self) -> Tensor:
-        """KL(softmax(s) || softmax(t)); of a pair, its divergence."""
+        """KL(softmax(s) || softmax(t))."""
         return self._divergence("s_gap")
+
+    @property
+    def forward(self) -> Tensor:
+        """KL(softmax(t) || softmax(s)); of a pair alone."""
+        return self._divergence("t_gap")
 
     @property
     def visual(self) -> Tensor:
@@ -254,6 +267,6 @@ class Statistics:
         """Of softmax(s)."""
         return self["s_sum"].log() - self.mean("s_logit")
 
-    def log_probability(self, logits: Tensor) -> Tensor:
-        """log softmax(s) at columns with these logits, [N]."""
-        return (logits - self["s_max"]) - self["s_sum"].log()
+    def log_probability(self, logits: Tensor, row: str = "s") -> Tensor:
+        """log softmax(row) at columns with these logits, [N]."""
+        return (logits - self[f"{row}_max"]) - self[f"{row}_sum"].log()

@@ -15,7 +15,7 @@ _BLOCK_ROWS, _BLOCK_ELEMENTS = 64, 1 << 19
 _LOG2_E = math.log2(math.e)
 
 
-class _Blocks:
+class Blocks:
     """The blocks of a tile, and temporaries that all blocks share: memory is slow where it is touched first."""
 
     def __init__(self, tile: RowTile, like: Tensor, count: int) -> None:
@@ -35,7 +35,7 @@ class _Blocks:
         return list(self._memory[:, : height * width].view(-1, height, width))
 
 
-def _load(tile: RowTile, rows: slice, columns: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+def load(tile: RowTile, rows: slice, columns: slice, dtype: torch.dtype) -> dict[str, Tensor]:
     """Transformed logits of one block: s, t and, of four rows, a, w."""
     student, target = tile.student_transform, tile.target_transform
     logits = {"s": (tile.student, student), "t": (tile.target, target)}
@@ -44,7 +44,7 @@ def _load(tile: RowTile, rows: slice, columns: slice, dtype: torch.dtype) -> dic
     return {name: transform(x[rows, columns].to(dtype)) for name, (x, transform) in logits.items()}
 
 
-def _exp(x: Tensor, out: Tensor) -> Tensor:
+def exp(x: Tensor, out: Tensor) -> Tensor:
     """e^x; ``out`` may be x. ``torch.exp`` takes twice as long on a CPU, and twenty times where it underflows."""
     return torch.mul(x, _LOG2_E, out=out).exp2_()
 
@@ -57,12 +57,12 @@ def _steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
 
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R], in place."""
-    blocks = _Blocks(tile, state, 10 if tile.four else 6)
+    blocks = Blocks(tile, state, 10 if tile.four else 6)
     for rows in blocks.rows():
         _fold(tile, rows, blocks, state[:, rows])
 
 
-def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
+def _fold(tile: RowTile, rows: slice, blocks: Blocks, state: Tensor) -> None:
     """``statistics`` of a few tokens."""
     masked = tile.may_be_masked
     x = RunningStatistics(state)
@@ -71,11 +71,11 @@ def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
     for columns in blocks.columns():
         *temporaries, difference, product = blocks.temporaries(rows, columns)
         centred, weights = (dict(zip(x.names, temporaries[i::2], strict=True)) for i in range(2))
-        logits = _load(tile, rows, columns, state.dtype)
+        logits = load(tile, rows, columns, state.dtype)
         anchors = x.rise(torch.maximum(x.maxima, torch.stack([values.amax(1) for values in logits.values()])), masked)
         for name, at, total in zip(x.names, anchors, block_sums, strict=True):
             torch.sub(logits[name], at.unsqueeze(1), out=centred[name])
-            torch.sum(_exp(centred[name], weights[name]), 1, out=total)
+            torch.sum(exp(centred[name], weights[name]), 1, out=total)
         for (name, (weight, high, low)), total in zip(x.gaps.items(), block_totals, strict=True):
             gap = centred[high] if low is None else torch.sub(centred[high], centred[low], out=difference)
             if masked and name == "s_prior_gap":  # outside the support of q*, where log q* is -inf
@@ -89,21 +89,29 @@ def _fold(tile: RowTile, rows: slice, blocks: _Blocks, state: Tensor) -> None:
         if tile.four:
             steered = _steered(centred, masked, out=difference)
             at = x.rise_steered(torch.maximum(x.q_max, steered.amax(1)))
-            x.q_sum.add_(_exp(steered.sub_(at.unsqueeze(1)), out=steered).sum(1))
+            x.q_sum.add_(exp(steered.sub_(at.unsqueeze(1)), out=steered).sum(1))
     x.store()
 
 
-def _chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
+def one_hot(chosen: Tensor, columns: slice, like: Tensor) -> Tensor:
+    """[R, C] of these columns: 1 at ``chosen`` [R, 1], counted from the tile's first column; else 0."""
+    local = chosen - columns.start
+    inside = (local >= 0) & (local < like.shape[1])
+    return torch.zeros_like(like).scatter_(1, torch.where(inside, local, 0), inside.to(like.dtype))
+
+
+def chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
     """Multiply by the soft-cap's derivative; the linear gain is already in the token weights."""
     transform = tile.student_transform
     if transform.softcap is None:
         return gradient
-    return gradient.mul_(1 - (logits / (transform.softcap * transform.inv_temperature)).square_())
+    slope = 1 - (logits / (transform.softcap * transform.inv_temperature)).square_()
+    return gradient.mul_(slope.clamp_(min=0))  # 0 at a masked column
 
 
 def _language(centred: dict[str, Tensor], total: Tensor, weight: Tensor, mean_gap: Tensor, masked: bool) -> Tensor:
     """weight * softmax(a) * (a' - w' - mean_gap)."""
-    p_weight = _exp(centred["a"], out=torch.empty_like(centred["a"])).mul_(weight / total)
+    p_weight = exp(centred["a"], out=torch.empty_like(centred["a"])).mul_(weight / total)
     term = (centred["a"] - centred["w"]).sub_(mean_gap).mul_(p_weight)
     return term.masked_fill_(p_weight == 0, 0) if masked else term
 
@@ -124,28 +132,28 @@ def gradient(
             a live prior only.
     """
     masked = tile.may_be_masked
-    blocks = _Blocks(tile, state, 6 if tile.four else 3)
+    blocks = Blocks(tile, state, 6 if tile.four else 3)
     for rows in blocks.rows():
         x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
         scalars = [value[rows].unsqueeze(1) if isinstance(value, Tensor) else value for value in coefficients]
-        weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap = scalars
+        weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap, policy, chosen = scalars
         tokens, text_at = slice(None), rows
         if text_rows is not None:
             tokens = (text_rows[rows] >= 0).nonzero().squeeze(1)
             text_at = text_rows[rows][tokens]
         for columns in blocks.columns():
             p, *temporaries = blocks.temporaries(rows, columns)
-            logits = _load(tile, rows, columns, state.dtype)
+            logits = load(tile, rows, columns, state.dtype)
             centred = {
                 name: torch.sub(values, anchor(x[f"{name}_max"]), out=temporary)
                 for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
             }
-            _exp(centred["s"], out=p).div_(x["s_sum"])
+            exp(centred["s"], out=p).div_(x["s_sum"])
             if out_text is not None:
                 d_a = None
                 if live_prior:
                     q = _steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
-                    d_a = _exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
+                    d_a = exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
                     if masked:  # 0 * inf is 0
                         d_a.masked_fill_(weight * gamma == 0, 0)
                 if language_weight is not None:
@@ -153,7 +161,7 @@ def gradient(
                     scale = (values[tokens] for values in (x["a_sum"], language_weight, language_mean_gap))
                     term = _language(chosen, *scale, masked)
                     d_a = term if d_a is None else d_a.add_(term)
-                d_a = _chain(d_a, logits["a"][tokens], tile)
+                d_a = chain(d_a, logits["a"][tokens], tile)
                 if masked:
                     d_a.masked_fill_(logits["a"][tokens] == -torch.inf, 0)
             gap = centred["s"].sub_(centred["t"])
@@ -162,10 +170,17 @@ def gradient(
                 if masked:  # 0 * inf is 0
                     prior_gap.masked_fill_(gamma == 0, 0)
                 gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1)
-            p_weight = p.mul_(weight)
-            d_s = _chain(gap.sub_(mean_gap).mul_(p_weight), logits["s"], tile)
+            gap.sub_(mean_gap)
+            if policy is None:
+                p_weight = p.mul_(weight)
+            else:
+                pull = one_hot(chosen, columns, p).sub_(p).mul_(policy)
+                p_weight = p.mul_(weight)
+            d_s = gap.mul_(p_weight)
             if masked:
                 d_s.masked_fill_(p_weight == 0, 0)
-            out[rows, columns] = d_s
+            if policy is not None:
+                d_s.add_(pull)
+            out[rows, columns] = chain(d_s, logits["s"], tile)
             if out_text is not None:
                 out_text[text_at, columns] = d_a.to(out_text.dtype)

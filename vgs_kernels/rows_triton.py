@@ -27,7 +27,7 @@ from .rows import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
 STATISTICS_WARPS = {"cuda": 8, "hip": 4}
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
 _THREADS = {"cuda": 32, "hip": 64}  # of a warp
-_VENDOR = "cuda" if torch.version.hip is None else "hip"
+VENDOR = "cuda" if torch.version.hip is None else "hip"
 #: A row is cut until there are this many programs for each multiprocessor, twice what runs there at a time; stretches
 #: keep so many blocks that their start and their meeting are small beside them. Whatever their number, they meet in one
 #: compilation.
@@ -40,7 +40,7 @@ _NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _exp(x):
+def exp(x):
     # tl.exp spends three more instructions on results below 2^-126; these become 0.
     return tl.exp2(x * _LOG2_E)
 
@@ -50,14 +50,12 @@ def _tanh(x):
     # 1 - 2 / (e^2x + 1) cancels near zero; there, the odd series.
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    return tl.where(x2 < 0.0625, series, 1 - 2 / (_exp(2 * x) + 1))
+    return tl.where(x2 < 0.0625, series, 1 - 2 / (exp(2 * x) + 1))
 
 
 @triton.jit
-def _load(
-    pointer, columns, n_columns, n_loaded, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
-):
-    x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
+def transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """rows.LogitTransform of logits as they lie in a tile; nothing behind its end."""
     if HAS_CAP:
         capped = _tanh(x * (scale / softcap)) * (softcap * inv_temperature)
         x = tl.where(x == float("-inf"), x, capped) if MASKED else capped
@@ -67,13 +65,21 @@ def _load(
 
 
 @triton.jit
-def _anchor(maximum, MASKED: tl.constexpr):
+def _load(
+    pointer, columns, n_columns, n_loaded, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
+):
+    x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
+    return transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP, MASKED)
+
+
+@triton.jit
+def anchored(maximum, MASKED: tl.constexpr):
     """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
     return tl.where(maximum == float("-inf"), 0.0, maximum) if MASKED else maximum
 
 
 @triton.jit
-def _lane_sum(x):
+def lane_sum(x):
     """[LANES, WIDTH] -> [LANES]: a thread's own elements."""
     return tl.sum(x, axis=1)
 
@@ -81,8 +87,8 @@ def _lane_sum(x):
 @triton.jit
 def _raise(maximum, raised, MASKED: tl.constexpr):
     """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
-    anchor = _anchor(raised, MASKED)
-    return anchor, _anchor(maximum, MASKED) - anchor, _exp(maximum - anchor)
+    anchor = anchored(raised, MASKED)
+    return anchor, anchored(maximum, MASKED) - anchor, exp(maximum - anchor)
 
 
 @triton.jit
@@ -106,7 +112,7 @@ def _expect(total, sum_before, shift, discount, weights, gap, MASKED: tl.constex
     product = weights * gap
     if MASKED:
         product = tl.where(weights > 0, product, 0.0)
-    return _kept(total, sum_before, shift, discount, MASKED) + _lane_sum(product)
+    return _kept(total, sum_before, shift, discount, MASKED) + lane_sum(product)
 
 
 @triton.jit
@@ -117,8 +123,8 @@ def _steered(a, t, w, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _meet_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
-    """Statistics [LANES] of a pair, each lane a block centred at its own anchors: join them and store them."""
+def _meet_common(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
+    """Statistics [LANES] of s and t, each lane a block centred at its own anchors: join them and store them."""
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
     _, s_shift, s_discount = _raise(s_max, s_top, MASKED)
@@ -130,6 +136,12 @@ def _meet_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASK
     tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
     tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
     return s_shift, s_discount, t_shift, t_discount
+
+
+@triton.jit
+def _meet_pair(pointer, stride, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED: tl.constexpr):
+    """What a pair has more; the order of rows.PAIR_STATE."""
+    tl.store(pointer + 6 * stride, tl.sum(_kept(t_gap, t_sum, t_shift - s_shift, t_discount, MASKED), axis=0))
 
 
 @triton.jit
@@ -188,6 +200,8 @@ def statistics_kernel(
     if FOUR:
         a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
         s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero
+    else:
+        t_gap = zero
 
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
@@ -195,8 +209,8 @@ def statistics_kernel(
         t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
         s_max, s, s_shift, s_discount = _centre(s, s_max, MASKED)
         t_max, t, t_shift, t_discount = _centre(t, t_max, MASKED)
-        p_s = _exp(s)
-        p_t = _exp(t)
+        p_s = exp(s)
+        p_t = exp(t)
         s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s, MASKED)
         s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
         if FOUR:
@@ -204,7 +218,7 @@ def statistics_kernel(
             w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
             a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
             w_max, w, w_shift, w_discount = _centre(w, w_max, MASKED)
-            p_a = _exp(a)
+            p_a = exp(a)
             prior_gap = a - w
             if MASKED:  # outside the support of q*, log q* is -inf
                 prior_gap = tl.where(w == float("-inf"), float("-inf"), prior_gap)
@@ -214,14 +228,16 @@ def statistics_kernel(
             a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w, MASKED)
             q_before = q_max + (a_shift + t_shift - w_shift)
             q_max, q, _, q_discount = _centre(_steered(a, t, w, MASKED), q_before, MASKED)
-            a_sum = a_sum * a_discount + _lane_sum(p_a)
-            w_sum = w_sum * w_discount + _lane_sum(_exp(w))
-            q_sum = q_sum * q_discount + _lane_sum(_exp(q))
-        s_sum = s_sum * s_discount + _lane_sum(p_s)
-        t_sum = t_sum * t_discount + _lane_sum(p_t)
+            a_sum = a_sum * a_discount + lane_sum(p_a)
+            w_sum = w_sum * w_discount + lane_sum(exp(w))
+            q_sum = q_sum * q_discount + lane_sum(exp(q))
+        else:
+            t_gap = _expect(t_gap, t_sum, t_shift - s_shift, t_discount, p_t, t - s, MASKED)
+        s_sum = s_sum * s_discount + lane_sum(p_s)
+        t_sum = t_sum * t_discount + lane_sum(p_t)
 
-    out_ptr += tl.program_id(1) * (16 if FOUR else 6) * n_rows + row
-    s_shift, s_discount, t_shift, t_discount = _meet_pair(
+    out_ptr += tl.program_id(1) * (16 if FOUR else 7) * n_rows + row
+    s_shift, s_discount, t_shift, t_discount = _meet_common(
         out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
     )
     if FOUR:
@@ -229,6 +245,8 @@ def statistics_kernel(
             out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED,
         )  # fmt: skip
+    else:
+        _meet_pair(out_ptr, n_rows, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED)
 
 
 # The number of tokens decides strides and offsets: no recompilation for another batch length.
@@ -244,7 +262,7 @@ def meet_kernel(
     lane = tl.arange(0, LANES)
     inside = lane <= n_stretches
     earlier = lane == 0
-    stretch = stretch_ptr + (lane - 1) * ((16 if FOUR else 6) * n_rows)
+    stretch = stretch_ptr + (lane - 1) * ((16 if FOUR else 7) * n_rows)
     lanes = tl.where(earlier, state_ptr, stretch) + row
     stride = tl.where(earlier, state_stride, n_rows)
     s_max = tl.load(lanes, mask=inside, other=float("-inf"))
@@ -265,8 +283,10 @@ def meet_kernel(
         s_view_gap = tl.load(lanes + 13 * stride, mask=inside, other=0.0)
         t_view_gap = tl.load(lanes + 14 * stride, mask=inside, other=0.0)
         a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
+    else:
+        t_gap = tl.load(lanes + 6 * stride, mask=inside, other=0.0)
     tl.debug_barrier()  # the state is read before it is written
-    s_shift, s_discount, t_shift, t_discount = _meet_pair(
+    s_shift, s_discount, t_shift, t_discount = _meet_common(
         state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
     )
     if FOUR:
@@ -274,10 +294,12 @@ def meet_kernel(
             state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, True,
         )  # fmt: skip
+    else:
+        _meet_pair(state_ptr, state_stride, t_sum, s_shift, t_shift, t_discount, t_gap, True)
 
 
 @triton.jit
-def _cap_slope(z, softcap, inv_temperature):
+def cap_slope(z, softcap, inv_temperature):
     """Derivative of the soft-cap; the linear gain is already in the token weights."""
     capped = z * (1 / (softcap * inv_temperature))
     return tl.maximum(1 - capped * capped, 0.0)  # 0 where z is no logit but a mask, or lies behind the tile's end
@@ -288,9 +310,9 @@ def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride,
     state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr,
-    language_weight_ptr, language_mean_gap_ptr, text_row_ptr, n_columns, n_loaded,
+    language_weight_ptr, language_mean_gap_ptr, policy_ptr, chosen_ptr, text_row_ptr, n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, PRIOR: tl.constexpr, LANGUAGE: tl.constexpr, COMPACT: tl.constexpr,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, LANGUAGE: tl.constexpr, POLICY: tl.constexpr, COMPACT: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -304,17 +326,17 @@ def gradient_kernel(
     t_ptr += row * t_stride
     s = _load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
     t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-    s_centred = s - _anchor(tl.load(state_ptr), MASKED)
-    t_centred = t - _anchor(tl.load(state_ptr + 2 * state_stride), MASKED)
-    exp_s = _exp(s_centred)
+    s_centred = s - anchored(tl.load(state_ptr), MASKED)
+    t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
+    exp_s = exp(s_centred)
     gap = s_centred - t_centred
     if FOUR:
         a_ptr += row * a_stride
         w_ptr += row * w_stride
         a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
         w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-        a_centred = a - _anchor(tl.load(state_ptr + 6 * state_stride), MASKED)
-        w_centred = w - _anchor(tl.load(state_ptr + 8 * state_stride), MASKED)
+        a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
+        w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
         gamma = tl.load(gamma_ptr + row)
         prior_gap = gamma * (a_centred - w_centred)
         if MASKED:  # 0 * inf is 0
@@ -322,10 +344,13 @@ def gradient_kernel(
         gap = (1 + gamma) * gap - prior_gap
     p_weight = (weight * inv_sum) * exp_s
     d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
-    if STUDENT_CAP:
-        d_s *= _cap_slope(s, student_cap, inv_temperature)
     if MASKED:
         d_s = tl.where(p_weight != 0, d_s, 0.0)
+    if POLICY:
+        chosen = (at == tl.load(chosen_ptr + row)) & (at < n_columns)
+        d_s += tl.load(policy_ptr + row) * (tl.where(chosen, 1.0, 0.0) - inv_sum * exp_s)
+    if STUDENT_CAP:
+        d_s *= cap_slope(s, student_cap, inv_temperature)
     tl.store(out_ptr + row * out_stride + at, d_s, mask=stored)
     if PRIOR or LANGUAGE:
         text_row = tl.load(text_row_ptr + row) if COMPACT else row
@@ -333,43 +358,47 @@ def gradient_kernel(
             d_a = tl.zeros([BLOCK], tl.float32)
             if PRIOR:
                 q = _steered(a_centred, t_centred, w_centred, MASKED)
-                q -= _anchor(tl.load(state_ptr + 10 * state_stride), MASKED)
+                q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
                 prior_weight = weight * gamma
                 inv_q_sum = 1 / tl.load(state_ptr + 11 * state_stride)
-                d_a = prior_weight * (inv_q_sum * _exp(q) - inv_sum * exp_s)
+                d_a = prior_weight * (inv_q_sum * exp(q) - inv_sum * exp_s)
                 if MASKED:
                     d_a = tl.where(prior_weight != 0, d_a, 0.0)
             if LANGUAGE:
                 language_weight = tl.load(language_weight_ptr + row) / tl.load(state_ptr + 7 * state_stride)
-                p_weight = language_weight * _exp(a_centred)
+                p_weight = language_weight * exp(a_centred)
                 term = p_weight * (a_centred - w_centred - tl.load(language_mean_gap_ptr + row))
                 if MASKED:
                     term = tl.where(p_weight != 0, term, 0.0)
                 d_a += term
             if STUDENT_CAP:
-                d_a *= _cap_slope(a, student_cap, inv_temperature)
+                d_a *= cap_slope(a, student_cap, inv_temperature)
             if MASKED:
                 d_a = tl.where(a > float("-inf"), d_a, 0.0)
             tl.store(out_text_ptr + text_row * out_text_stride + at, d_a, mask=stored)
 
 
-def _rows(tile: RowTile) -> list[Tensor]:
-    # A pair has no text rows: its own rows stand in for them and are never read.
-    rows = [tile.student, tile.target]
-    rows += [tile.student_text, tile.teacher_text] if tile.four else rows
+def row_arguments(tile: RowTile) -> list[Tensor]:
+    """A tile's rows as kernels take them: two, or four."""
+    rows = [tile.student, tile.target, *([tile.student_text, tile.teacher_text] if tile.four else ())]
     if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
         raise ValueError("rows must be contiguous along the vocabulary.")
     return rows
 
 
-def _columns(tile: RowTile) -> tuple[int, int]:
+def _four(rows: list[Tensor]) -> list[Tensor]:
+    """A pair has no text rows: its own rows stand in for them and are never read."""
+    return rows if len(rows) == 4 else 2 * rows
+
+
+def tile_columns(tile: RowTile) -> tuple[int, int]:
     """The tile's columns, and how many of them to load."""
     n_columns = tile.student.shape[1]
     aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
     return n_columns, aligned if aligned <= tile.readable else n_columns
 
 
-def _transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
+def transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
     student, target = tile.student_transform, tile.target_transform
     scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
     caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
@@ -404,19 +433,24 @@ def stretches(n_rows: int, n_blocks: int, multiprocessors: int) -> tuple[int, in
     return triton.cdiv(n_blocks, blocks), blocks
 
 
+def statistics_launch(rows: Sequence[Tensor], n_columns: int, n_loaded: int) -> tuple[dict[str, int | bool], int, int]:
+    """Layout of a sweep that only reads, number of stretches of a row, and blocks of a stretch."""
+    layout = statistics_layout(VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
+    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
+    return layout, *stretches(len(rows[0]), n_blocks, _multiprocessors(rows[0].device))
+
+
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
     n_rows = len(tile.student)
-    rows = _rows(tile)
-    n_columns, n_loaded = _columns(tile)
-    scalars, options = _transform_arguments(tile)
-    layout = statistics_layout(_VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
-    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
-    count, blocks = stretches(n_rows, n_blocks, _multiprocessors(state.device))
+    rows = _four(row_arguments(tile))
+    n_columns, n_loaded = tile_columns(tile)
+    scalars, options = transform_arguments(tile)
+    layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
     parts = state.new_empty(count, len(VGS_STATE if tile.four else PAIR_STATE), n_rows)
     statistics_kernel[(n_rows, count)](
         *rows, *(row.stride(0) for row in rows), parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[_VENDOR],
+        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
     )  # fmt: skip
     meet_kernel[(n_rows,)](
         state, state.stride(0), parts, n_rows, count,
@@ -441,19 +475,20 @@ def gradient(
         text_rows: [R] int64 row of ``out_text`` for each token, -1 for none; None stands for the tile's own order.
             Such rows must not be those of the tile, which other tokens may not have read yet.
     """
-    rows = _rows(tile)
-    n_columns, n_loaded = _columns(tile)
-    scalars, options = _transform_arguments(tile)
-    weight, mean_gap, gamma, prior, *language = coefficients
+    rows = _four(row_arguments(tile))
+    n_columns, n_loaded = tile_columns(tile)
+    scalars, options = transform_arguments(tile)
+    weight, mean_gap, gamma, prior, *others = coefficients
     text = out if out_text is None else out_text
     # What a variant does not read is stood in for by what it does.
-    language = [weight if value is None else value for value in language]
-    vectors = [value.contiguous() for value in (weight, mean_gap, gamma, *language)]
+    others = [weight if value is None else value for value in others]
+    vectors = [value.contiguous() for value in (weight, mean_gap, gamma, *others)]
     gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
         *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
         state, state.stride(0), *vectors, weight if text_rows is None else text_rows, n_columns, n_loaded, *scalars,
-        FOUR=tile.four, PRIOR=prior, LANGUAGE=coefficients.language_weight is not None, COMPACT=text_rows is not None,
-        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[_VENDOR],
+        FOUR=tile.four, PRIOR=prior, LANGUAGE=coefficients.language_weight is not None,
+        POLICY=coefficients.policy is not None, COMPACT=text_rows is not None,
+        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
     )  # fmt: skip
 
 

@@ -10,17 +10,8 @@ from torch import Tensor
 
 from . import gating
 from .objective import VGSObjective
+from .policy import PolicyGradient, unit_weights
 from .rows import LogitTransform, RowCoefficients, Statistics, scaled
-
-
-def unit_weights(token_weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Token weights divided by the largest of them, and that largest (1 if all are zero), without synchronisation."""
-    weights = token_weights.to(dtype)
-    if not len(weights):
-        return weights, weights.new_ones(())
-    unit = weights.abs().amax()
-    unit = torch.where(unit > 0, unit, 1)
-    return weights / unit, unit
 
 
 class Steering:
@@ -36,12 +27,14 @@ class Steering:
         group_name: str | None,
         student: LogitTransform,
         dtype: torch.dtype,
+        policy: PolicyGradient | None = None,
+        target_ids: Tensor | None = None,
     ) -> None:
         self.objective = objective
         self.dtype = dtype
         self.gain = student.gain
-        self.unit_weights, unit = unit_weights(token_weights, dtype)
-        self.unit = objective.eta * unit
+        self.unit_weights, self.unit = unit_weights(token_weights, dtype, objective.eta, policy)
+        self.policy, self._target_ids = policy, target_ids
         self.vds = None if vds is None else vds.to(dtype)
         self._scope = (trajectory_ids, group_name)
         self._bounded = objective.vds_scope == "call" and vds_threshold is None
@@ -66,9 +59,10 @@ class Steering:
         return not self._bounded
 
     def coefficients(
-        self, rows: slice, state: Tensor, live_prior: bool = False, language: float = 0.0
+        self, rows: slice, state: Tensor, picked: Tensor | None, live_prior: bool = False, language: float = 0.0
     ) -> RowCoefficients:
-        """Scalars of the gradient of standard + gamma * visual: raw gaps, for every normaliser cancels.
+        """Scalars of the gradient of standard + gamma * visual and of the policy term: raw gaps, for every normaliser
+        cancels.
 
         With ``language`` also those of language * KL(p_x || q_x): of the gated tokens if the limits are known, else of
         all tokens.
@@ -84,10 +78,16 @@ class Steering:
         weight = self.gain * self.unit_weights[rows]
         mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
         weight, mean_gap, gamma = (value.to(state.dtype) for value in (weight, mean_gap, gamma))
+        pull = chosen = None
+        if self.policy is not None:
+            slope = self.policy.evaluate(x.log_probability(picked), rows)[1]
+            pull = (self.gain * self.policy.weights[rows] / self.unit * slope).to(state.dtype)
+            chosen = self._target_ids[rows]
         if not language:
-            return RowCoefficients(weight, mean_gap, gamma, live_prior)
+            return RowCoefficients(weight, mean_gap, gamma, live_prior, policy=pull, chosen=chosen)
         language_weight = language * (weight if limits is None else weight * (vds > limits[-1]))
-        return RowCoefficients(weight, mean_gap, gamma, live_prior, language_weight, x.mean("a_gap").to(state.dtype))
+        language_mean_gap = x.mean("a_gap").to(state.dtype)
+        return RowCoefficients(weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap, pull, chosen)
 
     def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss and terms from the statistics of all tokens; settles the gate."""
@@ -106,6 +106,10 @@ class Steering:
         terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
         if target_logits is not None:
             terms.append(x.log_probability(target_logits))
+        if self.policy is not None:
+            values = self.policy.evaluate(terms[-1], slice(None))[0]
+            loss = loss + scaled(self.policy.weights, values).sum()
+            terms.append(values)
         return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
 
     def language_weights(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,20 @@ class StackedRows:
         project(hidden, self.head.weight[columns], out, bias=bias)
 
 
+class Addend(NamedTuple):
+    """One part of a composed row: coefficient * transform(hidden @ weight^T + bias).
+
+    ``bias_coefficient`` multiplies the bias of a linear head instead. With ``token_coefficients`` [N] every token has a
+    coefficient of its own, and the others are 1.
+    """
+
+    coefficient: float
+    bias_coefficient: float
+    hidden: Tensor
+    head: Head
+    token_coefficients: Tensor | None = None
+
+
 @dataclass
 class ComposedRow:
     """One logit row sum_k c_k * logits_k of several heads and hidden states, accumulated by the GEMMs themselves.
@@ -80,7 +94,7 @@ class ComposedRow:
     The soft-caps and scales of the parts are inside the sum; the temperature is left to the row backend.
     """
 
-    parts: Sequence[tuple[float, Tensor, Head]]
+    parts: Sequence[Addend]
 
     @property
     def n(self) -> int:
@@ -88,32 +102,34 @@ class ComposedRow:
 
     @property
     def views(self) -> Sequence[Tensor]:
-        return [self.parts[0][1]]
+        return [self.parts[0].hidden]
 
     @property
     def heads(self) -> list[Head]:
-        return [head for _, _, head in self.parts]
+        return [part.head for part in self.parts]
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
-        for index, (coefficient, hidden, head) in enumerate(self.parts):
-            weight, transform = head.weight[columns], head.transform
-            bias = None if head.bias is None else head.bias[columns]
-            if transform.softcap is None:
-                alpha = coefficient * transform.scale
-                project(hidden[rows], weight, out, alpha=alpha, keep=index > 0)
+        for index, part in enumerate(self.parts):
+            hidden, weight, transform = part.hidden[rows], part.head.weight[columns], part.head.transform
+            bias = None if part.head.bias is None else part.head.bias[columns]
+            if transform.softcap is None and part.token_coefficients is None:
+                project(hidden, weight, out, alpha=part.coefficient * transform.scale, keep=index > 0)
                 if bias is not None:
-                    out.add_(_times(alpha, bias.to(out.dtype)))
+                    out.add_(times(part.bias_coefficient * transform.scale, bias.to(out.dtype)))
                 continue
-            # A soft-cap is not linear: this part is formed on its own, a few columns at a time.
+            # Neither a soft-cap nor a coefficient of each token can be left to a GEMM: a few columns at a time.
+            coefficient = part.coefficient
+            if part.token_coefficients is not None:
+                coefficient = part.token_coefficients[rows].to(out.dtype).unsqueeze(1)
             transform = transform._replace(inv_temperature=1.0)
             for few in slices(len(weight), UPCAST_COLUMNS):
                 logits = out.new_empty(len(out), few.stop - few.start)
-                project(hidden[rows], weight[few], logits, bias=None if bias is None else bias[few])
-                logits = _times(coefficient, transform(logits))
+                project(hidden, weight[few], logits, bias=None if bias is None else bias[few])
+                logits = times(coefficient, transform(logits))
                 out[:, few] = logits if index == 0 else out[:, few] + logits
 
 
-def _times(coefficient: float, values: Tensor) -> Tensor:
+def times(coefficient: float | Tensor, values: Tensor) -> Tensor:
     """coefficient * values where -inf marks a masked column, whatever the coefficient's sign."""
     return (coefficient * values).masked_fill_(values == -torch.inf, -torch.inf)
 
@@ -124,14 +140,22 @@ class Source(Protocol):
     n: int
     shard: VocabularyShard
     plan: Plan
+    overwritable: bool
+    """Whether tiles may be written to."""
 
-    def new_state(self) -> Tensor: ...
+    def new_state(self, n_tokens: int) -> Tensor: ...
 
     def load(self, rows: slice, columns: slice) -> RowTile: ...
 
 
 class LinearSource:
-    """Tiles projected from hidden states into float32 (float64) slabs that are allocated once."""
+    """Tiles projected from hidden states into float32 (float64) slabs that are allocated once.
+
+    Parts are the student's and the target's rows and, of a pair, the row that decides about a support, if that is
+    another.
+    """
+
+    overwritable = True
 
     def __init__(
         self,
@@ -157,8 +181,8 @@ class LinearSource:
             hidden.new_empty(len(part.views) * self.plan.rows * pitch(self.plan.columns), dtype=dtype) for part in parts
         ]
 
-    def new_state(self) -> Tensor:
-        return new_state(self.n, sum(len(part.views) for part in self.parts) == 4, self._slabs[0])
+    def new_state(self, n_tokens: int) -> Tensor:
+        return new_state(n_tokens, sum(len(part.views) for part in self.parts) == 4, self._slabs[0])
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
@@ -167,25 +191,28 @@ class LinearSource:
             out = slab_rows(slab, slice(0, len(part.views) * n_rows), n_columns)
             part.project(rows, columns, out)
             tiles += out.split(n_rows)
-        s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if len(tiles) == 4 else (*tiles, None, None)
-        return RowTile(s, t, a, w, *self.transforms, self.may_be_masked, pitch(n_columns))
+        s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if len(tiles) == 4 else (*tiles[:2], None, None)
+        deciding = tiles[2] if len(tiles) == 3 else None
+        return RowTile(s, t, a, w, *self.transforms, self.may_be_masked, pitch(n_columns), deciding)
 
 
 class DenseSource:
     """Tiles cut out of logits that the caller holds, [N, V] each, in any floating dtype."""
 
+    overwritable = False
+
     def __init__(
         self, logits: Sequence[Tensor], transforms: tuple[LogitTransform, LogitTransform], vocab: int, tile_rows: int
     ) -> None:
         self.n = len(logits[0])
-        self.shard = VocabularyShard(vocab, vocab)
+        self.shard = VocabularyShard(vocab, vocab, vocab)
         self.plan = Plan(tile_rows, vocab, tile_rows)
         self._logits, self._transforms = logits, transforms
 
-    def new_state(self) -> Tensor:
+    def new_state(self, n_tokens: int) -> Tensor:
         first = self._logits[0]
         dtype = accumulation_dtype(first)
-        return new_state(self.n, len(self._logits) == 4, first.new_empty(0, dtype=dtype))
+        return new_state(n_tokens, len(self._logits) == 4, first.new_empty(0, dtype=dtype))
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         # The caller's columns behind the vocabulary can be read, and their gradient is 0.
@@ -196,11 +223,58 @@ class DenseSource:
         return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True, readable=readable)
 
 
+class ComposedSource:
+    """A pair of rows of logits that the caller holds: the student's [N, V], and a target composed of others.
+
+    Args:
+        logits: the student's.
+        addends: (coefficient, coefficients of each token [N] or None, logits [N, V]).
+        transform: of both rows.
+        vocab: leading columns to use.
+        tile_rows: tokens of a tile.
+        first_decides: whether the first addend's logits decide about a support.
+    """
+
+    overwritable = False
+
+    def __init__(
+        self,
+        logits: Tensor,
+        addends: Sequence[tuple[float, Tensor | None, Tensor]],
+        transform: LogitTransform,
+        vocab: int,
+        tile_rows: int,
+        first_decides: bool,
+    ) -> None:
+        self.n = len(logits)
+        self.shard = VocabularyShard(vocab, vocab, vocab)
+        self.plan = Plan(tile_rows, vocab, tile_rows)
+        self._student, self._addends, self._transform = logits, addends, transform
+        self._first_decides = first_decides
+
+    def new_state(self, n_tokens: int) -> Tensor:
+        return new_state(n_tokens, False, self._student.new_empty(0, dtype=accumulation_dtype(self._student)))
+
+    def load(self, rows: slice, columns: slice) -> RowTile:
+        student, transforms = self._student[rows, columns].contiguous(), (self._transform, self._transform)
+        deciding = self._addends[0][2][rows, columns] if self._first_decides else None
+        target = None
+        for coefficient, of_tokens, logits in self._addends:
+            part = logits[rows, columns]
+            if (coefficient, of_tokens) != (1.0, None):
+                factor = coefficient if of_tokens is None else of_tokens[rows].unsqueeze(1)
+                part = times(factor, part.to(accumulation_dtype(part)))
+            target = part if target is None else target.to(accumulation_dtype(part)) + part
+        width = columns.stop - columns.start
+        return RowTile(student, target.contiguous(), None, None, *transforms, True, width, deciding)
+
+
 def sweep(
     source: Source,
     backend,
     state: Tensor | None = None,
-    coefficients: Callable[[slice, Tensor], RowCoefficients] | None = None,
+    picked: Tensor | None = None,
+    coefficients: Callable[[slice, Tensor, Tensor | None], RowCoefficients] | None = None,
     sink: Sink | None = None,
     target_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -209,8 +283,9 @@ def sweep(
     Args:
         source: the logit rows.
         backend: row backend.
-        state: statistics of an earlier sweep over the same rows, which is then not repeated.
-        coefficients: (tokens, their statistics) -> scalars of the gradient sweep.
+        state, picked: what an earlier sweep over the same rows returned; it is then not repeated.
+        coefficients: (tokens, their statistics, the student's logits at their ``target_ids``) -> scalars of the
+            gradient sweep. A column that they choose counts from the first one of this shard.
         sink: takes the gradient of the student's rows.
         target_ids: [N] columns whose student logits are wanted.
 
@@ -221,31 +296,34 @@ def sweep(
     columns_of = slices(source.shard.columns, source.plan.columns)
     target_ids = source.shard.local(target_ids)
     known = state is not None
-    state = state if known else source.new_state()
-    picked = None if target_ids is None else torch.full_like(state[0], -torch.inf)
+    state = state if known else source.new_state(source.n)
+    if not known:
+        picked = None if target_ids is None else torch.full_like(state[0], -torch.inf)
     for rows in slices(source.n, source.plan.rows):
         tile = None
         for columns in columns_of if not known else ():
             tile = source.load(rows, columns)
             backend.statistics(tile, state[:, rows])
             if target_ids is not None:
-                _pick(tile, target_ids[rows], columns, picked[rows])
+                pick(tile.student, tile.student_transform, target_ids[rows], columns, picked[rows])
+        own = None if picked is None else picked[rows]
         if not known:
-            source.shard.merge(state[:, rows], None if picked is None else picked[rows])
+            source.shard.merge(state[:, rows], None if own is None else own.unsqueeze(0))
         if sink is None:
             continue
-        scalars = coefficients(rows, state[:, rows])
+        scalars = coefficients(rows, state[:, rows], own)
         for columns in columns_of:
             if tile is None or len(columns_of) > 1:
                 tile = source.load(rows, columns)
-            backend.gradient(tile, state[:, rows], scalars, *sink.tile(rows, columns, tile, scalars))
+            here = scalars if scalars.chosen is None else scalars._replace(chosen=scalars.chosen - columns.start)
+            backend.gradient(tile, state[:, rows], here, *sink.tile(rows, columns, tile, here))
             sink.collect(rows, columns)
     return state, picked
 
 
-def _pick(tile: RowTile, ids: Tensor, columns: slice, out: Tensor) -> None:
-    """Copy the student's logits at ``ids`` that lie in these columns to ``out`` [R]."""
+def pick(logits: Tensor, transform: LogitTransform, ids: Tensor, columns: slice, out: Tensor) -> None:
+    """Copy the logits, once transformed, at ``ids`` that lie in these columns to ``out`` [R]."""
     local = ids - columns.start
     inside = (local >= 0) & (ids < columns.stop)
-    logits = tile.student.gather(1, local.clamp(0, tile.student.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    out.copy_(torch.where(inside, tile.student_transform(logits.to(out.dtype)), out))
+    chosen = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    out.copy_(torch.where(inside, transform(chosen.to(out.dtype)), out))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from problems import (
     evaluate,
 )
 
-from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
+from vgs_kernels import PolicyTerm, VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -53,15 +54,36 @@ def test_side_stream_while_the_default_stream_is_busy(odd):
     torch.cuda.synchronize()
 
 
-def divergence(problem: Problem) -> Any:
+def divergence(problem: Problem, **options: Any) -> Any:
     target = [
         (1.0, problem.teacher_hidden, problem.teacher_weight),
         (0.5, problem.student_text_hidden, problem.student_weight),
         (-0.5, problem.teacher_text_hidden, problem.teacher_weight),
     ]
     return fused_linear_divergence(
-        problem.student_hidden, problem.student_weight, target, target_ids=problem.target_ids
+        problem.student_hidden, problem.student_weight, target, target_ids=problem.target_ids, **options
     )
+
+
+def with_policy(problem: Problem) -> Any:
+    weights = rising_weights(problem.tokens)
+    policy = PolicyTerm(advantages=1 - weights, weights=weights, old_logps=-weights)
+    return fused_linear_vgs_loss(*problem.args(), target_ids=problem.target_ids, policy=policy)
+
+
+def every_divergence(problem: Problem) -> Any:
+    """All ways through the entry kernels in one loss."""
+    total = divergence(problem, reduction="none").loss.sum()
+    for options in (
+        {"divergence": "forward_kl"},
+        {"divergence": "jsd"},
+        {"divergence": "jsd", "support": "teacher_top_k", "top_k": 64, "clip": 0.05},
+        {"divergence": "jsd", "support": "student_top_k", "top_k": 64},
+        {"divergence": "forward_kl", "support": "plausible", "plausibility": 0.1},
+        {"divergence": "sampled_reverse_kl", "token_clip": 10.0},
+    ):
+        total = total + divergence(problem, **options).loss
+    return SimpleNamespace(loss=total)
 
 
 def fused(**options: Any) -> Callable[[Problem], Any]:
@@ -80,6 +102,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     ),
     "vocabulary cut": fused(workspace_bytes=2**22),
     "divergence": divergence,
+    "every divergence": every_divergence,
+    "policy": with_policy,
     "logits": lambda p: vgs_loss(*dense(p)),
     "logits, adaptive": lambda p: vgs_loss(*dense(p), objective=OBJECTIVES["adaptive"], target_ids=p.target_ids),
 }

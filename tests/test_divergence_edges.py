@@ -1,0 +1,348 @@
+"""Divergences at the edges: few tokens, masked columns, nearly equal and certain rows, strides, wrong arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from divergence_checks import TEACHER, TINY, TRAINED, compare, each, floor_of, on_rows
+from divergence_oracle import family_oracle
+from problems import DEVICE, NEAR, assert_gradients_close, evaluate, largest_logit, make_problem, relative_error
+from test_loss_gradients import strided
+
+from vgs_kernels import Divergence, PolicyTerm, TargetRow, fused_linear_divergence
+
+KINDS = {
+    "reverse": {},
+    "forward": {"divergence": "forward_kl"},
+    "jsd": {"divergence": "jsd"},
+    "jsd, clip": {"divergence": "jsd", "clip": 0.01},
+    "sampled": {"divergence": "sampled_reverse_kl"},
+    "teacher top-k": {"divergence": "jsd", "support": "teacher_top_k", "top_k": 8},
+    "student top-k": {"divergence": "jsd", "support": "student_top_k", "top_k": 8},
+    "plausible": {"divergence": "forward_kl", "support": "plausible", "plausibility": 0.01},
+}
+
+
+def to_dtype(backend: str) -> torch.dtype:
+    return torch.float64 if backend == "torch" else torch.float32
+
+
+@each(KINDS, "jsd", "student top-k")
+def test_one_token(backend, kind):
+    problem = make_problem(1, 57, bias=True, dtype=to_dtype(backend))
+    compare(problem, TEACHER, backend=backend, target_ids=problem.target_ids, **KINDS[kind])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens(backend, kind, reduction):
+    """Loss 0, or none at all, still connected to every input that requires grad."""
+    problem = make_problem(0, 57, bias=True)
+    leaves = problem.leaves(TRAINED)
+    out = on_rows(fused_linear_divergence, TEACHER)(
+        *leaves.args(), **leaves.biases(), reduction=reduction, backend=backend, target_ids=problem.target_ids,
+        **KINDS[kind],
+    )  # fmt: skip
+    out.loss.sum().backward()
+    assert out.loss.shape == (() if reduction == "sum" else (0,)) and out.loss.sum() == 0
+    assert all(not getattr(leaves, name).grad.any() for name in TRAINED)
+    assert out.divergence.shape == out.entropy.shape == out.target_logps.shape == (0,)
+
+
+@each(KINDS, "jsd")
+def test_two_columns_one_dimension(backend, kind):
+    problem = make_problem(3, 2, 1, 1, bias=True, dtype=to_dtype(backend))
+    options = {**KINDS[kind], **({"top_k": 1} if "top_k" in KINDS[kind] else {})}
+    rows = [TargetRow(1.0, problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)]
+    args = (problem.student_hidden, problem.student_weight, rows)
+    shared = {"student_bias": problem.student_bias, "target_ids": problem.target_ids, **options}
+    ours, exact = fused_linear_divergence(*args, backend=backend, **shared), family_oracle(*args, **shared)
+    torch.testing.assert_close(ours.divergence, exact.divergence, rtol=1e-4, atol=1e-5)
+
+
+MASKS = {
+    "both": ("student", "teacher"),
+    "student alone": ("student",),
+    "teacher alone": ("teacher",),
+}
+
+
+@pytest.mark.parametrize("columns", MASKS)
+@pytest.mark.parametrize("workspace_bytes", [2**30, 2**11])
+@each(["forward", "jsd", "jsd, clip", "reverse"], "jsd, clip")
+def test_masked_columns(backend, kind, columns, workspace_bytes):
+    """0 * inf is 0; only a KL from what one has and the other excludes is infinite, and a clip bounds that."""
+    problem = make_problem(5, 57, bias=True, dtype=to_dtype(backend))
+    for name in MASKS[columns]:
+        getattr(problem, f"{name}_bias")[[0, 3, 7, 56]] = -math.inf
+    options = {"backend": backend, "workspace_bytes": workspace_bytes, **KINDS[kind]}
+    infinite = (kind, columns) in (("forward", "student alone"), ("reverse", "teacher alone"))
+    if infinite:
+        run = on_rows(fused_linear_divergence, TEACHER)
+        assert evaluate(run, problem, requires_grad=(), **options).output.divergence.isposinf().all()
+        options["clip"] = 0.05
+    ours = compare(problem, TEACHER, **options)
+    assert all(gradient.isfinite().all() for gradient in ours.gradients.values())
+
+
+def test_masked_columns_under_caps_and_temperature(backend):
+    problem = make_problem(5, 57, bias=True, dtype=to_dtype(backend))
+    problem.student_bias[[0, 3, 56]] = problem.teacher_bias[[0, 3, 9, 56]] = -math.inf
+    options = {"student_softcap": 15.0, "temperature": 1.4, "target_ids": torch.full((5,), 11, device=DEVICE)}
+    compare(problem, {"t": (1.0, 1.0, 20.0)}, backend=backend, divergence="jsd", **options)
+
+
+@each(["jsd", "student top-k", "teacher top-k", "plausible"], "jsd")
+def test_whole_tiles_masked(backend, kind):
+    """The first and the last columns all excluded: a running maximum starts at -inf and survives it."""
+    problem = make_problem(2, 500, bias=True, dtype=to_dtype(backend))
+    for columns in (slice(200), slice(300, None)):
+        problem.student_bias[columns] = problem.teacher_bias[columns] = -math.inf
+    compare(problem, TEACHER, backend=backend, workspace_bytes=TINY, **KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "jsd", "jsd, clip", "student top-k", "teacher top-k"])
+def test_nearly_equal_distributions(kind):
+    """A divergence of 1e-9 to 1e-7 is what is left of terms as large as 1: float64 keeps half of its digits."""
+    problem = make_problem(9, 257, gap=3e-5, bias=True, dtype=torch.float64)
+    exact = evaluate(on_rows(family_oracle, TEACHER), problem, requires_grad=TRAINED, **KINDS[kind])
+    assert exact.output.divergence.min() > 1e-13 and exact.output.divergence.max() < 1e-6
+    ours = evaluate(on_rows(fused_linear_divergence, TEACHER), problem, requires_grad=TRAINED, **KINDS[kind])
+    torch.testing.assert_close(ours.output.divergence, exact.output.divergence, rtol=1e-4, atol=3e-14)
+    assert_gradients_close(ours, exact, rtol=1e-8)
+
+
+@each(["forward", "jsd", "student top-k", "teacher top-k"], "jsd")
+def test_nearly_equal_distributions_in_float32(backend, kind):
+    """The JSD's terms in p and q nearly cancel, and so do their gradients: as exact as plain float32, and no NaN."""
+    problem = make_problem(7, 131, gap=NEAR / 10, bias=True)
+    compare(problem, TEACHER, backend=backend, **KINDS[kind])
+
+
+@each(KINDS, "jsd", "student top-k")
+def test_divergence_to_itself_is_zero(backend, kind):
+    problem = make_problem(5, 131)
+    ours = evaluate(
+        on_rows(fused_linear_divergence, {"s": 1.0}),
+        problem,
+        requires_grad=TRAINED[:2],
+        backend=backend,
+        target_ids=problem.target_ids,
+        **KINDS[kind],
+    )
+    # plausible: the target is renormalised to fewer entries, which is no divergence of 0
+    if kind != "plausible":
+        assert ours.output.divergence.abs().max() <= 2 * floor_of(problem, TEACHER, {})
+        bound = 1e-6 * largest_logit(problem) * problem.student_weight.abs().max()
+        assert ours.gradients["student_hidden"].abs().max() <= bound
+    assert ours.output.divergence.isfinite().all()
+
+
+@each([kind for kind in KINDS if kind != "sampled"], "jsd")
+@pytest.mark.parametrize("certain", ["student", "teacher", "both"])
+def test_certain_distributions(backend, kind, certain):
+    """p = 1 within rounding, other entries underflow: as the oracle says, and gradients of 0 have no noise in them."""
+    dtype = to_dtype(backend)
+    problem = make_problem(4, 131, dtype=dtype)
+    sharp = {
+        "student": ("student_hidden",),
+        "teacher": ("teacher_hidden",),
+        "both": ("student_hidden", "teacher_hidden"),
+    }
+    problem = replace(problem, **{name: 60 * getattr(problem, name) for name in sharp[certain]})
+    compare(problem, TEACHER, backend=backend, requires_grad=(), **KINDS[kind])
+    options = {"requires_grad": TRAINED[:2], **KINDS[kind]}
+    exact = evaluate(on_rows(family_oracle, TEACHER), problem, dtype=torch.float64, **options)
+    ours = evaluate(on_rows(fused_linear_divergence, TEACHER), problem, backend=backend, **options)
+    for name, gradient in exact.gradients.items():
+        other = problem.student_weight if "hidden" in name else problem.student_hidden
+        bound = 4 * torch.finfo(dtype).eps * largest_logit(problem) * other.abs().max()
+        assert (ours.gradients[name] - gradient).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("kind", ["jsd", "student top-k", "sampled"])
+def test_gradient_only_where_required(kind, name):
+    problem = make_problem(5, 57, bias=True, dtype=torch.float64)
+    options = {"target_ids": problem.target_ids, **KINDS[kind]}
+    ours = compare(problem, TEACHER, requires_grad=[name], **options)
+    assert ours.output.loss.requires_grad
+
+
+def test_nothing_requires_grad():
+    problem = make_problem(5, 57, bias=True)
+    ours = compare(problem, TEACHER, requires_grad=(), divergence="jsd")
+    assert not ours.output.loss.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["jsd", "teacher top-k", "plausible"])
+@pytest.mark.parametrize(
+    "restride",
+    [
+        pytest.param(lambda x: x.mT.contiguous().mT if x.ndim == 2 else x, id="transposed"),
+        pytest.param(strided, id="strided"),
+    ],
+)
+def test_non_contiguous_inputs(restride, kind):
+    problem = make_problem(5, 57, bias=True)
+    options = {**KINDS[kind]}
+    expected = evaluate(on_rows(fused_linear_divergence, TEACHER), problem, requires_grad=TRAINED, **options)
+    leaves = problem.leaves(TRAINED)
+    row = TargetRow(1.0, *(restride(x) for x in (leaves.teacher_hidden, leaves.teacher_weight, leaves.teacher_bias)))
+    student = [restride(x) for x in (leaves.student_hidden, leaves.student_weight, leaves.student_bias)]
+    assert not student[0].is_contiguous()
+    fused_linear_divergence(*student[:2], [row], student_bias=student[2], **options).loss.backward()
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(getattr(leaves, name).grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_expanded_arguments_per_token():
+    """Weights, coefficients and advantages that are views of one number."""
+    problem = make_problem(5, 57)
+    one = torch.full((1,), 0.7, device=DEVICE)
+    rows = [(1.0, problem.teacher_hidden, problem.teacher_weight)]
+
+    def call(x):
+        policy = PolicyTerm(advantages=x, weights=x)
+        rows_ = [*rows, (x, problem.teacher_text_hidden, problem.teacher_weight)]
+        return fused_linear_divergence(
+            problem.student_hidden, problem.student_weight, rows_, token_weights=x, policy=policy,
+            target_ids=problem.target_ids,
+        )  # fmt: skip
+
+    torch.testing.assert_close(call(one.expand(5)).loss, call(one.repeat(5)).loss, rtol=1e-6, atol=1e-7)
+
+
+@each(["jsd", "student top-k", "plausible"], "student top-k")
+def test_workspace_of_any_size_gives_the_same(backend, kind):
+    problem = make_problem(3, 131, bias=True)
+    run = on_rows(fused_linear_divergence, TEACHER)
+    options = {"requires_grad": TRAINED, "backend": backend, **KINDS[kind]}
+    whole = evaluate(run, problem, **options)
+    for size in (1, 2**13):
+        cut = evaluate(run, problem, workspace_bytes=size, **options)
+        torch.testing.assert_close(cut.output.divergence, whole.output.divergence, rtol=1e-4, atol=1e-5)
+        assert_gradients_close(cut, whole, rtol=1e-4)
+
+
+@each(["jsd", "teacher top-k", "student top-k", "plausible"], "jsd")
+def test_padding_is_never_looked_at(backend, kind):
+    """Rows beyond ``vocab_size``, a different number in each head, may hold anything."""
+    problem = make_problem(5, 57, bias=True)
+
+    def pad(x, rows):
+        return torch.cat([x, x.new_full((rows, *x.shape[1:]), math.nan)])
+
+    wide = replace(
+        problem,
+        student_weight=pad(problem.student_weight, 6), student_bias=pad(problem.student_bias, 6),
+        teacher_weight=pad(problem.teacher_weight, 11), teacher_bias=pad(problem.teacher_bias, 11),
+    )  # fmt: skip
+    run = on_rows(fused_linear_divergence, TEACHER)
+    options = {"requires_grad": TRAINED, "backend": backend, **KINDS[kind]}
+    expected, ours = evaluate(run, problem, **options), evaluate(run, wide, vocab_size=57, **options)
+    torch.testing.assert_close(ours.output.divergence, expected.output.divergence)
+    for name, exact in expected.gradients.items():
+        gradient = ours.gradients[name]
+        assert not gradient[len(exact) :].any(), name
+        assert relative_error(gradient[: len(exact)], exact) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+X = torch.zeros(5, device=DEVICE)
+IDS = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+WRONG = {
+    # what is wrong: (what the message says, options)
+    "divergence": (r"divergence .*reverse_kl.*kl", {"divergence": "kl"}),
+    "beta below 0": ("beta .*0, 1.*-0.1", {"divergence": "jsd", "beta": -0.1}),
+    "beta above 1": ("beta .*0, 1.*1.5", {"divergence": "jsd", "beta": 1.5}),
+    "beta NaN": ("beta", {"divergence": "jsd", "beta": math.nan}),
+    "beta, another type": ("beta", {"divergence": "jsd", "beta": "0.5"}),
+    "support": (r"support .*full.*top", {"support": "top"}),
+    "top_k missing": ("top_k", {"support": "teacher_top_k"}),
+    "top_k unwanted": ("top_k", {"top_k": 5}),
+    "top_k 0": ("top_k .*>= 1", {"support": "student_top_k", "top_k": 0}),
+    "top_k, another type": ("top_k", {"support": "student_top_k", "top_k": 5.0}),
+    "top_k a bool": ("top_k", {"support": "student_top_k", "top_k": True}),
+    "top_k above the vocabulary": (r"top_k .*57.*58", {"support": "teacher_top_k", "top_k": 58}),
+    "student's top_k above it": (r"top_k .*57.*58", {"support": "student_top_k", "top_k": 58}),
+    "plausibility missing": ("plausibility", {"support": "plausible", "divergence": "forward_kl"}),
+    "plausibility unwanted": ("plausibility", {"plausibility": 0.1}),
+    "plausibility 0": ("plausibility", {"support": "plausible", "divergence": "forward_kl", "plausibility": 0.0}),
+    "plausibility above 1": ("plausibility", {"support": "plausible", "divergence": "forward_kl", "plausibility": 1.1}),
+    "plausible reverse": ("support='plausible'", {"support": "plausible", "plausibility": 0.1}),
+    "plausible jsd of beta 1": (
+        "support='plausible'",
+        {"support": "plausible", "plausibility": 0.1, "divergence": "jsd", "beta": 1.0},
+    ),
+    "clip": ("clip .*>= 0.*-0.05", {"clip": -0.05}),
+    "clip NaN": ("clip", {"clip": math.nan}),
+    "token_clip": ("token_clip .*>= 0", {"token_clip": -1.0}),
+    "temperature": ("temperature", {"temperature": 0.0}),
+    "temperature_squared": ("temperature_squared", {"temperature_squared": 2.0}),
+    "sampled on a support": (
+        "sampled_reverse_kl",
+        {"divergence": "sampled_reverse_kl", "support": "student_top_k", "top_k": 2},
+    ),
+    "sampled and clip": ("clip", {"divergence": "sampled_reverse_kl", "clip": 0.1}),
+    "sampled without ids": ("target_ids", {"divergence": "sampled_reverse_kl"}),
+    "reduction": (r"reduction .*sum.*none.*mean", {"reduction": "mean"}),
+    "policy on the teacher's top_k": (
+        r"policy .*teacher_top_k",
+        {"policy": PolicyTerm(X, X), "target_ids": IDS, "support": "teacher_top_k", "top_k": 5},
+    ),
+    "policy without a sum": (
+        r"policy .*reduction='none'",
+        {"policy": PolicyTerm(X, X), "target_ids": IDS, "reduction": "none"},
+    ),
+    "policy without ids": ("target_ids", {"policy": PolicyTerm(X, X)}),
+    "policy, another type": ("policy", {"policy": {"advantages": X}, "target_ids": IDS}),
+    "policy advantages": (r"policy\.advantages", {"policy": PolicyTerm(X[:4], X), "target_ids": IDS}),
+    "policy weights": (r"policy\.weights", {"policy": PolicyTerm(X, IDS), "target_ids": IDS}),
+    "policy old_logps": (r"policy\.old_logps", {"policy": PolicyTerm(X, X, X[None]), "target_ids": IDS}),
+    "policy epsilon_low": (r"policy\.epsilon_low", {"policy": PolicyTerm(X, X, X, -0.1), "target_ids": IDS}),
+    "policy epsilon_high": (r"policy\.epsilon_high", {"policy": PolicyTerm(X, X, X, 0.1, math.nan), "target_ids": IDS}),
+    "token_weights": ("token_weights", {"token_weights": X[:4]}),
+    "token_weights of none": ("token_weights", {"token_weights": IDS, "reduction": "none"}),
+    "target_ids": ("target_ids", {"target_ids": X}),
+    "vocab_size": ("vocab_size", {"vocab_size": 58}),
+    "backend": ("backend", {"backend": "cuda"}),
+    "workspace_bytes": ("workspace_bytes", {"workspace_bytes": 0}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_option(name):
+    message, options = WRONG[name]
+    problem = make_problem(5, 57, 6, 8)
+    rows = [(1.0, problem.teacher_hidden, problem.teacher_weight)]
+    with pytest.raises((ValueError, TypeError), match=message):
+        fused_linear_divergence(problem.student_hidden, problem.student_weight, rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "message"),
+    [
+        (torch.zeros(4, device=DEVICE), r"target\[1\]\.coefficient"),
+        (torch.zeros(5, 1, device=DEVICE), r"target\[1\]\.coefficient"),
+        (torch.zeros(5, device="meta"), r"target\[1\]\.coefficient"),
+        (torch.zeros(5, dtype=torch.int64, device=DEVICE), r"target\[1\]\.coefficient"),
+        (math.nan, r"target\[1\]\.coefficient"),
+        ("1", r"target\[1\]\.coefficient"),
+        (None, r"target\[1\]\.coefficient"),
+    ],
+)
+def test_wrong_coefficient(coefficient, message):
+    problem = make_problem(5, 57, 6, 8)
+    row = (problem.teacher_hidden, problem.teacher_weight)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fused_linear_divergence(problem.student_hidden, problem.student_weight, [(1.0, *row), (coefficient, *row)])
+
+
+def test_settings_are_immutable():
+    with pytest.raises(AttributeError):
+        Divergence().beta = 0.1

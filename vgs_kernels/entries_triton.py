@@ -1,0 +1,215 @@
+"""The entry backend in Triton. See entries.py for the mathematics; blocks and loads are those of rows_triton.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .divergence import Divergence
+from .entries import TOTALS, EntryCoefficients, log_sums
+from .rows import RowTile
+from .rows_triton import (
+    GRADIENT_BLOCK,
+    GRADIENT_WARPS,
+    STATISTICS_WARPS,
+    VENDOR,
+    anchored,
+    cap_slope,
+    exp,
+    lane_sum,
+    row_arguments,
+    statistics_launch,
+    tile_columns,
+    transform,
+    transform_arguments,
+)
+
+KINDS = {"reverse_kl": tl.constexpr(0), "forward_kl": tl.constexpr(1), "jsd": tl.constexpr(2)}
+
+
+@triton.jit
+def _expm1(x):
+    """Of x <= 0: near 0 the series, for e^x - 1 cancels there."""
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))))
+    return tl.where(x > -0.4, series, exp(x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """Of -1 < x <= 0: near 0 as 2 * artanh(x / (2 + x))."""
+    z = x / (2 + x)
+    z2 = z * z
+    series = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9)))))
+    return tl.where(x > -0.35, series, tl.log(tl.maximum(1 + x, 1e-37)))
+
+
+@triton.jit
+def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
+    """An entry and p times its derivative, as entries.entry."""
+    if KIND == 0:
+        value = p * r
+        if MASKED:
+            value = tl.where(p > 0, value, 0.0)
+        slope = value + p
+    elif KIND == 1:
+        value = -q * r
+        if MASKED:
+            value = tl.where(q > 0, value, 0.0)
+        slope = -q
+    else:
+        larger = r >= 0
+        ratio = -_log1p(tl.where(larger, beta, 1 - beta) * _expm1(-tl.abs(r)))
+        slope = (1 - beta) * p * tl.where(larger, ratio, ratio + r)
+        value = beta * q * tl.where(larger, ratio - r, ratio)
+        if MASKED:
+            slope = tl.where(p > 0, slope, 0.0)
+            value = tl.where(q > 0, value, 0.0)
+        value += slope
+    if CLIP:
+        slope = tl.where(value > clip, 0.0, slope)
+        value = tl.minimum(value, clip)
+    return value, slope
+
+
+@triton.jit
+def _raw(pointer, columns, n_loaded):
+    return tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
+
+
+@triton.jit
+def _distributions(
+    s, t, at, n_columns, state_ptr, state_stride,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """p, q, s' - t' and the student's logits, of logits as they lie in the tile."""
+    s = transform(s, at, n_columns, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+    t = transform(t, at, n_columns, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+    s_centred = s - anchored(tl.load(state_ptr), MASKED)
+    t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
+    p = exp(s_centred) / tl.load(state_ptr + state_stride)
+    q = exp(t_centred) / tl.load(state_ptr + 3 * state_stride)
+    return p, q, s_centred - t_centred, s
+
+
+@triton.jit(
+    do_not_specialize=["state_stride", "n_rows", "n_columns", "n_blocks"], do_not_specialize_on_alignment=["state_ptr"]
+)
+def totals_kernel(
+    s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, shift_ptr, limit_ptr,
+    out_ptr, n_rows, n_columns, n_loaded, n_blocks,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """``TOTALS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * s_stride
+    t_ptr += row * t_stride
+    state_ptr += row
+    shift = tl.load(shift_ptr + row)
+    begin = tl.program_id(1) * (n_blocks * LANES * WIDTH)
+    end = tl.minimum(begin + n_blocks * LANES * WIDTH, n_columns)
+    lane = tl.arange(0, LANES)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
+    zero = tl.zeros([LANES], tl.float32)
+    values, slopes, p_tail, q_tail = zero, zero, zero, zero
+    for start in range(begin, end, LANES * WIDTH):
+        at = start + offsets
+        raw = _raw(s_ptr, at, n_loaded)
+        p, q, difference, _ = _distributions(
+            raw, _raw(t_ptr, at, n_loaded), at, n_columns, state_ptr, state_stride,
+            student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
+        )  # fmt: skip
+        value, slope = _entry(p, q, difference - shift, beta, clip, KIND, CLIP, MASKED)
+        if TAIL:
+            inside = raw >= tl.load(limit_ptr + row)
+            value = tl.where(inside, value, 0.0)
+            slope = tl.where(inside, slope, 0.0)
+            p_tail += lane_sum(tl.where(inside, 0.0, p))
+            q_tail += lane_sum(tl.where(inside, 0.0, q))
+        if MASKED or TAIL:  # behind the tile's end
+            value = tl.where(at < n_columns, value, 0.0)
+            slope = tl.where(at < n_columns, slope, 0.0)
+        values += lane_sum(value)
+        slopes += lane_sum(slope)
+    out_ptr += tl.program_id(1) * 4 * n_rows + row
+    tl.store(out_ptr, tl.sum(values, axis=0))
+    tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
+    tl.store(out_ptr + 2 * n_rows, tl.sum(p_tail, axis=0))
+    tl.store(out_ptr + 3 * n_rows, tl.sum(q_tail, axis=0))
+
+
+@triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
+def entry_gradient_kernel(
+    s_ptr, t_ptr, s_stride, t_stride, out_ptr, out_stride, state_ptr, state_stride,
+    shift_ptr, weight_ptr, mean_slope_ptr, tail_slope_ptr, limit_ptr, policy_ptr, chosen_ptr, n_columns, n_loaded,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    raw = _raw(s_ptr + row * s_stride, at, n_loaded)
+    p, q, difference, s = _distributions(
+        raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr + row, state_stride,
+        student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
+    )  # fmt: skip
+    _, slope = _entry(p, q, difference - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
+    if TAIL:
+        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, p * tl.load(tail_slope_ptr + row))
+    weight = tl.load(weight_ptr + row)
+    d_s = weight * (slope - p * tl.load(mean_slope_ptr + row))
+    if MASKED:
+        d_s = tl.where(weight != 0, d_s, 0.0)
+    if POLICY:
+        chosen = at == tl.load(chosen_ptr + row)
+        d_s += tl.load(policy_ptr + row) * (tl.where(chosen, 1.0, 0.0) - p)
+    if STUDENT_CAP:
+        d_s *= cap_slope(s, student_cap, inv_temperature)
+    if MASKED:
+        d_s = tl.where(s > float("-inf"), d_s, 0.0)
+    # Zeros behind the tile's end.
+    tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=at < n_loaded)
+
+
+def _options(tile: RowTile, divergence: Divergence, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
+    scalars, options = transform_arguments(tile)
+    clip = 0.0 if divergence.clip is None else float(divergence.clip)
+    options |= {"KIND": KINDS[divergence.kind].value, "CLIP": divergence.clip is not None, "TAIL": limit is not None}
+    return [*scalars, float(divergence.beta), clip], options
+
+
+def totals(tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, out: Tensor) -> None:
+    """Add a tile's ``TOTALS`` to ``out`` [4, R]; arguments as in entries_torch.totals."""
+    rows = row_arguments(tile)
+    n_columns, n_loaded = tile_columns(tile)
+    scalars, options = _options(tile, divergence, limit)
+    layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
+    n_rows, shift = len(tile.student), log_sums(state)
+    parts = state.new_empty(count, len(TOTALS), n_rows)
+    totals_kernel[(n_rows, count)](
+        *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
+        parts, n_rows, n_columns, n_loaded, blocks, *scalars,
+        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
+    )  # fmt: skip
+    out.add_(parts.sum(0))
+
+
+def gradient(
+    tile: RowTile, state: Tensor, divergence: Divergence, coefficients: EntryCoefficients, out: Tensor
+) -> None:
+    """Write d_s to ``out`` [R, C], which may be the student's tile itself; columns behind C as in rows_triton."""
+    rows = row_arguments(tile)
+    n_columns, n_loaded = tile_columns(tile)
+    scalars, options = _options(tile, divergence, coefficients.limit)
+    # What a variant does not read is stood in for by what it does.
+    vectors = [(coefficients.weight if value is None else value).contiguous() for value in coefficients]
+    entry_gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
+        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), log_sums(state), *vectors,
+        n_columns, n_loaded, *scalars, POLICY=coefficients.policy is not None, **options,
+        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
+    )  # fmt: skip

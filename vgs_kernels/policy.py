@@ -1,0 +1,77 @@
+"""A clipped policy gradient on the sampled tokens, added to a divergence: both come from the same sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PolicyTerm(NamedTuple):
+    """sum_n weights_n * -min(ratio_n * A_n, clamp(ratio_n, 1 - epsilon_low, 1 + epsilon_high) * A_n).
+
+    ratio = exp(log p(target_ids) - old_logps), p the student at the loss's temperature (PPO, arXiv 1707.06347, Eq. 7;
+    GRPO without its KL term). ``eta`` and the token weights of the divergence do not multiply it.
+
+    Attributes:
+        advantages: [N].
+        weights: [N], e.g. (1 - alpha) / (responses * tokens of the response).
+        old_logps: [N] log-probabilities of the policy that sampled; None: those of this very call, a ratio of 1.
+        epsilon_low, epsilon_high: >= 0.
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    old_logps: Tensor | None = None
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+
+
+class PolicyGradient:
+    """The [N]-vector arithmetic of a policy term within one call."""
+
+    def __init__(
+        self,
+        advantages: Tensor,
+        weights: Tensor,
+        old_logps: Tensor | None,
+        epsilons: Sequence[float],
+        dtype: torch.dtype,
+    ) -> None:
+        self.weights = weights.to(dtype)
+        self._advantages = advantages.double()
+        self._old = None if old_logps is None else old_logps.double()
+        self._low, self._high = epsilons
+
+    @property
+    def magnitude(self) -> Tensor:
+        """[N]: what the gradient's scale is measured by."""
+        return self.weights * self._advantages.to(self.weights.dtype)
+
+    def evaluate(self, log_probabilities: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Values before weights, and their derivatives by the log-probabilities [R] of these tokens."""
+        advantages = self._advantages[rows]
+        ratio = torch.ones_like(advantages)
+        if self._old is not None:
+            ratio = (log_probabilities.double() - self._old[rows]).exp()
+        free, clipped = ratio * advantages, ratio.clamp(1 - self._low, 1 + self._high) * advantages
+        return -torch.minimum(free, clipped), torch.where(free <= clipped, -free, 0)
+
+
+def unit_weights(
+    token_weights: Tensor, dtype: torch.dtype, factor: float = 1.0, policy: PolicyGradient | None = None
+) -> tuple[Tensor, Tensor]:
+    """factor * token weights divided by a unit, and that unit, without synchronisation.
+
+    The unit is the largest magnitude of what the gradients of one call are weighted with (1 if all are zero).
+    """
+    weights = token_weights.to(dtype)
+    if not len(weights):
+        return weights, weights.new_ones(())
+    unit = factor * weights.abs().amax()
+    if policy is not None:
+        unit = torch.maximum(unit, policy.magnitude.abs().amax())
+    unit = torch.where(unit > 0, unit, factor)
+    return weights / (unit / factor), unit
