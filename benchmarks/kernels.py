@@ -77,7 +77,7 @@ def _variants(flags: str, used: Sequence[str], tiles: Sequence[tuple], **fixed: 
 def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]]) -> list[Variant]:
     """``used``: sets of flags by divergence."""
     kinds = entries_triton.KINDS
-    return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name].value)]
+    return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
 _GRADIENT = "FOUR PRIOR LANGUAGE POLICY COMPACT"

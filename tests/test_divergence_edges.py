@@ -12,7 +12,7 @@ from divergence_oracle import family_oracle
 from problems import DEVICE, NEAR, assert_gradients_close, evaluate, largest_logit, make_problem, relative_error
 from test_loss_gradients import strided
 
-from vgs_kernels import Divergence, PolicyTerm, TargetRow, fused_linear_divergence
+from vgs_kernels import Divergence, PolicyTerm, TargetRow, divergence_loss, fused_linear_divergence
 
 KINDS = {
     "reverse": {},
@@ -346,3 +346,71 @@ def test_wrong_coefficient(coefficient, message):
 def test_settings_are_immutable():
     with pytest.raises(AttributeError):
         Divergence().beta = 0.1
+
+
+def test_a_masked_sample_of_no_weight_adds_nothing(backend):
+    """Its log-ratio is infinite, and the head's gradient would spread it to all tokens."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(3, 37, device=DEVICE) for _ in range(2))
+    student[:, 5] = -torch.inf
+    ids, weights = torch.tensor([5, 1, 2], device=DEVICE), torch.tensor([0.0, 1.0, 1.0], device=DEVICE)
+    student.requires_grad_()
+    out = divergence_loss(
+        student,
+        [(1.0, teacher)],
+        divergence="sampled_reverse_kl",
+        target_ids=ids,
+        token_weights=weights,
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.loss.isfinite() and student.grad.isfinite().all() and not student.grad[0].any()
+    assert student.grad[1:].any()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_tail_lighter_than_any_float32(backend, divergence):
+    """The columns outside of the support are together 110 nats below the others: their ratio still counts."""
+    torch.manual_seed(0)
+    exact = torch.randn(2, 3, 300, dtype=torch.float64, device=DEVICE)
+    exact[..., :5] += 120 + torch.randn(2, 3, 5, dtype=torch.float64, device=DEVICE)
+    rows = []
+    for student, teacher in (exact, exact.float()):
+        student = student.clone().requires_grad_()
+        options = {} if student.dtype == torch.float64 else {"backend": backend}
+        out = divergence_loss(
+            student, [(1.0, teacher)], divergence=divergence, support="student_top_k", top_k=5, **options
+        )
+        out.loss.backward()
+        rows.append((out.divergence.double(), student.grad.double()))
+    (expected, expected_gradient), (value, gradient) = rows
+    assert relative_error(value, expected) < 2e-5
+    assert relative_error(gradient, expected_gradient) < 2e-5
+
+
+def test_a_coefficient_of_zero_wins_over_a_mask(backend):
+    torch.manual_seed(0)
+    student, teacher, masked = (torch.randn(3, 37, device=DEVICE) for _ in range(3))
+    masked[:, 3] = -torch.inf
+    options = {"backend": backend}
+    plain = divergence_loss(student, [(1.0, teacher)], **options).divergence
+    zeros = torch.zeros(3, device=DEVICE)
+    for zero in (0.0, zeros):
+        with_zero = divergence_loss(student, [(1.0, teacher), (zero, masked)], **options).divergence
+        torch.testing.assert_close(with_zero, plain)
+    assert divergence_loss(student, [(1.0, teacher), (0.1, masked)], **options).divergence.isinf().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "forward_kl"}, {"divergence": "jsd"}], ids=str)
+def test_a_masked_sampled_column_has_no_gradient(backend, options):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(3, 37, device=DEVICE) for _ in range(2))
+    student[:, 5] = teacher[:, 5] = -torch.inf
+    student.requires_grad_()
+    ones = torch.ones(3, device=DEVICE)
+    policy = PolicyTerm(ones, ones)
+    ids = torch.tensor([5, 1, 2], device=DEVICE)
+    divergence_loss(
+        student, [(1.0, teacher)], target_ids=ids, policy=policy, backend=backend, **options
+    ).loss.backward()
+    assert student.grad.isfinite().all() and not student.grad[:, 5].any() and student.grad[0].any()

@@ -32,9 +32,10 @@ def problem_of(tokens: int) -> Problem:
     return make_problem(Shape(V, D, D), tokens, torch.float32, "cpu")
 
 
-def measure(tokens: int, workspace: int, rows: int = 1, **options) -> AllocationMeter:
+def measure(tokens: int, workspace: int, rows: int = 1, folded: bool = False, **options) -> AllocationMeter:
     x = problem_of(tokens).leaves(("student", "student_weight"))
-    target = [(1.0, x.teacher, x.teacher_weight), (-0.5, x.teacher_text, x.teacher_weight.clone())][:rows]
+    other = x.teacher_weight if folded else x.teacher_weight.clone()
+    target = [(1.0, x.teacher, x.teacher_weight), (-0.5, x.teacher_text, other)][:rows]
     options["target_ids"] = torch.arange(tokens) % V
     with AllocationMeter() as meter:
         fused_linear_divergence(x.student, x.student_weight, target, workspace_bytes=workspace, **options)
@@ -52,6 +53,13 @@ def test_stays_within_its_workspace(kind):
     meter = measure(tokens, workspace, rows=2, **KINDS[kind])
     assert meter.largest < 4 * tokens * V // 2
     assert meter.peak <= bound(tokens, workspace, KINDS[kind].get("top_k", 0))
+
+
+def test_rows_of_one_head_are_combined_tile_by_tile():
+    """And not before, for all tokens at once."""
+    tokens, workspace = 4096, 2**17
+    apart, folded = (measure(tokens, workspace, rows=2, folded=folded).peak for folded in (False, True))
+    assert folded < apart + 4 * tokens * D // 2
 
 
 @pytest.mark.parametrize("kind", ["jsd", "teacher top-k", "student top-k", "plausible"])

@@ -189,3 +189,12 @@ def test_gradcheck_of_the_policy():
 
     leaves = [x.clone().requires_grad_() for x in (problem.student_hidden, problem.student_weight)]
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_unreduced_values_are_differentiable_once():
+    """A second derivative is refused: it would be zero without a word."""
+    student = torch.randn(3, 8, requires_grad=True)
+    head = torch.randn(11, 8)
+    out = fused_linear_divergence(student, head, [(1.0, torch.randn(3, 8), head)], reduction="none")
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.loss.sum(), student, create_graph=True)

@@ -152,6 +152,21 @@ class TestCompile:
         for name in TRAINABLE:
             torch.testing.assert_close(getattr(leaves, name).grad, getattr(eager_leaves, name).grad)
 
+    def test_numbers_that_change(self):
+        """The compiler makes the second value of a number symbolic."""
+        problem = make_problem(7, 57)
+
+        def step(hidden, weight, t, w, teacher, coefficient, temperature):
+            rows = [(1.0, t, teacher), (coefficient, w, teacher)]
+            options = {"divergence": "jsd", "temperature": temperature, "backend": "torch", "reduction": "none"}
+            return fused_linear_divergence(hidden, weight, rows, **options).loss.sum()
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        tensors = (problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_text_hidden)
+        for numbers in ((0.1, 1.0), (0.2, 1.3), (0.3, 0.9)):
+            args = (*tensors, problem.teacher_weight, *numbers)
+            torch.testing.assert_close(compiled(*args), step(*args))
+
     def test_divergence_and_dense_logits(self):
         problem = make_problem(7, 57)
 

@@ -143,6 +143,13 @@ def test_beside_the_vgs_loss_in_triton():
     compare_vgs(problem, policy_of(problem), **options)
 
 
+def test_beside_gated_tokens_that_are_compacted(backend):
+    """With a threshold known beforehand, the language term of the gated tokens comes from the same tile."""
+    problem = likely(make_problem(6, 131, dtype=torch.float64 if backend == "torch" else torch.float32))
+    options = {"objective": OBJECTIVES["default"], "vds_threshold": 0.1, "backend": backend}
+    compare_vgs(problem, policy_of(problem), workspace_bytes=2**30, **options)
+
+
 def test_beside_the_folded_vgs_loss():
     """``return_terms=False`` folds the teacher's rows; the term is in the loss all the same."""
     problem = likely(make_problem(9, 131, bias=True, dtype=torch.float64))

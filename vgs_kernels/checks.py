@@ -26,7 +26,7 @@ def tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor
     if like is not None:
         device(name, value, like)
         if compute_dtype(value) != compute_dtype(like):
-            raise TypeError(f"{name} must have dtype {like.dtype} like the student's hidden states, got {value.dtype}.")
+            raise TypeError(f"{name} must have dtype {like.dtype} like the student's, got {value.dtype}.")
     return value
 
 
@@ -76,7 +76,7 @@ def number(name: str, value: float | None, *, positive: bool = False, optional: 
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # of a number that is symbolic under torch.compile, too
         raise ValueError(f"{name} must be finite, got {value}.")
     if positive and value <= 0:
         raise ValueError(f"{name} must be > 0, got {value}.")

@@ -26,8 +26,8 @@ class Divergence:
 
     Attributes:
         divergence: one of the four.
-        beta: of ``"jsd"``, in [0, 1]; 0 is the forward and 1 the reverse KL, as in the literature (the formula itself
-            vanishes there). Others ignore it.
+        beta: of ``"jsd"``, in [0, 1]; 0 is the forward and 1 the reverse KL, as in the literature. The formula itself
+            vanishes there: near 0 it is beta times the forward KL. Others ignore it.
         support: what the distributions are restricted to.
             ``"full"``: the vocabulary.
             ``"teacher_top_k"``: the target's ``top_k`` most probable ones, both distributions renormalised there.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import entries_torch
 from .divergence import Divergence
-from .entries import TOTALS, EntryCoefficients, entry
+from .entries import SUMS, TAILS, EntryCoefficients, entry
 from .policy import PolicyGradient
-from .rows import RowCoefficients, RowTile, Statistics, slices
+from .rows import RowCoefficients, RowTile, Statistics, scaled, slices, wide
 from .sinks import Sink
 from .sweep import Source, pick, row_backend
 
@@ -62,8 +62,9 @@ class _Tiles:
             logits = self._deciding(tile)
             found = logits.topk(min(count, logits.shape[1]), sorted=False).values
             best = torch.cat([best, found.to(best.dtype)], 1)
-            best = best.topk(min(count, best.shape[1])).values
-        limit = self._source.shard.top(best, count)[:, -1]
+            if len(self._columns) > 1:
+                best = best.topk(min(count, best.shape[1]), sorted=False).values
+        limit = self._source.shard.top(best, count).amin(1)
         if self._divergence.support == "plausible":
             limit = limit + self._divergence.temperature * math.log(self._divergence.plausibility)
         limit = limit.clamp(min=torch.finfo(limit.dtype).min)  # a masked column is never inside
@@ -133,7 +134,7 @@ class DivergenceSweep:
         """Sweep over all tokens; gradients go to the sink, if any."""
         parts = [self._tokens(rows, sink) for rows in slices(self.source.n, self.source.plan.rows)]
         if not parts:
-            empty = self.source.new_state(0)[0].double()
+            empty = wide(self.source.new_state(0)[0])
             return Outcome(empty, empty, None if self._ids is None else empty, self._policy and empty)
         columns = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
         return Outcome(*columns)
@@ -141,33 +142,41 @@ class DivergenceSweep:
     def _tokens(self, rows: slice, sink: Sink | None) -> tuple[Tensor | None, ...]:
         tiles = _Tiles(self.source, rows, self.divergence)
         state = self.source.new_state(rows.stop - rows.start)
-        picked = None if self._ids is None else torch.full_like(state[:2], -torch.inf)
+        picked = None if self._ids is None else torch.full_like(state[: 1 + self._sampled], -torch.inf)
         for columns, tile in tiles:
             self._rows.statistics(tile, state)
-            if picked is not None:
-                pick(tile.student, tile.student_transform, self._ids[rows], columns, picked[0])
-                pick(tile.target, tile.target_transform, self._ids[rows], columns, picked[1])
+            sampled = [(tile.student, tile.student_transform), (tile.target, tile.target_transform)]
+            for out, row in zip(() if picked is None else picked, sampled, strict=False):
+                pick(*row, self._ids[rows], columns, out)
         self.source.shard.merge(state, picked)
         x = Statistics(state)
         logps = None if picked is None else x.log_probability(picked[0])
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
         value, coefficients = self._settle(x, state, tiles, limit, logps, picked)
+        # A student without any mass inside the support, as of distributions that do not meet.
+        value = value.masked_fill(x["s_sum"] == 0, torch.inf)
         value, weight = self._clipped(value, rows)
         policy_value, pull = None, None
         if self._sampled:
-            pull = weight * value
+            pull = scaled(weight, value)
             weight = torch.zeros_like(weight)
         if self._policy is not None:
             policy, unit = self._policy
             policy_value, slope = policy.evaluate(logps, rows)
-            slope = slope * (policy.weights[rows] / unit * self._gain).to(slope.dtype)
+            slope = scaled(policy.weights[rows] / unit * self._gain, slope)
             pull = slope if pull is None else pull + slope
         if sink is not None:
             self._gradient(tiles, rows, state, sink, weight, coefficients, limit, pull)
         return value * self.divergence.scale, x.entropy, logps, policy_value
 
     def _settle(
-        self, x: Statistics, state: Tensor, tiles: _Tiles, limit: Tensor | None, logps: Tensor | None, picked: Tensor
+        self,
+        x: Statistics,
+        state: Tensor,
+        tiles: _Tiles,
+        limit: Tensor | None,
+        logps: Tensor | None,
+        picked: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Values [R] before clipping, and what the gradient is centred at: the mean gap or slope, the tail's slope."""
         if self._sampled:
@@ -176,15 +185,22 @@ class DivergenceSweep:
             return x.standard, [x.mean("s_gap"), None]
         if not self._needs_totals:
             return x.forward, [-torch.ones_like(x["s_sum"]), None]
-        totals = state.new_zeros(len(TOTALS), state.shape[1])
+        totals = state.new_zeros(len(SUMS) + len(TAILS), state.shape[1])
+        sums, tails = totals[: len(SUMS)], totals[len(SUMS) :].fill_(-torch.inf)
         for _, tile in tiles:
-            self._entries.totals(tile, state, self.divergence, limit, totals)
-        self.source.shard.sum(totals)
-        value, slope, p, q = totals.double() if totals.device.type != "mps" else totals
+            self._entries.totals(tile, state, self.divergence, limit, sums, tails)
+        self.source.shard.sum(sums)
+        value, slope = wide(sums)
         if limit is None:
             return value, [slope, None]
-        tail_value, tail_slope = entry(p, q, p.log() - q.log(), self.divergence)
-        return value + tail_value, [slope + tail_slope, torch.where(p > 0, tail_slope / p, 0)]
+        self.source.shard.sum_exponentials(tails)
+        log_p, log_q = (tail - x[f"{name}_sum"].log() for tail, name in zip(wide(tails), "st", strict=True))
+        p, q = log_p.exp(), log_q.exp()
+        tail_value, tail_slope = entry(p, q, log_p - log_q, self.divergence)
+        # Where the whole tail of the student underflows in the tile, nothing takes the gradient, however steep it is.
+        steepest = torch.finfo(state.dtype).max
+        tail_slope_of_one = torch.where(p > 0, tail_slope / p, 0).clamp(-steepest, steepest)
+        return value + tail_value, [slope + tail_slope, tail_slope_of_one]
 
     def _clipped(self, value: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Values after the clip of a token, and the weights of their gradients."""

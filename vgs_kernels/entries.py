@@ -24,9 +24,10 @@ from torch import Tensor
 from .divergence import Divergence
 from .rows import Statistics
 
-#: What one sweep over normalised rows sums for each token: the divergence and the slopes of entries inside the support,
-#: and both distributions' mass outside.
-TOTALS = ("value", "slope", "p_tail", "q_tail")
+#: What one sweep over normalised rows sums for each token: divergence and slopes of the entries inside the support ...
+SUMS = ("value", "slope")
+#: ... and log sum exp s' and t' of the columns outside: a tail may weigh less than the least float32.
+TAILS = ("s_tail", "t_tail")
 
 
 class EntryCoefficients(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Divergence
-from .entries import TOTALS, EntryCoefficients, entry, entry_slope, log_sums
+from .entries import EntryCoefficients, entry, entry_slope, log_sums
 from .rows import PAIR_STATE, RowTile, anchor
 from .rows_torch import Blocks, chain, exp, load, one_hot
 
@@ -24,8 +24,10 @@ def _distributions(
     return logits, [exp(s, out=p).div_(x["s_sum"]), exp(t, out=q).div_(x["t_sum"]), difference]
 
 
-def totals(tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, out: Tensor) -> None:
-    """Add a tile's ``TOTALS`` to ``out`` [4, R].
+def totals(
+    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
+) -> None:
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``, [2, R] each.
 
     Args:
         state: [K, R] statistics over all columns.
@@ -34,19 +36,20 @@ def totals(tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor |
     blocks = Blocks(tile, state, 3)
     shift = log_sums(state)
     for rows in blocks.rows():
-        sums = dict(zip(TOTALS, out[:, rows], strict=True))
         for columns in blocks.columns():
-            _, (p, q, difference) = _distributions(tile, rows, columns, state, blocks)
+            logits, (p, q, difference) = _distributions(tile, rows, columns, state, blocks)
             r = difference.sub_(shift[rows].unsqueeze(1))
             value, slope = entry(p, q, r, divergence, masked=tile.may_be_masked)
             if limit is not None:
-                outside = tile.student[rows, columns] < limit[rows].unsqueeze(1)
-                value.masked_fill_(outside, 0)
-                slope.masked_fill_(outside, 0)
-                sums["p_tail"] += p.mul_(outside).sum(1)
-                sums["q_tail"] += q.mul_(outside).sum(1)
-            sums["value"] += value.sum(1)
-            sums["slope"] += slope.sum(1)
+                inside = tile.student[rows, columns] >= limit[rows].unsqueeze(1)
+                value.masked_fill_(~inside, 0)
+                slope.masked_fill_(~inside, 0)
+                for name, tail in zip("st", tails[:, rows], strict=True):
+                    top = anchor(state[PAIR_STATE.index(f"{name}_max"), rows])
+                    found = logits[name].masked_fill(inside, -torch.inf).logsumexp(1).sub_(top)
+                    torch.logaddexp(tail, found, out=tail)
+            sums[0, rows] += value.sum(1)
+            sums[1, rows] += slope.sum(1)
 
 
 def gradient(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .divergence import Divergence
-from .entries import TOTALS, EntryCoefficients, log_sums
+from .entries import SUMS, TAILS, EntryCoefficients, log_sums
 from .rows import RowTile
 from .rows_triton import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
+    NOTHING,
     STATISTICS_WARPS,
     VENDOR,
     anchored,
@@ -25,7 +27,8 @@ from .rows_triton import (
     transform_arguments,
 )
 
-KINDS = {"reverse_kl": tl.constexpr(0), "forward_kl": tl.constexpr(1), "jsd": tl.constexpr(2)}
+_REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
+KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 
 
 @triton.jit
@@ -47,12 +50,12 @@ def _log1p(x):
 @triton.jit
 def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
     """An entry and p times its derivative, as entries.entry."""
-    if KIND == 0:
+    if KIND == _REVERSE:
         value = p * r
         if MASKED:
             value = tl.where(p > 0, value, 0.0)
         slope = value + p
-    elif KIND == 1:
+    elif KIND == _FORWARD:
         value = -q * r
         if MASKED:
             value = tl.where(q > 0, value, 0.0)
@@ -83,14 +86,30 @@ def _distributions(
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """p, q, s' - t' and the student's logits, of logits as they lie in the tile."""
+    """p, q, s', t' and the student's logits, of logits as they lie in the tile."""
     s = transform(s, at, n_columns, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
     t = transform(t, at, n_columns, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
     s_centred = s - anchored(tl.load(state_ptr), MASKED)
     t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
     p = exp(s_centred) / tl.load(state_ptr + state_stride)
     q = exp(t_centred) / tl.load(state_ptr + 3 * state_stride)
-    return p, q, s_centred - t_centred, s
+    return p, q, s_centred, t_centred, s
+
+
+@triton.jit
+def _tail(maximum, total, x, outside):
+    """Fold columns outside of a support into a lane's maximum and sum of exponentials. Without any, its sum is void."""
+    x = tl.maximum(tl.where(outside, x, NOTHING), NOTHING)
+    raised = tl.maximum(maximum, tl.max(x, axis=1))
+    return raised, total * exp(maximum - raised) + lane_sum(exp(x - raised[:, None]))
+
+
+@triton.jit
+def _log_sum(maximum, total):
+    """log sum exp of all lanes."""
+    top = tl.max(maximum, axis=0)
+    whole = tl.sum(total * exp(maximum - top), axis=0)
+    return tl.where(top > NOTHING, top + tl.log(whole), float("-inf"))
 
 
 @triton.jit(
@@ -104,7 +123,7 @@ def totals_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """``TOTALS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
+    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -116,31 +135,35 @@ def totals_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
     zero = tl.zeros([LANES], tl.float32)
-    values, slopes, p_tail, q_tail = zero, zero, zero, zero
+    values, slopes = zero, zero
+    if TAIL:
+        s_max, s_tail, t_max, t_tail = zero + NOTHING, zero, zero + NOTHING, zero
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
         raw = _raw(s_ptr, at, n_loaded)
-        p, q, difference, _ = _distributions(
+        p, q, s, t, _ = _distributions(
             raw, _raw(t_ptr, at, n_loaded), at, n_columns, state_ptr, state_stride,
             student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
         )  # fmt: skip
-        value, slope = _entry(p, q, difference - shift, beta, clip, KIND, CLIP, MASKED)
+        value, slope = _entry(p, q, s - t - shift, beta, clip, KIND, CLIP, MASKED)
+        counted = at < n_columns
         if TAIL:
-            inside = raw >= tl.load(limit_ptr + row)
-            value = tl.where(inside, value, 0.0)
-            slope = tl.where(inside, slope, 0.0)
-            p_tail += lane_sum(tl.where(inside, 0.0, p))
-            q_tail += lane_sum(tl.where(inside, 0.0, q))
-        if MASKED or TAIL:  # behind the tile's end
-            value = tl.where(at < n_columns, value, 0.0)
-            slope = tl.where(at < n_columns, slope, 0.0)
+            limit = tl.load(limit_ptr + row)
+            outside = counted & (raw < limit)
+            s_max, s_tail = _tail(s_max, s_tail, s, outside)
+            t_max, t_tail = _tail(t_max, t_tail, t, outside)
+            counted &= raw >= limit
+        if MASKED or TAIL:
+            value = tl.where(counted, value, 0.0)
+            slope = tl.where(counted, slope, 0.0)
         values += lane_sum(value)
         slopes += lane_sum(slope)
     out_ptr += tl.program_id(1) * 4 * n_rows + row
     tl.store(out_ptr, tl.sum(values, axis=0))
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
-    tl.store(out_ptr + 2 * n_rows, tl.sum(p_tail, axis=0))
-    tl.store(out_ptr + 3 * n_rows, tl.sum(q_tail, axis=0))
+    if TAIL:
+        tl.store(out_ptr + 2 * n_rows, _log_sum(s_max, s_tail))
+        tl.store(out_ptr + 3 * n_rows, _log_sum(t_max, t_tail))
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
@@ -154,11 +177,11 @@ def entry_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     raw = _raw(s_ptr + row * s_stride, at, n_loaded)
-    p, q, difference, s = _distributions(
+    p, q, s_centred, t_centred, s = _distributions(
         raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr + row, state_stride,
         student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
     )  # fmt: skip
-    _, slope = _entry(p, q, difference - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
+    _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
     if TAIL:
         slope = tl.where(raw >= tl.load(limit_ptr + row), slope, p * tl.load(tail_slope_ptr + row))
     weight = tl.load(weight_ptr + row)
@@ -179,24 +202,28 @@ def entry_gradient_kernel(
 def _options(tile: RowTile, divergence: Divergence, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
     scalars, options = transform_arguments(tile)
     clip = 0.0 if divergence.clip is None else float(divergence.clip)
-    options |= {"KIND": KINDS[divergence.kind].value, "CLIP": divergence.clip is not None, "TAIL": limit is not None}
+    options |= {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
     return [*scalars, float(divergence.beta), clip], options
 
 
-def totals(tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, out: Tensor) -> None:
-    """Add a tile's ``TOTALS`` to ``out`` [4, R]; arguments as in entries_torch.totals."""
+def totals(
+    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
+) -> None:
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
     rows = row_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, limit)
     layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
     n_rows, shift = len(tile.student), log_sums(state)
-    parts = state.new_empty(count, len(TOTALS), n_rows)
+    parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
         *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
         parts, n_rows, n_columns, n_loaded, blocks, *scalars,
         **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
     )  # fmt: skip
-    out.add_(parts.sum(0))
+    sums.add_(parts[:, : len(SUMS)].sum(0))
+    if limit is not None:
+        torch.logaddexp(tails, parts[:, len(SUMS) :].logsumexp(0), out=tails)
 
 
 def gradient(

@@ -97,10 +97,10 @@ def fused_linear_divergence(
             token_weights * values (None: 1 each), for any upstream gradient; its backward projects once more.
         policy: a term that is added to the loss, on ``target_ids``. Not with ``"teacher_top_k"``, outside of which a
             sampled token has no probability, nor with ``reduction="none"``.
-        fold: combine rows with the same head (the same ``weight`` and ``bias`` objects and scale, no soft-cap) before
-            they are projected, by linearity: one product instead of several. Their sum is rounded to the hidden states'
-            dtype. In bfloat16 that makes a gradient error of 0.15 % one of 0.17 % (distant models) to 0.6 % (nearly
-            equal ones).
+        fold: combine rows with the same head (``weight`` and ``bias`` in the same memory, one scale, no soft-cap)
+            before they are projected, by linearity: one product instead of several. Their sum is rounded to the hidden
+            states' dtype. In bfloat16 that makes a gradient error of 0.15 % one of 0.17 % (distant models) to 0.6 %
+            (nearly equal ones).
         token_weights, student_bias, student_softcap, student_logit_scale, target_ids, vocab_size, vocab_group,
             workspace_bytes, backend: as in :func:`fused_linear_vgs_loss`.
 
@@ -221,20 +221,20 @@ def linear_divergence(
     fold: bool,
 ) -> DivergenceOutput:
     """``fused_linear_divergence`` of validated arguments; see ``_weights`` and ``_policy`` for two of them."""
-    parts, bias_coefficients = _combined(target, fold)
+    groups = _groups(target, fold)
     # Where the first row is the whole target, it needs no slab of its own to decide.
     decides_last = divergence.support == "plausible" and (len(target) > 1 or not _is_one(target[0].coefficient))
     if decides_last:
-        parts.append(target[0]._replace(coefficient=1.0))
-        bias_coefficients.append(1.0)
-    numbers, of_tokens = _split([part.coefficient for part in parts], student.hidden)
+        groups.append([target[0]._replace(coefficient=1.0)])
+    rows, heads = [row for group in groups for row in group], [group[0] for group in groups]
+    numbers, of_tokens = _split([row.coefficient for row in rows], student.hidden)
     operator = ops_divergence.linear_divergence if factor is None else ops_divergence.linear_divergence_values
     value, terms, *_ = operator(
-        student.hidden, student.weight, student.bias,
-        [row.hidden.detach() for row in parts], [row.weight.detach() for row in parts],
-        [arguments.detached(row.bias) for row in parts], of_tokens, token_weights, target_ids, *policy,
-        numbers, bias_coefficients, *astuple(divergence), decides_last, vocab, arguments.group(vocab_group),
-        [float(row.logit_scale) for row in (student, *parts)], [row.softcap or 0.0 for row in (student, *parts)],
+        student.hidden, student.weight, student.bias, [row.hidden.detach() for row in rows], of_tokens,
+        [head.weight.detach() for head in heads], [arguments.detached(head.bias) for head in heads],
+        token_weights, target_ids, *policy, numbers, [len(group) for group in groups], *astuple(divergence),
+        decides_last, vocab, arguments.group(vocab_group),
+        [float(row.logit_scale) for row in (student, *heads)], [row.softcap or 0.0 for row in (student, *heads)],
         workspace_bytes, backend, checks.compute_dtype(student.hidden),
         arguments.needs(student.hidden, student.weight, student.bias),
     )  # fmt: skip
@@ -248,43 +248,34 @@ def _output(value: Tensor, terms: Tensor, factor: Tensor | None, target_ids: Ten
     return DivergenceOutput(value if factor is None else scaled(factor, value), divergence, entropy, **values)
 
 
-def _combined(target: Sequence[TargetRow], fold: bool) -> tuple[list[TargetRow], list[float]]:
-    """Rows that are projected, those with one head as one if ``fold``, and the coefficients of their biases."""
+def _groups(target: Sequence[TargetRow], fold: bool) -> list[list[TargetRow]]:
+    """Rows by the head that projects them: if ``fold``, those with the same one together."""
+    rows = [row for row in target if isinstance(row.coefficient, Tensor) or row.coefficient != 0] or target[:1]
     groups: list[list[TargetRow]] = []
-    for row in target:
+    for row in rows:
         group = next((x for x in groups if fold and _same_head(x[0], row)), None)
         if group is None:
             groups.append([row])
         else:
             group.append(row)
-    parts, biases = [], []
-    for group in groups:
-        first = group[0]
-        plain = all(not isinstance(row.coefficient, Tensor) for row in group)
-        if len(group) == 1:
-            parts.append(first)
-            biases.append(float(first.coefficient) if plain else 1.0)
-            continue
-        wide = accumulation_dtype(first.hidden)
-        hidden = sum(_column(row.coefficient) * row.hidden.detach().to(wide) for row in group)
-        parts.append(first._replace(coefficient=1.0, hidden=hidden.to(first.hidden.dtype)))
-        biases.append(float(sum(row.coefficient for row in group)) if plain else 1.0)
-    return parts, biases
+    return groups
 
 
 def _same_head(row: TargetRow, other: TargetRow) -> bool:
-    """Whether two rows may be projected as one. A bias that every token weighs otherwise stays where it is."""
     linear = row.softcap is None and other.softcap is None and row.logit_scale == other.logit_scale
-    weighed = isinstance(row.coefficient, Tensor) or isinstance(other.coefficient, Tensor)
-    return linear and row.weight is other.weight and row.bias is other.bias and not (weighed and row.bias is not None)
+    return linear and _same(row.weight, other.weight) and _same(row.bias, other.bias)
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    """Whether two tensors are the same memory; under torch.compile, the same object."""
+    if x is y or x is None or y is None or torch.compiler.is_compiling():
+        return x is y
+    seen = [(z.data_ptr(), z.shape, z.stride(), z.dtype) for z in (x, y)]
+    return seen[0] == seen[1]
 
 
 def _is_one(coefficient: float | Tensor) -> bool:
     return not isinstance(coefficient, Tensor) and coefficient == 1.0
-
-
-def _column(coefficient: float | Tensor) -> float | Tensor:
-    return coefficient.detach().unsqueeze(1) if isinstance(coefficient, Tensor) else coefficient
 
 
 def _split(coefficients: Sequence[float | Tensor], like: Tensor) -> tuple[list[float], list[Tensor | None]]:

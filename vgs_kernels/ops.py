@@ -84,9 +84,7 @@ def _linear_vgs(
     rows = row_backend(backend)
     dtype = accumulation_dtype(hidden)
     with guard(hidden.device):
-        policy = None
-        if advantages is not None:
-            policy = PolicyGradient(advantages, policy_weights, old_logps, epsilons, dtype)
+        policy = PolicyGradient.of(advantages, policy_weights, old_logps, epsilons, dtype)
         steering = Steering(
             objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, student.transform, dtype,
             policy, shard.local(target_ids),
@@ -194,15 +192,13 @@ def _dense_vgs(
     dtype = accumulation_dtype(logits)
     tile_rows = max(len(logits), 1) if backend == "triton" else DENSE_ROWS
     with guard(logits.device):
-        policy = None
-        if advantages is not None:
-            policy = PolicyGradient(advantages, policy_weights, old_logps, epsilons, dtype)
+        policy = PolicyGradient.of(advantages, policy_weights, old_logps, epsilons, dtype)
         steering = Steering(
             objective, token_weights, vds, vds_threshold, trajectory_ids, group_name, transform, dtype,
             policy, target_ids,
         )  # fmt: skip
         four = [logits, teacher_logits, text_logits, teacher_text_logits]
-        source = DenseSource(four, (transform, transform), vocab, tile_rows)
+        source = DenseSource(four, transform, vocab, tile_rows)
         state, target_logits = sweep(source, rows, target_ids=target_ids)
         loss, terms = steering.finish(state, target_logits)
 
@@ -221,4 +217,4 @@ def _dense_vgs(
 
 
 linear_vgs = register("linear_vgs", _linear_vgs, ("hidden", "text_hidden", "weight", "bias"), len(VGS_TERMS))
-dense_vgs = register("dense_vgs", _dense_vgs, ("logits", "text_logits"), len(VGS_TERMS))
+dense_vgs = register("dense_vgs", _dense_vgs, ("logits", "text_logits"), len(VGS_TERMS), dense=True)

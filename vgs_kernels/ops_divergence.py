@@ -1,5 +1,7 @@
 """The registered operators of one divergence to one composed target; see registration.py for what they return."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .policy import PolicyGradient, unit_weights
 from .registration import cast, empty_gradients, head, head_gradient, logit_gradient, register, register_values, wanted
 from .rows import LogitTransform, accumulation_dtype, scaled
 from .sinks import DenseSink, LinearSink
-from .sweep import Addend, ComposedRow, ComposedSource, LinearSource, StackedRows, guard
+from .sweep import Addend, ComposedPart, ComposedRow, ComposedSource, LinearSource, StackedRows, guard
 
 #: Rows of the ``terms``; ``target_logps`` and ``policy`` follow if asked for.
 DIVERGENCE_TERMS = ("divergence", "entropy")
@@ -21,6 +23,12 @@ DIVERGENCE_TERMS = ("divergence", "entropy")
 def _check_count(divergence: Divergence, total: int) -> None:
     if divergence.top_k is not None and divergence.top_k > total:
         raise ValueError(f"top_k must be at most the vocabulary's {total} entries, got {divergence.top_k}.")
+
+
+def _addends(coefficients: list[float], token_coefficients: list[Tensor | None], rows: list[Tensor]) -> list[Addend]:
+    """Rows with their coefficients: those of each token, where there are some."""
+    pairs = zip(coefficients, token_coefficients, rows, strict=True)
+    return [Addend(number if of_tokens is None else of_tokens, row) for number, of_tokens, row in pairs]
 
 
 def _finish(
@@ -39,9 +47,9 @@ def _linear_divergence(
     weight: Tensor,
     bias: Tensor | None,
     target_hiddens: list[Tensor],
+    token_coefficients: list[Tensor | None],
     target_weights: list[Tensor],
     target_biases: list[Tensor | None],
-    token_coefficients: list[Tensor | None],
     token_weights: Tensor,
     target_ids: Tensor | None,
     advantages: Tensor | None,
@@ -49,7 +57,7 @@ def _linear_divergence(
     old_logps: Tensor | None,
     epsilons: list[float],
     coefficients: list[float],
-    bias_coefficients: list[float],
+    head_rows: list[int],
     divergence: str,
     beta: float,
     support: str,
@@ -69,7 +77,8 @@ def _linear_divergence(
     compute_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``decides_last``: the last target row is no addend, but decides about the support."""
+    """``head_rows``: how many of the target's rows, one after the other, each of its heads projects. ``decides_last``:
+    the last one is no addend, but decides about the support."""
     hidden, weight, bias = cast(compute_dtype, [hidden, weight, bias])
     target_hiddens, target_weights, target_biases = (
         cast(compute_dtype, x) for x in (target_hiddens, target_weights, target_biases)
@@ -86,15 +95,13 @@ def _linear_divergence(
         )
     )
     dtype = accumulation_dtype(hidden)
-    addends = [
-        Addend(*x)
-        for x in zip(coefficients, bias_coefficients, target_hiddens, targets, token_coefficients, strict=True)
+    addends = iter(_addends(coefficients, token_coefficients, target_hiddens))
+    parts = [
+        ComposedPart(x, list(itertools.islice(addends, count))) for x, count in zip(targets, head_rows, strict=True)
     ]
-    rows = [ComposedRow(part) for part in ([addends[:-1], addends[-1:]] if decides_last else [addends])]
+    rows = [ComposedRow(x) for x in ([parts[:-1], parts[-1:]] if decides_last else [parts])]
     with guard(hidden.device):
-        policy = None
-        if advantages is not None:
-            policy = PolicyGradient(advantages, policy_weights, old_logps, epsilons, dtype)
+        policy = PolicyGradient.of(advantages, policy_weights, old_logps, epsilons, dtype)
         weights, unit = unit_weights(token_weights, dtype, policy=policy)
         need_hidden, need_weight, need_bias = needs
         d_hidden, d_bias = empty_gradients([need_hidden, need_bias], [hidden, bias], dtype)
@@ -147,12 +154,10 @@ def _dense_divergence(
     dtype = accumulation_dtype(logits)
     transform = LogitTransform(inv_temperature=1.0 / temperature)
     with guard(logits.device):
-        policy = None
-        if advantages is not None:
-            policy = PolicyGradient(advantages, policy_weights, old_logps, epsilons, dtype)
+        policy = PolicyGradient.of(advantages, policy_weights, old_logps, epsilons, dtype)
         weights, unit = unit_weights(token_weights, dtype, policy=policy)
         d_logits = logit_gradient(needs[0], logits, vocab, written=True)
-        addends = list(zip(coefficients, token_coefficients, target_logits, strict=True))
+        addends = _addends(coefficients, token_coefficients, target_logits)
         source = ComposedSource(logits, addends, transform, vocab, DENSE_ROWS, support == "plausible")
         sink = DenseSink(d_logits, None) if needs[0] else None
         held = None if policy is None else (policy, unit)
@@ -164,7 +169,7 @@ def _dense_divergence(
 linear_divergence = register(
     "linear_divergence", _linear_divergence, ("hidden", "weight", "bias"), len(DIVERGENCE_TERMS)
 )
-dense_divergence = register("dense_divergence", _dense_divergence, ("logits",), len(DIVERGENCE_TERMS))
+dense_divergence = register("dense_divergence", _dense_divergence, ("logits",), len(DIVERGENCE_TERMS), dense=True)
 linear_divergence_values = register_values(
     "linear_divergence_values", linear_divergence, _linear_divergence, ("hidden", "weight", "bias")
 )

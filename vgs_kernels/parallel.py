@@ -109,6 +109,18 @@ class VocabularyShard(NamedTuple):
         padded = torch.nn.functional.pad(values, (0, count - values.shape[1]), value=-torch.inf)
         return torch.cat(_gather(padded, _resolve(self.group)), 1).topk(count).values
 
+    def sum_exponentials(self, logs: Tensor) -> None:
+        """log sum exp of what each rank has, in place."""
+        if self.group is None:
+            return
+        group = _resolve(self.group)
+        top = logs.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        top.masked_fill_(top == -torch.inf, 0)
+        total = (logs - top).exp()
+        dist.all_reduce(total, group=group)
+        logs.copy_(total.log().add_(top))
+
     def sum(self, *values: Tensor | None) -> None:
         """Add up what each rank has of sums over the vocabulary, in place."""
         if self.group is None:

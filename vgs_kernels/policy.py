@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rows import scaled, wide
+
 
 class PolicyTerm(NamedTuple):
     """sum_n weights_n * -min(ratio_n * A_n, clamp(ratio_n, 1 - epsilon_low, 1 + epsilon_high) * A_n).
@@ -20,6 +22,8 @@ class PolicyTerm(NamedTuple):
         weights: [N], e.g. (1 - alpha) / (responses * tokens of the response).
         old_logps: [N] log-probabilities of the policy that sampled; None: those of this very call, a ratio of 1.
         epsilon_low, epsilon_high: >= 0.
+
+    Gradients of 16-bit logits are scaled for ratios up to some thousands.
     """
 
     advantages: Tensor
@@ -41,9 +45,21 @@ class PolicyGradient:
         dtype: torch.dtype,
     ) -> None:
         self.weights = weights.to(dtype)
-        self._advantages = advantages.double()
-        self._old = None if old_logps is None else old_logps.double()
+        self._advantages = wide(advantages)
+        self._old = None if old_logps is None else wide(old_logps)
         self._low, self._high = epsilons
+
+    @classmethod
+    def of(
+        cls,
+        advantages: Tensor | None,
+        weights: Tensor | None,
+        old_logps: Tensor | None,
+        epsilons: Sequence[float],
+        dtype: torch.dtype,
+    ) -> PolicyGradient | None:
+        """From an operator's arguments."""
+        return None if advantages is None else cls(advantages, weights, old_logps, epsilons, dtype)
 
     @property
     def magnitude(self) -> Tensor:
@@ -55,8 +71,8 @@ class PolicyGradient:
         advantages = self._advantages[rows]
         ratio = torch.ones_like(advantages)
         if self._old is not None:
-            ratio = (log_probabilities.double() - self._old[rows]).exp()
-        free, clipped = ratio * advantages, ratio.clamp(1 - self._low, 1 + self._high) * advantages
+            ratio = (wide(log_probabilities) - self._old[rows]).exp()
+        free, clipped = (scaled(advantages, x) for x in (ratio, ratio.clamp(1 - self._low, 1 + self._high)))
         return -torch.minimum(free, clipped), torch.where(free <= clipped, -free, 0)
 
 

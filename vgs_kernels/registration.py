@@ -64,6 +64,14 @@ def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=out)
 
 
+def _differentiable_once(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"vgs_kernels.{name} is differentiable once: its gradients have no graph. Call backward without "
+            "create_graph=True."
+        )
+
+
 def _no_gradients(inputs: tuple) -> list[list[None] | None]:
     """What a backward returns for no gradient: of a list of tensors a list, of any other argument None."""
     return [
@@ -72,10 +80,13 @@ def _no_gradients(inputs: tuple) -> list[list[None] | None]:
     ]
 
 
-def register(name: str, implementation: Callable, differentiable: tuple[str, ...], n_terms: int):
+def register(
+    name: str, implementation: Callable, differentiable: tuple[str, ...], n_terms: int, *, dense: bool = False
+):
     """Register an operator whose outputs are (loss, terms, unit, one gradient for each differentiable argument).
 
-    Its terms are ``n_terms``, and one more each where ``target_ids`` and ``advantages`` are given.
+    Its terms are ``n_terms``, and one more each where ``target_ids`` and ``advantages`` are given. Gradients of a
+    ``dense`` one, of logits, are of the logits' dtype.
     """
     operator = torch.library.custom_op(f"vgs_kernels::{name}", implementation, mutates_args=())
     names = [argument.name for argument in operator._opoverload._schema.arguments]
@@ -89,7 +100,7 @@ def register(name: str, implementation: Callable, differentiable: tuple[str, ...
         count = n_terms + sum(values[optional] is not None for optional in ("target_ids", "advantages"))
         outputs = [first.new_empty((), dtype=dtype), first.new_empty((count, first.shape[0]), dtype=dtype)]
         outputs.append(first.new_empty((), dtype=dtype))
-        gradient_type = first.dtype if name.startswith("dense") else dtype
+        gradient_type = first.dtype if dense else dtype
         for need, position in zip(values["needs"], positions, strict=True):
             shape = arguments[position].shape if need else (0,)
             outputs.append(first.new_empty(shape, dtype=gradient_type))
@@ -103,11 +114,7 @@ def register(name: str, implementation: Callable, differentiable: tuple[str, ...
         ctx.save_for_backward(*output[2:])
 
     def backward(ctx, d_loss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"vgs_kernels.{name} is differentiable once: its gradients are computed in the forward. "
-                "Call backward without create_graph=True."
-            )
+        _differentiable_once(name)
         # Detached: saved outputs are part of the graph, and what is scaled in place would stay so.
         unit, *gradients = (x.detach() for x in ctx.saved_tensors)
         result = list(ctx.no_gradients)
@@ -155,6 +162,7 @@ def register_values(name: str, reduced, implementation: Callable, differentiable
         ctx.set_materialize_grads(False)
 
     def backward(ctx, d_values, _):
+        _differentiable_once(name)
         result = list(ctx.no_gradients)
         if d_values is None:
             return tuple(result)

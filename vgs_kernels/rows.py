@@ -42,6 +42,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
     """weight * value, where a zero weight wins over an infinite value."""
     weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
@@ -217,8 +222,7 @@ class Statistics:
 
     def __init__(self, state: Tensor) -> None:
         names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
-        wide = state if state.device.type == "mps" else state.double()
-        self._values = dict(zip(names, wide, strict=True))
+        self._values = dict(zip(names, wide(state), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]

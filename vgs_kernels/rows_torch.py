@@ -157,9 +157,9 @@ def gradient(
                     if masked:  # 0 * inf is 0
                         d_a.masked_fill_(weight * gamma == 0, 0)
                 if language_weight is not None:
-                    chosen = {name: centred[name][tokens] for name in "aw"}
+                    gated = {name: centred[name][tokens] for name in "aw"}
                     scale = (values[tokens] for values in (x["a_sum"], language_weight, language_mean_gap))
-                    term = _language(chosen, *scale, masked)
+                    term = _language(gated, *scale, masked)
                     d_a = term if d_a is None else d_a.add_(term)
                 d_a = chain(d_a, logits["a"][tokens], tile)
                 if masked:
@@ -171,16 +171,13 @@ def gradient(
                     prior_gap.masked_fill_(gamma == 0, 0)
                 gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1)
             gap.sub_(mean_gap)
-            if policy is None:
-                p_weight = p.mul_(weight)
-            else:
-                pull = one_hot(chosen, columns, p).sub_(p).mul_(policy)
-                p_weight = p.mul_(weight)
+            pull = None if policy is None else one_hot(chosen, columns, p).sub_(p).mul_(policy)
+            p_weight = p.mul_(weight)
             d_s = gap.mul_(p_weight)
             if masked:
                 d_s.masked_fill_(p_weight == 0, 0)
-            if policy is not None:
-                d_s.add_(pull)
+            if pull is not None:
+                d_s.add_(pull.masked_fill_(logits["s"] == -torch.inf, 0) if masked else pull)
             out[rows, columns] = chain(d_s, logits["s"], tile)
             if out_text is not None:
                 out_text[text_at, columns] = d_a.to(out_text.dtype)

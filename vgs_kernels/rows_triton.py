@@ -36,7 +36,7 @@ _LOAD_COLUMNS = 16  # what Triton takes for aligned is a multiple of this
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 #: A logit that has no weight beside any other, but is finite, so that differences of such logits are.
-_NOTHING = tl.constexpr(-1.0e30)
+NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP: t
         x = tl.where(x == float("-inf"), x, capped) if MASKED else capped
     else:
         x *= scale * inv_temperature
-    return tl.where(columns < n_columns, x, float("-inf") if MASKED else _NOTHING)
+    return tl.where(columns < n_columns, x, float("-inf") if MASKED else NOTHING)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def statistics_kernel(
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
 
     zero = tl.zeros([LANES], tl.float32)
-    lowest = zero + (float("-inf") if MASKED else _NOTHING)
+    lowest = zero + (float("-inf") if MASKED else NOTHING)
     s_max, s_sum, t_max, t_sum, s_logit, s_gap = lowest, zero, lowest, zero, zero, zero
     if FOUR:
         a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
@@ -348,7 +348,8 @@ def gradient_kernel(
         d_s = tl.where(p_weight != 0, d_s, 0.0)
     if POLICY:
         chosen = (at == tl.load(chosen_ptr + row)) & (at < n_columns)
-        d_s += tl.load(policy_ptr + row) * (tl.where(chosen, 1.0, 0.0) - inv_sum * exp_s)
+        pull = tl.load(policy_ptr + row) * (tl.where(chosen, 1.0, 0.0) - inv_sum * exp_s)
+        d_s += tl.where(s > float("-inf"), pull, 0.0) if MASKED else pull
     if STUDENT_CAP:
         d_s *= cap_slope(s, student_cap, inv_temperature)
     tl.store(out_ptr + row * out_stride + at, d_s, mask=stored)

@@ -81,7 +81,7 @@ class Steering:
         pull = chosen = None
         if self.policy is not None:
             slope = self.policy.evaluate(x.log_probability(picked), rows)[1]
-            pull = (self.gain * self.policy.weights[rows] / self.unit * slope).to(state.dtype)
+            pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
             chosen = self._target_ids[rows]
         if not language:
             return RowCoefficients(weight, mean_gap, gamma, live_prior, policy=pull, chosen=chosen)

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from . import rows_torch
-from .gemm import UPCAST_COLUMNS, project
+from .gemm import project
 from .parallel import VocabularyShard
 from .plan import GradientView, Plan, pitch, slab_rows
 from .rows import LogitTransform, RowCoefficients, RowTile, accumulation_dtype, new_state, slices
 from .sinks import Sink
+
+#: Elements of a part of a composed row that is formed on its own.
+_FORMED_ELEMENTS = 1 << 20
 
 
 def row_backend(name: str):
@@ -74,17 +77,45 @@ class StackedRows:
 
 
 class Addend(NamedTuple):
-    """One part of a composed row: coefficient * transform(hidden @ weight^T + bias).
+    """One row of a target: coefficient (of every token or, [N], of each) * logits of hidden states [N, D]."""
 
-    ``bias_coefficient`` multiplies the bias of a linear head instead. With ``token_coefficients`` [N] every token has a
-    coefficient of its own, and the others are 1.
-    """
-
-    coefficient: float
-    bias_coefficient: float
+    coefficient: float | Tensor
     hidden: Tensor
+
+    def factor(self, rows: slice, dtype: torch.dtype) -> float | Tensor:
+        """The coefficient of these tokens: a number, or [R, 1]."""
+        if not isinstance(self.coefficient, Tensor):
+            return self.coefficient
+        return self.coefficient[rows].to(dtype).unsqueeze(1)
+
+
+class ComposedPart(NamedTuple):
+    """Rows that one head projects. Several are combined before, which takes a head without soft-cap."""
+
     head: Head
-    token_coefficients: Tensor | None = None
+    addends: Sequence[Addend]
+
+    def combined(self, rows: slice, dtype: torch.dtype) -> tuple[float, Tensor]:
+        """alpha and hidden states [R, D] whose product with the head is the sum of the rows.
+
+        The sum is rounded to the hidden states' dtype, whose range it keeps to.
+        """
+        hidden = self.addends[0].hidden
+        factors = [addend.factor(rows, dtype) for addend in self.addends]
+        alpha = max((abs(factor) for factor in factors if not isinstance(factor, Tensor)), default=1.0) or 1.0
+        total = sum(
+            factor / alpha * addend.hidden[rows].to(dtype) for factor, addend in zip(factors, self.addends, strict=True)
+        )
+        return alpha, total.to(hidden.dtype)
+
+    def add_bias(self, rows: slice, bias: Tensor, out: Tensor) -> None:
+        """Add the rows' coefficients times the head's scaled bias [C], which masks where any of them is not 0."""
+        factors = [addend.factor(rows, out.dtype) for addend in self.addends]
+        bias = bias.to(out.dtype)
+        masked = bias == -torch.inf
+        out.add_(sum(factors) * self.head.transform.scale * bias.masked_fill(masked, 0))
+        live = sum(abs(factor) for factor in factors)
+        out.masked_fill_(masked & (live != 0), -torch.inf)
 
 
 @dataclass
@@ -94,7 +125,7 @@ class ComposedRow:
     The soft-caps and scales of the parts are inside the sum; the temperature is left to the row backend.
     """
 
-    parts: Sequence[Addend]
+    parts: Sequence[ComposedPart]
 
     @property
     def n(self) -> int:
@@ -102,7 +133,7 @@ class ComposedRow:
 
     @property
     def views(self) -> Sequence[Tensor]:
-        return [self.parts[0].hidden]
+        return [self.parts[0].addends[0].hidden]
 
     @property
     def heads(self) -> list[Head]:
@@ -110,28 +141,40 @@ class ComposedRow:
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         for index, part in enumerate(self.parts):
-            hidden, weight, transform = part.hidden[rows], part.head.weight[columns], part.head.transform
-            bias = None if part.head.bias is None else part.head.bias[columns]
-            if transform.softcap is None and part.token_coefficients is None:
-                project(hidden, weight, out, alpha=part.coefficient * transform.scale, keep=index > 0)
-                if bias is not None:
-                    out.add_(times(part.bias_coefficient * transform.scale, bias.to(out.dtype)))
+            head, first = part.head, part.addends[0]
+            bias = None if head.bias is None else head.bias[columns]
+            alone = len(part.addends) == 1
+            if head.transform.softcap is not None or (alone and isinstance(first.coefficient, Tensor)):
+                self._add_formed(part, rows, columns, out, keep=index > 0)
                 continue
-            # Neither a soft-cap nor a coefficient of each token can be left to a GEMM: a few columns at a time.
-            coefficient = part.coefficient
-            if part.token_coefficients is not None:
-                coefficient = part.token_coefficients[rows].to(out.dtype).unsqueeze(1)
-            transform = transform._replace(inv_temperature=1.0)
-            for few in slices(len(weight), UPCAST_COLUMNS):
-                logits = out.new_empty(len(out), few.stop - few.start)
-                project(hidden, weight[few], logits, bias=None if bias is None else bias[few])
-                logits = times(coefficient, transform(logits))
-                out[:, few] = logits if index == 0 else out[:, few] + logits
+            alpha, hidden = (first.coefficient, first.hidden[rows]) if alone else part.combined(rows, out.dtype)
+            project(hidden, head.weight[columns], out, alpha=alpha * head.transform.scale, keep=index > 0)
+            if bias is not None:
+                part.add_bias(rows, bias, out)
+
+    @staticmethod
+    def _add_formed(part: ComposedPart, rows: slice, columns: slice, out: Tensor, *, keep: bool) -> None:
+        """Add a row that no GEMM can weigh, for its soft-cap or its tokens' coefficients: a few columns at a time."""
+        weight, head = part.head.weight[columns], part.head
+        (addend,) = part.addends
+        transform = head.transform._replace(inv_temperature=1.0)
+        for few in slices(len(weight), max(_FORMED_ELEMENTS // len(out), 1)):
+            logits = out.new_empty(len(out), few.stop - few.start)
+            bias = None if head.bias is None else head.bias[columns][few]
+            project(addend.hidden[rows], weight[few], logits, bias=bias)
+            logits = times(addend.factor(rows, out.dtype), transform(logits))
+            out[:, few] = out[:, few] + logits if keep else logits
 
 
 def times(coefficient: float | Tensor, values: Tensor) -> Tensor:
-    """coefficient * values where -inf marks a masked column, whatever the coefficient's sign."""
-    return (coefficient * values).masked_fill_(values == -torch.inf, -torch.inf)
+    """coefficient * values where -inf marks a masked column, whatever the coefficient's sign; 0 wins over it."""
+    if not isinstance(coefficient, Tensor) and coefficient > 0:
+        return coefficient * values
+    masked = values == -torch.inf
+    if isinstance(coefficient, Tensor) or coefficient == 0:
+        masked = masked & (torch.as_tensor(coefficient, device=values.device) != 0)
+    finite = values.masked_fill(values == -torch.inf, 0)
+    return (coefficient * finite).masked_fill_(masked, -torch.inf)
 
 
 class Source(Protocol):
@@ -201,13 +244,11 @@ class DenseSource:
 
     overwritable = False
 
-    def __init__(
-        self, logits: Sequence[Tensor], transforms: tuple[LogitTransform, LogitTransform], vocab: int, tile_rows: int
-    ) -> None:
+    def __init__(self, logits: Sequence[Tensor], transform: LogitTransform, vocab: int, tile_rows: int) -> None:
         self.n = len(logits[0])
         self.shard = VocabularyShard(vocab, vocab, vocab)
         self.plan = Plan(tile_rows, vocab, tile_rows)
-        self._logits, self._transforms = logits, transforms
+        self._logits, self._transform = logits, transform
 
     def new_state(self, n_tokens: int) -> Tensor:
         first = self._logits[0]
@@ -215,12 +256,8 @@ class DenseSource:
         return new_state(n_tokens, len(self._logits) == 4, first.new_empty(0, dtype=dtype))
 
     def load(self, rows: slice, columns: slice) -> RowTile:
-        # The caller's columns behind the vocabulary can be read, and their gradient is 0.
         readable = min(x.shape[1] for x in self._logits) - columns.start
-        tiles = [x[rows, columns] for x in self._logits]
-        if any(x.stride(1) != 1 for x in tiles):
-            tiles, readable = [x.contiguous() for x in tiles], columns.stop - columns.start
-        return RowTile(*tiles, *[None] * (4 - len(tiles)), *self._transforms, may_be_masked=True, readable=readable)
+        return _dense_tile([x[rows, columns] for x in self._logits], readable, self._transform)
 
 
 class ComposedSource:
@@ -228,7 +265,7 @@ class ComposedSource:
 
     Args:
         logits: the student's.
-        addends: (coefficient, coefficients of each token [N] or None, logits [N, V]).
+        addends: (coefficient, a number or [N], logits [N, V]).
         transform: of both rows.
         vocab: leading columns to use.
         tile_rows: tokens of a tile.
@@ -240,7 +277,7 @@ class ComposedSource:
     def __init__(
         self,
         logits: Tensor,
-        addends: Sequence[tuple[float, Tensor | None, Tensor]],
+        addends: Sequence[tuple[float | Tensor, Tensor]],
         transform: LogitTransform,
         vocab: int,
         tile_rows: int,
@@ -256,17 +293,32 @@ class ComposedSource:
         return new_state(n_tokens, False, self._student.new_empty(0, dtype=accumulation_dtype(self._student)))
 
     def load(self, rows: slice, columns: slice) -> RowTile:
-        student, transforms = self._student[rows, columns].contiguous(), (self._transform, self._transform)
-        deciding = self._addends[0][2][rows, columns] if self._first_decides else None
+        deciding = self._addends[0][1][rows, columns] if self._first_decides else None
         target = None
-        for coefficient, of_tokens, logits in self._addends:
+        for coefficient, logits in self._addends:
             part = logits[rows, columns]
-            if (coefficient, of_tokens) != (1.0, None):
-                factor = coefficient if of_tokens is None else of_tokens[rows].unsqueeze(1)
+            if isinstance(coefficient, Tensor) or coefficient != 1.0:
+                factor = coefficient[rows].unsqueeze(1) if isinstance(coefficient, Tensor) else coefficient
                 part = times(factor, part.to(accumulation_dtype(part)))
             target = part if target is None else target.to(accumulation_dtype(part)) + part
-        width = columns.stop - columns.start
-        return RowTile(student, target.contiguous(), None, None, *transforms, True, width, deciding)
+        return _dense_tile([self._student[rows, columns], target], self._readable(columns), self._transform, deciding)
+
+    def _readable(self, columns: slice) -> int:
+        """Columns that may be read in the student's row; a target that was computed here has none to spare."""
+        alone = len(self._addends) == 1 and not isinstance(self._addends[0][0], Tensor) and self._addends[0][0] == 1.0
+        if not alone:
+            return columns.stop - columns.start
+        return min(self._student.shape[1], self._addends[0][1].shape[1]) - columns.start
+
+
+def _dense_tile(
+    rows: list[Tensor], readable: int, transform: LogitTransform, deciding: Tensor | None = None
+) -> RowTile:
+    """Rows of logits that a caller holds. Columns behind the vocabulary can be read, and their gradient is 0."""
+    if any(x.stride(1) != 1 for x in rows):
+        rows, readable = [x.contiguous() for x in rows], rows[0].shape[1]
+    rows = [*rows, *[None] * (4 - len(rows))]
+    return RowTile(*rows, transform, transform, True, readable, deciding)
 
 
 def sweep(

@@ -22,7 +22,14 @@ from problems import (
     evaluate,
 )
 
-from vgs_kernels import PolicyTerm, VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
+from vgs_kernels import (
+    PolicyTerm,
+    VGSObjective,
+    divergence_loss,
+    fused_linear_divergence,
+    fused_linear_vgs_loss,
+    vgs_loss,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +75,9 @@ def divergence(problem: Problem, **options: Any) -> Any:
 def with_policy(problem: Problem) -> Any:
     weights = rising_weights(problem.tokens)
     policy = PolicyTerm(advantages=1 - weights, weights=weights, old_logps=-weights)
-    return fused_linear_vgs_loss(*problem.args(), target_ids=problem.target_ids, policy=policy)
+    options = {"target_ids": problem.target_ids, "policy": policy}
+    loss = fused_linear_vgs_loss(*problem.args(), **options).loss
+    return SimpleNamespace(loss=loss + divergence(problem, divergence="jsd", policy=policy).loss)
 
 
 def every_divergence(problem: Problem) -> Any:
@@ -83,6 +92,10 @@ def every_divergence(problem: Problem) -> Any:
         {"divergence": "sampled_reverse_kl", "token_clip": 10.0},
     ):
         total = total + divergence(problem, **options).loss
+    s, _, t, w = dense(problem)
+    of_tokens = rising_weights(problem.tokens)
+    for options in ({}, {"divergence": "jsd", "support": "teacher_top_k", "top_k": 64}):
+        total = total + divergence_loss(s, [(1.0, t), (of_tokens, w)], vocab_size=s.shape[1] - 1, **options).loss
     return SimpleNamespace(loss=total)
 
 
