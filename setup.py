@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vgs_kernels" / "__init__.py").read_text()).group(1)
 
-DEMO = ["scikit-learn", "matplotlib"]
+DEMO = ["scikit-learn", "scipy", "matplotlib"]
+MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
 TRAIN = [
     "transformers>=5.17",
     "trl>=1.16,<1.17",  # the trainer overrides private hooks of DistillationTrainer
@@ -29,6 +30,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "demo": TRAIN + DEMO, "dev": TRAIN + DEMO + DEV},
+    extras_require={"train": TRAIN, "math": MATH, "demo": TRAIN + DEMO, "dev": TRAIN + DEMO + MATH + DEV},
     entry_points={"console_scripts": ["vgs=vgs.cli:main"]},
 )

@@ -88,18 +88,24 @@ SILENCE = {
     "tie": False,
 }
 HALF = {"split": (4, 1), "settings": {**RANKS, "max_tokens_per_pass": 70}, "tie": False, "half": True}
+WEIGHED = {"split": (2, 2), "settings": {**TRAJECTORY, "num_generations": 2, "preset": "va_opd"}}
+PRIOR = {"split": (2, 2), "settings": {**TRAJECTORY, "prior": "ema", "prior_decay": 0.5}, "tie": False}
 THREE = {**SILENCE, "ranks": 3, "split": (2, 1), "settings": {**SILENCE["settings"], "max_tokens_per_pass": 70}}
 CASES = {
     "ddp_mixed": Case("ddp", **MIXED),
     "ddp_generations": Case("ddp", **GENERATIONS),
     "ddp_budget": Case("ddp", **{**BUDGET, "settings": {**BUDGET["settings"], "eta": "measure"}}),
     "ddp_silent": Case("ddp", **SILENCE),
+    "ddp_weighed": Case("ddp", **WEIGHED),
+    "ddp_prior": Case("ddp", **PRIOR),
     "fsdp_mixed": Case("fsdp", **MIXED),
     "fsdp_generations": Case("fsdp", **GENERATIONS),
     "fsdp_budget": Case("fsdp", **BUDGET),
     "fsdp_silent": Case("fsdp", **SILENCE),
     "fsdp_half": Case("fsdp", **HALF),
     "fsdp_loaded": Case("fsdp", (2, 2), TRAJECTORY, loaded=True),
+    "fsdp_weighed": Case("fsdp", **WEIGHED),
+    "fsdp_prior": Case("fsdp", **PRIOR),
     "zero_mixed": Case("zero", **MIXED),
     "zero_generations": Case("zero", **GENERATIONS),
     "zero_budget": Case("zero", **BUDGET),

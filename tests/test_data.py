@@ -31,6 +31,24 @@ def write_jsonl(folder: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def test_privileged_columns(tmp_path: Path) -> None:
+    """What only a teacher sees, under its own names."""
+    for seed in (1, 2, 3):
+        tiny_image(seed).save(tmp_path / f"{seed}.png")
+    rows = [
+        {"question": "red ?", "answer": "a", "images": "1.png", "crops": ["2.png", "3.png"], "note": "i see red"},
+        {"question": "blue ?", "answer": "b", "images": "1.png", "crops": None, "note": None},
+    ]
+    columns = {"privileged_images": "crops", "privileged_text": "note"}
+    first, second = load_samples(DataSource(write_jsonl(tmp_path, rows), **columns))
+    assert [pixels(x) for x in first["privileged_images"]] == [pixels(tiny_image(seed)) for seed in (2, 3)]
+    assert (first["privileged_text"], second["privileged_images"], second["privileged_text"]) == ("i see red", [], None)
+    plain = load_samples(DataSource(write_jsonl(tmp_path, rows)))[0]
+    assert set(plain) == {"prompt", "images", "answer"}
+    with pytest.raises(ValueError, match="has no column 'parts'; its columns are"):
+        load_samples(DataSource(write_jsonl(tmp_path, rows), privileged_images="parts"))
+
+
 def test_jsonl_with_paths_relative_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for seed in (1, 2):

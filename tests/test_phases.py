@@ -100,7 +100,7 @@ def test_gradient_blocks_of_16_bits(backend, monkeypatch, gate, prior, workspace
 )
 def test_one_sweep_where_it_suffices(monkeypatch, gate, prior, trained, sweeps):
     calls = []
-    monkeypatch.setattr(ops, "sweep", lambda *args, run=ops.sweep: calls.append(1) or run(*args))
+    monkeypatch.setattr(ops, "sweep", lambda *args, run=ops.sweep, **kw: calls.append(1) or run(*args, **kw))
     objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
     problem = make_problem(41, VOCAB)
     options = {"requires_grad": TRAINED[trained], "objective": objective, **gates(41)[gate]}

@@ -181,7 +181,7 @@ def test_zero3_gathers_both_heads_once_a_pass(tmp_path: Path, monkeypatch: pytes
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr("vgs.step.fused_loss", fused)
+    monkeypatch.setattr("vgs.objectives.fused_loss", fused)
     monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
     state = trainer.accelerator.gradient_state
     monkeypatch.setattr(

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_checkpoint, tiny_image, tiny_processor, trainer_options
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from vgs import cli
+from vgs import cli, runs
 from vgs.heads import read_head
 from vgs.plan import Lengths, Machine, predict
 
@@ -24,7 +24,7 @@ IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
 
 def load(path: Path, **options) -> torch.nn.Module:
     section = {"path": str(path), **options}
-    return AutoModelForImageTextToText.from_pretrained(path, **cli._init_options(section))
+    return AutoModelForImageTextToText.from_pretrained(path, **runs._init_options(section))
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -12,7 +12,8 @@ import trl
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import make_trainer, rollout
 
-import vgs.step
+import vgs.micro_batch
+import vgs.objectives
 from vgs import VGSConfig, VGSTrainer
 from vgs.groups import PromptGroup
 from vgs.rollouts import sampled_groups
@@ -84,7 +85,7 @@ def test_training_moves_the_weights_and_logs_the_terms(tmp_path: Path) -> None:
     assert any("language_model" in name for name in moved)
     assert all(torch.equal(p, frozen[name]) and p.grad is None for name, p in trainer.teacher_model.named_parameters())
     logged = trainer.state.log_history[0]
-    for name in (*vgs.step.TERMS, "entropy", "vds_q40", "vds_q70", "accuracy", "loss"):
+    for name in (*vgs.micro_batch.TERMS, "entropy", "vds_q40", "vds_q70", "accuracy", "loss"):
         assert math.isfinite(logged[name]), name
     assert logged["eta"] == 0.41
     assert 0 < logged["vds_q40"] <= logged["vds_q70"]
@@ -104,13 +105,13 @@ def test_mixed_precision_checkpointing_and_lora(tmp_path: Path, monkeypatch: pyt
         peft_config=peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2),
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    original = vgs.step.fused_loss
+    original = vgs.objectives.fused_loss
 
     def spy(student_rows, teacher_rows, *arguments, **options):
         autocast.add(torch.is_autocast_enabled("cpu"))
         return original(student_rows, teacher_rows, *arguments, **options)
 
-    monkeypatch.setattr(vgs.step, "fused_loss", spy)
+    monkeypatch.setattr(vgs.objectives, "fused_loss", spy)
     trainer.model.base_model.model.base_model.register_forward_pre_hook(
         lambda *_: autocast.add(torch.is_autocast_enabled("cpu") if torch.is_grad_enabled() else True)
     )
@@ -246,7 +247,7 @@ def test_an_offloaded_teacher_says_the_same(tmp_path: Path) -> None:
     head, at_rest, during = away.teacher_model.lm_head.weight.data_ptr(), layer.weight.data_ptr(), []
     layer.register_forward_pre_hook(lambda module, args: during.append(module.weight.data_ptr()))
     for ours, theirs in zip(away._with_teacher(batch)["teacher"], batch["teacher"], strict=True):
-        assert torch.equal(ours.rows[0], theirs.rows[0])
+        assert torch.equal(ours.rows["image"], theirs.rows["image"])
         assert torch.equal(ours.vds, theirs.vds)
     assert during != [at_rest], "the pass ran on a copy"
     assert layer.weight.data_ptr() == at_rest

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_processor, tiny_samples, tiny_tokenizer, train
 from torch import nn
 from trainers import make_trainer, rollout
 
-import vgs.trainer
+import vgs.host
 from vgs import VGSConfig, VGSTrainer
 from vgs.rollouts import expand_images_once, forbid_tokens, greedy_decoding
 from vgs.teacher import Offload
@@ -249,14 +249,14 @@ def test_a_teacher_elsewhere_is_not_offloaded(tmp_path: Path) -> None:
 
 def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainer.DistributedType.DEEPSPEED)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.host.DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="teacher_offload=True needs a whole teacher"):
         trainer._check_models()
 
 
 def test_measuring_sharded_parameters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, eta="measure")
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainer.DistributedType.FSDP)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.host.DistributedType.FSDP)
     with pytest.raises(ValueError, match='eta="measure" needs whole parameters'):
         trainer._check_models()
 
@@ -271,7 +271,7 @@ def test_the_hosts_hooks_have_not_moved(name: str) -> None:
 
 def test_host_attributes_in_use(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    for name in ("_forward_redirection", "_metrics", "_step", "_buffered_inputs", "_tokenizer", "_is_vlm"):
+    for name in ("_metrics", "_step", "_buffered_inputs", "_tokenizer", "_is_vlm"):
         assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"
     for name in ("generation_config", "generation_kwargs", "chat_template_kwargs", "use_vllm", "teacher_model"):
         assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"

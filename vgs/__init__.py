@@ -11,6 +11,10 @@ from typing import Any
 _EXPORTS = {
     "VGSConfig": "config",
     "VGSTrainer": "trainer",
+    "SelfDistillationConfig": "opsd",
+    "SelfDistillationTrainer": "opsd",
+    "VGSGRPOConfig": "grpo_config",
+    "VGSGRPOTrainer": "grpo",
     "load_samples": "data",
     "answers_match": "data",
     "evaluate_accuracy": "evaluation",

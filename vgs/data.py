@@ -36,6 +36,7 @@ class DataSource:
         subset, split: which part of a hub dataset.
         question, answer, images: column names; ``answer`` None where there are no gold answers. An image is bytes, a
             PIL image, ``{"bytes", "path"}``, or a path relative to the file; the column holds one or a list.
+        privileged_images, privileged_text: columns that only a teacher sees (``vgs.privileged``), if there are any.
         system_prompt: text of a system message before every question.
         limit: use the first so many rows.
     """
@@ -46,12 +47,15 @@ class DataSource:
     question: str = "question"
     answer: str | None = "answer"
     images: str = "images"
+    privileged_images: str | None = None
+    privileged_text: str | None = None
     system_prompt: str | None = None
     limit: int | None = None
 
 
 class Samples(torch.utils.data.Dataset):
-    """Rows as ``{"prompt": chat messages, "images": [PIL.Image], "answer": str}``; images are decoded on access.
+    """Rows as ``{"prompt": chat messages, "images": [PIL.Image], "answer": str}`` and privileged columns; images are
+    decoded on access.
 
     Args:
         rows: the dataset; ``source`` names its columns.
@@ -71,22 +75,27 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, number = self.source, self.indices[index]
+        images, column = {}, source.images
         try:
             row = self.rows[number]
-            value = row[source.images]
-            items = [] if value is None else value if isinstance(value, list) else [value]
-            images = [decode_image(item, self.root) for item in items]
+            for name in ("images", "privileged_images"):
+                if (column := getattr(source, name)) is not None:
+                    value = row[column]
+                    items = [] if value is None else value if isinstance(value, list) else [value]
+                    images[name] = [decode_image(item, self.root) for item in items]
         except Exception as error:
-            raise ValueError(f"Row {number} of {source.path}: cannot read {source.images!r}: {error}") from error
+            raise ValueError(f"Row {number} of {source.path}: cannot read {column!r}: {error}") from error
         question = row[source.question]
         if not isinstance(question, str):
             raise ValueError(f"Row {number} of {source.path}: {source.question!r} is {question!r}, expected text.")
         prompt = [{"role": "user", "content": question.replace(IMAGE_TAG, "").strip()}]
         if source.system_prompt:
             prompt.insert(0, {"role": "system", "content": source.system_prompt})
-        sample = {"prompt": prompt, "images": images}
+        sample = {"prompt": prompt, **images}
         if source.answer is not None:
             sample["answer"] = str(row[source.answer])
+        if source.privileged_text is not None:
+            sample["privileged_text"] = row[source.privileged_text]
         return sample
 
     def select(self, positions: Sequence[int]) -> Samples:
@@ -134,7 +143,8 @@ def load_samples(source: DataSource) -> Samples:
         ValueError: an unknown format, no rows, or a missing column (the message lists those that exist).
     """
     rows, root = _read(source)
-    wanted = [name for name in (source.question, source.answer, source.images) if name is not None]
+    columns = (source.question, source.answer, source.images, source.privileged_images, source.privileged_text)
+    wanted = [name for name in columns if name is not None]
     for name in wanted:
         if name not in rows.column_names:
             raise ValueError(f"{source.path} has no column {name!r}; its columns are {', '.join(rows.column_names)}.")
@@ -174,7 +184,8 @@ def drop_long_prompts(samples: Samples, processor: Any, limit: int, **template_o
     return samples.select(kept)
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{}`` of a text holds; None without one that is closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -189,7 +200,7 @@ def _last_boxed(text: str) -> str | None:
 def final_answer(text: str) -> str:
     """The answer a response commits to: its last ``\\boxed{}``, else its last ``<answer>``, else what follows the
     reasoning block, else all of it."""
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
     tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
@@ -209,9 +220,18 @@ def _choice(answer: str) -> str | None:
     return next(filter(None, match.groups())) if match else None
 
 
+def _committed(text: str) -> str:
+    return re.sub(MARKUP, r"\1", final_answer(text))
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter of the multiple-choice answer that a response (or a gold answer) commits to, if it does."""
+    return _choice(_committed(text))
+
+
 def answers_match(response: str, gold: str) -> bool:
     """Whether a response's final answer is the gold answer: the same choice letter, number, or normalised text."""
-    given, gold = (re.sub(MARKUP, r"\1", final_answer(text)) for text in (response, gold))
+    given, gold = _committed(response), _committed(gold)
     if re.fullmatch(r"\(?[A-J]\)?\.?", gold):
         return _choice(given) == _choice(gold.rstrip("."))
     given, gold = _normalise(given), _normalise(gold)

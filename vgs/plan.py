@@ -25,7 +25,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from .config import VGSConfig, least_pass, view_count
+from .config import least_pass, view_count
+from .runs import TRAINERS, trainer_kind
 from .scoring import freeze
 from .sizes import ModelSize, build_on_meta
 
@@ -180,8 +181,9 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def training_options(config: Mapping[str, Any]) -> SimpleNamespace:
-    """The ``training`` section over the defaults of ``VGSConfig``, which itself asks for the run's devices."""
-    fields = dataclasses.fields(VGSConfig)
+    """The ``training`` section over the defaults of its trainer's settings, which ask for the run's devices."""
+    settings, _ = TRAINERS[trainer_kind(config)]()
+    fields = dataclasses.fields(settings)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     options = SimpleNamespace(**{**defaults, **config.get("training", {})})
     options.mixed = options.fp16 or options.bf16 is not False  # TRL turns bf16 on unless told otherwise
@@ -221,6 +223,8 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
     """
     if config.get("task") is not None:
         raise ValueError("plan needs student.path and teacher.path; the models of task digits take a few megabytes.")
+    if "teacher" not in config:
+        raise ValueError("plan needs teacher.path; runs in which the student is its own teacher are not planned.")
     options = training_options(config)
     student, teacher = _size(*_key(config["student"])), _size(*_key(config["teacher"]))
     dtype, shards = _dtype(config["student"], "float32"), machine.shards

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -184,7 +183,8 @@ def fused_loss(
         token_weights: [N] float32; None means 1/N each.
         trajectory_ids: [N] int64, see ``groups.trajectory_ids``.
         return_terms: whether the per-token terms are wanted.
-        **options: vocab_size, workspace_bytes, backend of ``fused_linear_vgs_loss``.
+        **options: vocab_size, workspace_bytes, backend, target_ids, policy (which eta does not scale), and of the
+            steered loss vds and vds_threshold; see ``fused_linear_vgs_loss``.
 
     Raises:
         ValueError: the two heads are on different devices.
@@ -199,16 +199,17 @@ def fused_loss(
     student_rows, teacher_rows = [rows.to(device) for rows in student_rows], [rows.to(device) for rows in teacher_rows]
     token_weights = None if token_weights is None else token_weights.to(device)
     if len(student_rows) == 1:
-        output = fused_linear_divergence(
+        count = len(student_rows[0])
+        weights = torch.full((count,), 1.0 / max(count, 1), device=device) if token_weights is None else token_weights
+        return fused_linear_divergence(
             student_rows[0],
             student_head.weight,
             [teacher_head.target(teacher_rows[0])],
-            token_weights=token_weights,
+            token_weights=objective.eta * weights,
             temperature=objective.temperature,
             **student_head.student_options,
             **options,
         )
-        return replace(output, loss=objective.eta * output.loss)
     return fused_linear_vgs_loss(
         *student_rows,
         student_head.weight,

@@ -19,8 +19,8 @@ ETA_PRESETS = {"paper-2b": 0.41, "paper-4b": 0.36}  # arXiv 2606.00564: its cons
 COLLAPSE_ADVICE = (
     "The student's text-only prior drifts away from the teacher's (language {start:.3f} -> {now:.3f} nats per token) "
     "while the student hardly looks at the image (KL(p_I || p_x) {student_vds:.3f}, teacher {vds:.3f}). The steered "
-    "target then feeds back on itself and training can collapse. Lower gamma (0.5), raise lam (1), or distil plainly "
-    "(gamma=0) until the student sees more."
+    "target then feeds back on itself and training can collapse. Lower gamma (0.5), raise lam (1), take the "
+    'prior from the initial student (prior="frozen"), or distil plainly (gamma=0) until the student sees more.'
 )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,52 +15,21 @@ from torch import Tensor, nn
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
+from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 from vgs_kernels.gating import thresholds
 from vgs_kernels.parallel import group_name
 
-from .config import VGSConfig
+from .config import VGSOptions
 from .groups import PromptGroup, response_lengths, trajectory_ids
 from .heads import Head, head_parameters, read_head
+from .micro_batch import NO_VIEWS, MicroBatch, Views, joined, sampled_tokens
+from .objectives import VIEWS, Preset
 from .passes import plan_passes, select_responses
-from .scoring import fused_loss, score_groups
-from .teacher import Offload, TeacherRows, visual_dependency
+from .scoring import score_groups
+from .teacher import Offload, TeacherRows, token_logps, visual_dependency
+from .weighting import weigh
 
-VDS_QUANTILES = (0.4, 0.7)
-TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Responses whose losses add up to one loss, however many passes they take.
-
-    Attributes:
-        groups: prompts with their responses.
-        teacher: one entry per response.
-        weights: token weights [T], one entry per response.
-        objective: of this step.
-        terms: whether the per-token terms are wanted.
-        known_vds: whether the tokens' VDS is given to the loss.
-        limits: [K] VDS thresholds over all tokens; None where the loss takes them itself.
-        text_gradient: whether a response's text-only rows need gradient, one entry per response.
-        passes: numbers of the responses that run together.
-    """
-
-    groups: list[PromptGroup]
-    teacher: list[TeacherRows]
-    weights: Sequence[Tensor]
-    objective: VGSObjective
-    terms: bool
-    known_vds: bool
-    limits: Tensor | None
-    text_gradient: list[bool]
-    passes: list[list[int]]
-
-    @property
-    def text(self) -> bool:
-        """Whether anything needs the text-only view."""
-        return self.terms or self.objective.needs_text
 
 
 def run_inside(
@@ -98,20 +66,23 @@ class StepScorer:
     """Runs student and teacher over groups, in passes, on whatever holds their parameters.
 
     Attributes:
-        args: the run's settings.
+        args: the run's settings: ``VGSOptions``, and a temperature and per_device_train_batch_size.
         accelerator: knows the processes.
         teacher_model: as prepared by the accelerator.
         anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
             run the vision tower, in the backward too; with no weight in the loss.
         packs: whether both models' families run as packed rows.
+        prior_head: the output head that the prior's rows go with, given the student; None where the prior is the
+            student's own.
     """
 
-    args: VGSConfig
+    args: VGSOptions
     accelerator: Accelerator
     teacher_model: nn.Module
     anchor: PromptGroup
     packs: bool
-    _redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
+    prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
+    redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
     _offload: Offload | None = None
 
     def __post_init__(self) -> None:
@@ -123,18 +94,34 @@ class StepScorer:
     def _teacher(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.teacher_model)
 
+    @contextmanager
+    def _teacher_ready(self) -> Iterator[None]:
+        """The teacher can score inside."""
+        with self._offload.on_device() if self._offload else nullcontext():
+            yield
+
+    def _teacher_head(self, dtype: torch.dtype) -> Head:
+        return read_head(self._teacher, dtype)
+
+    @property
+    def preset(self) -> Preset:
+        return self.args.preset_in_force
+
     @property
     def sharded(self) -> bool:
         """Whether parameters are gathered layer by layer, so that every rank must run the same forwards."""
         return self.accelerator.distributed_type not in UNSHARDED
 
-    def _needs_vds(self, objective: VGSObjective) -> bool:
-        """Whether scores are wanted before the student runs: where its loss depends on tokens of other passes.
+    def needs_text(self, objective: VGSObjective) -> bool:
+        """Whether anything, the log included, needs the text-only view."""
+        return self.preset.needs_text(objective) or self._terms(self.args.log_terms)
 
-        In one pass the loss finds its own threshold, which costs fewer products with the heads.
-        """
-        adaptive = objective.schedule == "adaptive" and objective.gamma > 0
-        return adaptive or (objective.lam > 0 and self.args.max_tokens_per_pass is not None)
+    def _terms(self, wanted: bool) -> bool:
+        return wanted and self.preset.has_terms
+
+    def _needs_vds(self, objective: VGSObjective) -> bool:
+        """Whether scores are wanted before the student runs: where its loss depends on tokens of other passes."""
+        return self.preset.needs_vds(objective, split=self.args.max_tokens_per_pass is not None)
 
     @property
     def _loss_options(self) -> dict[str, Any]:
@@ -179,27 +166,52 @@ class StepScorer:
     # ---- the teacher's phase
 
     @torch.no_grad()
-    def score_teacher(self, groups: list[PromptGroup], objective: VGSObjective, text: bool) -> list[TeacherRows]:
-        """Hidden states of all responses, and their VDS if the loss needs it; one entry per response.
+    def score_teacher(
+        self, groups: list[PromptGroup], objective: VGSObjective, text: bool, views: Views = NO_VIEWS
+    ) -> list[TeacherRows]:
+        """Hidden states of all responses, and what else the loss needs of them; one entry per response.
 
         Args:
             groups: prompts with their responses.
             objective: of the step that will use them.
             text: whether to score the text-only view.
+            views: further views, with the responses of ``groups``.
+
+        Raises:
+            ValueError: the preset needs a view that is not in ``views``.
         """
-        teacher = self._teacher
-        found: dict[int, TeacherRows] = {}
-        with self._offload.on_device() if self._offload else nullcontext(), self.accelerator.autocast():
-            for chosen in self._teacher_passes(groups, text):
-                part = select_responses(groups, chosen)
-                task = partial(self._teacher_pass, teacher, part, objective, text)
-                _, (rows, vds) = run_inside(self._redirect, self.teacher_model, teacher, task)
-                lengths = response_lengths(part)
-                scores = [None] * len(lengths) if vds is None else vds.split(lengths)
-                views = zip(*[x.split(lengths) for x in rows], strict=True)
-                entries = [TeacherRows(*entry) for entry in zip(views, scores, strict=True)]
-                found |= dict(zip(chosen, entries, strict=True))
-        return [found[index] for index in sorted(found)]
+        wanted = [view for model, view in sorted(self.preset.rows) if model == "teacher" and view != "text"]
+        if missing := sorted(set(wanted) - {"image", *views}):
+            raise ValueError(f"views must have {missing[0]!r} for preset={self.preset.name!r}, got {sorted(views)}.")
+        found: list[dict[str, Tensor]] = [{} for _ in response_lengths(groups)]
+        with self._teacher_ready(), self.accelerator.autocast():
+            for view in wanted:
+                scored, both = (groups, text) if view == "image" else (views[view], False)
+                for chosen in self._teacher_passes(scored, both):
+                    part = select_responses(scored, chosen)
+                    task = partial(self._teacher_pass, part, view, objective, both)
+                    _, columns = run_inside(self.redirect, self.teacher_model, self._teacher, task)
+                    for name, values in columns.items():
+                        for index, piece in zip(chosen, values.split(response_lengths(part)), strict=True):
+                            found[index][name] = piece
+        factors = self._factors(groups, found)
+        return [
+            TeacherRows({view: entry[view] for view in VIEWS if view in entry}, entry.get("vds"), factor)
+            for entry, factor in zip(found, factors, strict=True)
+        ]
+
+    def _factors(self, groups: list[PromptGroup], found: list[dict[str, Tensor]]) -> list[Tensor | None]:
+        """The preset's factors on the token weights; taken over all responses to a prompt, however they are split."""
+        weighting = self.preset.weighting
+        if weighting is None:
+            return [None] * len(found)
+        factors, first = [], 0
+        for group in groups:
+            own = found[first : first + len(group.responses)]
+            first += len(own)
+            image, control = ([entry[f"logps {view}"] for entry in own] for view in ("image", "control"))
+            factors += weigh(weighting, image, control)
+        return factors
 
     @property
     def _teacher_sharded(self) -> bool:
@@ -207,22 +219,47 @@ class StepScorer:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def _teacher_passes(self, groups: list[PromptGroup], text: bool) -> list[list[int]]:
+        return self.rollout_passes(groups, text=text, shared=self._teacher_sharded)
+
+    def rollout_passes(self, groups: list[PromptGroup], *, text: bool = False, shared: bool = False) -> list[list[int]]:
+        """Passes without gradient over a whole generation batch; as many on every rank if they are ``shared``."""
         if self.args.max_tokens_per_pass is None:
             size, count = self.args.per_device_train_batch_size, len(response_lengths(groups))
             passes = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
         else:
             passes = self._plan(groups, text)
-        return self._equal(passes) if self._teacher_sharded else passes
+        return self._equal(passes) if shared else passes
+
+    def plain_rows(self, model: nn.Module, groups: list[PromptGroup]) -> tuple[None, Tensor]:
+        """A task of ``run_inside``: [N, D] hidden states of a model that all ranks run if it is sharded."""
+        (rows,), _ = self._rows(model, groups, text=False, text_gradient=False, together=self.sharded)
+        return None, rows
 
     def _teacher_pass(
-        self, teacher: nn.Module, groups: list[PromptGroup], objective: VGSObjective, text: bool
-    ) -> tuple[None, tuple[list[Tensor], Tensor | None]]:
+        self, groups: list[PromptGroup], view: str, objective: VGSObjective, text: bool
+    ) -> tuple[None, dict[str, Tensor]]:
+        """Columns of N tokens: hidden states by view, "vds", and log-probabilities "logps VIEW"."""
+        teacher = self._teacher
         rows, _ = self._rows(teacher, groups, text, text_gradient=False, together=self._teacher_sharded)
-        if not self._needs_vds(objective):
-            return None, (rows, None)
+        # Hidden states of a view that only weighs tokens would wait for nothing.
+        columns = {
+            name: x
+            for name, x in zip((view, "text"), rows, strict=False)
+            if name == "text" or self.preset.targets(name)
+        }
+        with_vds = self._needs_vds(objective) and view == "image"
+        weighed = self.preset.weighting is not None and view in ("image", "control")
+        if not (with_vds or weighed):
+            return None, columns
         with maybe_gather_lm_head_ctx(*head_parameters(teacher)):
-            head = read_head(teacher, rows[0].dtype)
-            return None, (rows, visual_dependency(rows, head, objective.temperature, **self._loss_options))
+            head = self._teacher_head(rows[0].dtype)
+            if with_vds:
+                columns["vds"] = visual_dependency(rows, head, objective.temperature, **self._loss_options)
+            if weighed:
+                ids = sampled_tokens(groups, rows[0])
+                logps = token_logps(rows[0], ids, head, objective.temperature, **self._loss_options)
+                columns[f"logps {view}"] = logps
+        return None, columns
 
     # ---- the student's passes
 
@@ -233,17 +270,33 @@ class StepScorer:
         weights: Sequence[Tensor],
         objective: VGSObjective,
         terms: bool,
+        *,
+        policy: Sequence[PolicyTerm] | None = None,
     ) -> MicroBatch:
-        """Plan the student's passes over responses that the teacher has scored. Collective on several processes."""
-        limits = None
-        gated = [objective.needs_text_gradient] * len(teacher)
+        """Plan the student's passes over responses that the teacher has scored. Collective on several processes.
+
+        Args:
+            groups: prompts with their responses.
+            teacher, weights, policy: one entry per response, see ``MicroBatch``; the preset's factors are
+                put on the weights here.
+            objective: of this step.
+            terms: whether the per-token terms are wanted, where the preset has some.
+        """
+        preset, limits = self.preset, None
+        gated = [preset.needs_text_gradient(objective)] * len(teacher)
         known_vds = self._needs_vds(objective)
         if known_vds:
             limits, gated = self._gate(groups, teacher, objective)
-        passes = self._plan(groups, terms or objective.needs_text)
+        terms = self._terms(terms)
+        text = terms or preset.needs_own_text(objective)
+        passes = self._plan(groups, text)
         if self.accelerator.num_processes > 1:
             passes = self._equal(passes)
-        return MicroBatch(groups, teacher, weights, objective, terms, known_vds, limits, gated, passes)
+        weights = [
+            weight if entry.factors is None else weight * entry.factors
+            for weight, entry in zip(weights, teacher, strict=True)
+        ]
+        return MicroBatch(groups, teacher, weights, objective, text, terms, known_vds, limits, gated, passes, policy)
 
     def _gate(
         self, groups: list[PromptGroup], teacher: list[TeacherRows], objective: VGSObjective
@@ -258,8 +311,8 @@ class StepScorer:
         if pooled:  # a rank without tokens needs no threshold, but the loss must not ask the others for theirs
             common = torch.stack([limit[0] if len(limit) else limit.new_zeros(()) for limit in limits])
         live_prior = not objective.detach_prior and objective.gamma > 0
-        if self.sharded or live_prior or objective.lam == 0:
-            return common, [objective.needs_text_gradient] * len(teacher)
+        if self.sharded or live_prior or objective.lam == 0 or not self.preset.steered:
+            return common, [self.preset.needs_text_gradient(objective)] * len(teacher)
         opened = (vds > limits[-1]).split(response_lengths(groups))
         return common, torch.stack([gate.any() for gate in opened]).tolist()
 
@@ -273,58 +326,33 @@ class StepScorer:
         """
         groups = select_responses(batch.groups, chosen)
         flags = [batch.text_gradient[index] for index in chosen]
-        uniform = batch.objective.needs_text_gradient if self.sharded or not flags else flags
-        teacher = self._teacher
+        uniform = self.preset.needs_text_gradient(batch.objective) if self.sharded or not flags else flags
+        teacher, together = self._teacher, self.accelerator.num_processes > 1
+        with_ids = batch.policy is not None or self.preset.needs_ids
         # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
         with self.accelerator.autocast():
-            together = self.accelerator.num_processes > 1
             rows, zero = self._rows(student, groups, batch.text, uniform, together)
+            states = dict(zip(("image", "text"), rows, strict=False))
             with maybe_gather_lm_head_ctx(*head_parameters(student), *head_parameters(teacher)):
-                student_head, teacher_head = (read_head(model, rows[0].dtype) for model in (student, teacher))
-                output = fused_loss(
-                    rows,
-                    self._teacher_rows(batch, chosen, teacher_head, rows[0]),
+                student_head = read_head(student, rows[0].dtype)
+                teacher_head = self._teacher_head(rows[0].dtype)
+                # With a model split over devices, the backbone can end elsewhere than the head.
+                states = {view: x.to(student_head.weight.device) for view, x in states.items()}
+                prior = {}
+                if self.prior_head is not None and batch.objective.gamma > 0:
+                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
+                output = self.preset.loss(
+                    states,
+                    batch.teacher_rows(chosen, teacher_head, states["image"]),
                     student_head,
                     teacher_head,
-                    batch.objective,
-                    token_weights=_joined([batch.weights[index] for index in chosen], rows[0]),
-                    trajectory_ids=trajectory_ids(groups),
+                    objective=batch.objective,
+                    token_weights=joined([batch.weights[index] for index in chosen], states["image"]),
+                    trajectory_ids=trajectory_ids(groups).to(student_head.weight.device),
                     return_terms=batch.terms,
-                    **self._steering(batch, chosen, rows),
+                    **(batch.sampled(chosen, states["image"]) if with_ids else {}),
+                    **batch.steering(chosen, states["image"]),
+                    **prior,
                     **self._loss_options,
                 )
         return output.loss if zero is None else output.loss + zero, output
-
-    def _teacher_rows(self, batch: MicroBatch, chosen: list[int], head: Head, like: Tensor) -> list[Tensor]:
-        views = 2 if batch.text else 1
-        if not chosen:
-            return [like.new_zeros(0, head.weight.shape[1]) for _ in range(views)]
-        return [torch.cat([batch.teacher[index].rows[view] for index in chosen]) for view in range(views)]
-
-    def _steering(self, batch: MicroBatch, chosen: list[int], rows: list[Tensor]) -> dict[str, Any]:
-        if not batch.known_vds:
-            return {}
-        vds = _joined([batch.teacher[index].vds for index in chosen], rows[0])
-        return {"vds": vds, "vds_threshold": batch.limits}
-
-
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else like.new_zeros(0, dtype=torch.float32)
-
-
-def mean_terms(
-    accelerator: Accelerator, outputs: Sequence[VGSOutput | DivergenceOutput], terms: bool
-) -> dict[str, float]:
-    """Means over all tokens of all ranks: entropy and, if ``terms``, the objective's terms and VDS quantiles."""
-    names = ("entropy", *TERMS) if terms else ("entropy",)
-    columns = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in names}
-    entropy = columns["entropy"]
-    sums = torch.stack([*[column.sum() for column in columns.values()], entropy.new_tensor(len(entropy))])
-    sums = accelerator.gather(sums[None]).sum(dim=0)
-    means = dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
-    if terms:
-        padded = accelerator.pad_across_processes(columns["vds"], pad_index=math.nan)
-        quantiles = torch.nanquantile(accelerator.gather(padded), entropy.new_tensor(VDS_QUANTILES))
-        names = [f"vds_q{round(100 * level)}" for level in VDS_QUANTILES]
-        means |= dict(zip(names, quantiles.tolist(), strict=True))
-    return means

@@ -23,12 +23,14 @@ class TeacherRows:
     whole generation batch are scored before the student runs.
 
     Attributes:
-        rows: [T, Dt] hidden states with the image and, if the text-only view was scored, [T, Dt] without.
+        rows: view -> [T, Dt] hidden states, of the views that the loss looks at.
         vds: [T] visual dependency score KL(q_I || q_x), nats; None if it was not asked for.
+        factors: [T] float32 factors on the token weights; None if the preset has none.
     """
 
-    rows: tuple[Tensor, ...]
-    vds: Tensor | None
+    rows: dict[str, Tensor]
+    vds: Tensor | None = None
+    factors: Tensor | None = None
 
 
 def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **options: Any) -> Tensor:
@@ -44,6 +46,27 @@ def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **
         rows[0], head.weight, [head.target(rows[1])], temperature=temperature, **head.student_options, **options
     )
     return output.divergence
+
+
+def token_logps(rows: Tensor, token_ids: Tensor, head: Head, temperature: float, **options: Any) -> Tensor:
+    """[N] log-probabilities of sampled tokens.
+
+    Args:
+        rows: [N, D] hidden states.
+        token_ids: [N] int64.
+        head, temperature, options: as in ``visual_dependency``.
+    """
+    # A divergence from itself: of what the fused losses return, this is the only part that is wanted.
+    output = fused_linear_divergence(
+        rows,
+        head.weight,
+        [head.target(rows)],
+        target_ids=token_ids,
+        temperature=temperature,
+        **head.student_options,
+        **options,
+    )
+    return output.target_logps
 
 
 class Offload:
