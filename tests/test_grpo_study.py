@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from vgs.studies import grpo
+from vgs.studies import grpo, short_runs
 
 
 @pytest.mark.slow
@@ -29,9 +29,9 @@ def test_the_quick_study_writes_results_and_a_picture(tmp_path) -> None:
 
 
 def test_intervals_are_students() -> None:
-    mean, half = grpo.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = short_runs.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-5)
-    assert math.isnan(grpo.interval([1.0])[1])
+    assert math.isnan(short_runs.interval([1.0])[1])
 
 
 def run(arm: str, seed: int, right: float) -> dict:

@@ -193,67 +193,28 @@ def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
 ) -> dict[str, Any]:
     """Distils the student in place; returns the run's logs, eta and seconds per step."""
-    from tqdm.auto import tqdm
-    from transformers import PrinterCallback, TrainerCallback
-
     from vgs.config import VGSConfig
+    from vgs.studies.short_runs import short_run, short_run_options
     from vgs.tasks.digits import build, scorer
     from vgs.trainer import VGSTrainer
 
-    bar = tqdm(total=settings.steps, desc=f"{arm}, seed {seed}", unit="step", position=line(), mininterval=0.5)
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            bar.update()
-
-    arguments = VGSConfig(
-        output_dir=str(out / "runs" / f"{arm}-{seed}"),
-        seed=seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.validation_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(5, settings.steps - 1),
-        max_completion_length=32,
-        temperature=1.0,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=settings.validate_every,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        **ARMS[arm],
-    )
     trainer = VGSTrainer(
         model=student,
         teacher_model=teacher,
-        args=arguments,
+        args=VGSConfig(
+            **short_run_options(settings, out, arm, seed),
+            per_device_train_batch_size=settings.batch_size,
+            lr_scheduler_type="linear",
+            **ARMS[arm],
+        ),
         train_dataset=build("train", settings.steps * settings.batch_size, seed=100 + seed),
         eval_dataset=build("validation", settings.validation_size, seed=0),
         processing_class=processor,
         scorer=scorer,
-        callbacks=[Progress()],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
-    student.eval()
-    logs = trainer.state.log_history
-    steps = [entry for entry in logs if "standard" in entry]
-    checks = [entry for entry in logs if "eval_accuracy" in entry]
-    return {
-        "eta": steps[-1]["eta"],
-        "seconds_per_step": statistics.median(entry["step_time"] for entry in steps),
-        "curves": {key: [entry[key] for entry in steps] for key in ("step", *TERMS)},
-        "validation": {
-            "step": [entry["step"] for entry in checks],
-            "accuracy": [entry["eval_accuracy"] for entry in checks],
-        },
-    }
+    run = short_run(trainer, f"{arm}, seed {seed}", line(), TERMS, "eval_accuracy")
+    eta = next(entry["eta"] for entry in reversed(trainer.state.log_history) if "eta" in entry)
+    return {"eta": eta, **run}
 
 
 def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example], shown: int) -> dict[str, Any]:

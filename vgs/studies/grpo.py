@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgs.demo import line, prepare, quick_settings, quiet, smooth, versions, workers
+from vgs.studies.short_runs import interval, short_run, short_run_options
 
 if TYPE_CHECKING:
     from vgs.tasks.digits_training import Recipe
@@ -112,75 +113,26 @@ def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path
 ) -> dict[str, Any]:
     """Trains the student in place; returns the run's curves and seconds per step."""
-    from tqdm.auto import tqdm
-    from transformers import PrinterCallback, TrainerCallback
-
     from vgs.grpo import VGSGRPOConfig, VGSGRPOTrainer
     from vgs.tasks.digits import build, scorer
-
-    bar = tqdm(total=settings.steps, desc=f"{arm}, seed {seed}", unit="step", position=line(), mininterval=0.5)
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            bar.update()
 
     trainer = VGSGRPOTrainer(
         model=student,
         teacher_model=None if ARMS[arm]["alpha"] == 0 else teacher,
         args=VGSGRPOConfig(
-            output_dir=str(out / "runs" / f"{arm}-{seed}"),
-            seed=seed,
-            max_steps=settings.steps,
+            **short_run_options(settings, out, arm, seed),
             per_device_train_batch_size=settings.prompts * settings.generations,
             num_generations=settings.generations,
-            per_device_eval_batch_size=settings.validation_size,
-            learning_rate=settings.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=min(5, settings.steps - 1),
-            max_completion_length=32,
             loss_type="grpo",
-            logging_steps=1,
-            eval_strategy="steps",
-            eval_steps=settings.validate_every,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
             **ARMS[arm],
         ),
         train_dataset=build("train", settings.steps * settings.prompts, seed=100 + seed),
         eval_dataset=build("validation", settings.validation_size, seed=0),
         processing_class=processor,
         scorer=scorer,
-        callbacks=[Progress()],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
-    student.eval()
-    logs = trainer.state.log_history
-    steps = [entry for entry in logs if "reward" in entry]
-    checks = [entry for entry in logs if "eval_reward" in entry]
-    return {
-        "seconds_per_step": statistics.median(entry["step_time"] for entry in steps),
-        "curves": {key: [entry[key] for entry in steps] for key in ("step", "reward", "entropy")},
-        "validation": {
-            "step": [entry["step"] for entry in checks],
-            "accuracy": [entry["eval_reward"] for entry in checks],
-        },
-    }
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t-interval (NaN for a single value)."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return statistics.fmean(values), float("nan")
-    half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), float(half)
+    return short_run(trainer, f"{arm}, seed {seed}", line(), ("reward", "entropy"), "eval_reward")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgs.demo import line, quiet, smooth, versions, workers
-from vgs.studies.grpo import interval
+from vgs.studies.short_runs import interval, short_run, short_run_options
 
 if TYPE_CHECKING:
     from vgs.tasks.digits_privileged import ReaderRecipe
@@ -125,64 +124,26 @@ def distil(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path)
 
 def train(model: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path) -> dict[str, Any]:
     """Distils the model in place; returns the run's curves and seconds per step."""
-    from tqdm.auto import tqdm
-    from transformers import PrinterCallback, TrainerCallback
-
     from vgs.opsd import SelfDistillationConfig, SelfDistillationTrainer
     from vgs.tasks.digits_data import scorer
     from vgs.tasks.digits_privileged import build
-
-    bar = tqdm(total=settings.steps, desc=f"{arm}, seed {seed}", unit="step", position=line(), mininterval=0.5)
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            bar.update()
 
     options = dict(ARMS[arm])
     context = options.pop("context")
     trainer = SelfDistillationTrainer(
         model=model,
         args=SelfDistillationConfig(
-            output_dir=str(out / "runs" / f"{arm}-{seed}"),
-            seed=seed,
+            **short_run_options(settings, out, arm, seed),
             teacher=settings.teacher,
-            max_steps=settings.steps,
             per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.validation_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=min(5, settings.steps - 1),
-            max_completion_length=32,
-            logging_steps=1,
-            eval_strategy="steps",
-            eval_steps=settings.validate_every,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
             **options,
         ),
         train_dataset=build("train", settings.steps * settings.batch_size, 100 + seed, context),
         eval_dataset=build("validation", settings.validation_size, 0, context),
         processing_class=processor,
         scorer=scorer,
-        callbacks=[Progress()],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
-    model.eval()
-    steps = [entry for entry in trainer.state.log_history if "divergence" in entry]
-    checks = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return {
-        "seconds_per_step": statistics.median(entry["step_time"] for entry in steps),
-        "curves": {key: [entry[key] for entry in steps] for key in ("step", "divergence")},
-        "validation": {
-            "step": [entry["step"] for entry in checks],
-            "accuracy": [entry["eval_accuracy"] for entry in checks],
-        },
-    }
+    return short_run(trainer, f"{arm}, seed {seed}", line(), ("divergence",), "eval_accuracy")
 
 
 def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySettings) -> dict[str, Any]:
