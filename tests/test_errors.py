@@ -252,7 +252,7 @@ def target(problem, *, coefficient=1.0, hidden=None, weight=None):
         ("student_hidden", {"student_hidden": lambda p: zeros(1, 5, 6)}),
         ("student_weight", {"student_weight": lambda p: zeros(57, 5)}),
         ("student_bias", {"student_bias": lambda p: zeros(3)}),
-        ("divergence", {"divergence": lambda p: "jsd"}),
+        ("divergence", {"divergence": lambda p: "kl"}),
         ("temperature", {"temperature": lambda p: 0.0}),
         ("temperature", {"temperature": lambda p: math.nan}),
         ("student_softcap", {"student_softcap": lambda p: -1.0}),
