@@ -13,20 +13,18 @@ from vgs_kernels import PolicyTerm, VGSObjective, VGSOutput
 from vgs_kernels.gating import token_gamma
 
 from .heads import Head
-from .objectives import STEERING, TEACHER, Addend, Preset, Rows, limits_of, row
+from .objectives import STEERING, TEACHER, Addend, Preset, Rows, WithPrior, limits_of, row
 
 
 @dataclass(frozen=True)
-class Anchored(Preset):
-    """Visual Gradient Steering whose prior comes from a frozen or averaged student, a constant:
-    (1 + gamma) * KL(p_I || softmax(t + kappa * (prior - w))) + lam * 1[vds > Q] * KL(p_x || q_x), kappa = gamma / (1 +
-    gamma). The first is standard + gamma * visual but for a constant, which the logged loss lacks; of the steered terms
-    only language and vds are formed, so that nothing is watched for collapse."""
+class Anchored(WithPrior):
+    """Visual Gradient Steering whose prior comes from a frozen or averaged student, a constant. The logged loss lacks
+    the constant of ``WithPrior``; of the steered terms only language and vds are formed, so that nothing is watched for
+    collapse."""
 
     target: tuple[Addend, ...] = (TEACHER, Addend(1.0, "prior", "text"), Addend(-1.0, "teacher", "text"))
 
     steered = True
-    fixed_divergence = True
     own_settings = STEERING
 
     def needs_text(self, objective: VGSObjective) -> bool:
@@ -60,23 +58,14 @@ class Anchored(Preset):
         **options: Any,
     ) -> VGSOutput:
         """As of ``Preset``; ``teacher_rows["prior"]`` [N, Ds] goes with ``prior_head``; gamma 0 needs neither."""
-        weights = objective.eta * token_weights
+        weights, gamma, prior = objective.eta * token_weights, None, None
         limits = None if vds is None else limits_of(vds, objective, trajectory_ids, vds_threshold)
-        target, steered = [row(teacher_head, teacher_rows["image"], 1.0)], weights
         if objective.gamma > 0:
             gamma = torch.full_like(weights, objective.gamma) if limits is None else token_gamma(vds, objective, limits)
-            share = gamma / (1 + gamma)
-            target.append(row(prior_head, teacher_rows["prior"], share))
-            target.append(row(teacher_head, teacher_rows["text"], -share))
-            steered = weights * (1 + gamma)
-        output = self.divergence_loss(
-            student_rows["image"],
-            student_head,
-            target,
-            token_weights=steered,
-            target_ids=target_ids,
-            policy=policy,
-            **options,
+            prior = row(prior_head, teacher_rows["prior"], 1.0)
+        sampled = {"target_ids": target_ids, "policy": policy}
+        output = self.steered_loss(
+            student_rows, teacher_rows, student_head, teacher_head, prior, gamma, weights, **sampled, **options
         )
         found = VGSOutput(
             output.loss, vds=vds, entropy=output.entropy, target_logps=output.target_logps, policy=output.policy
@@ -84,9 +73,8 @@ class Anchored(Preset):
         if objective.lam == 0:
             return found
         gate = vds > limits[-1]
-        text = row(teacher_head, teacher_rows["text"], 1.0)
         weights = objective.lam * weights * gate
-        language = self.divergence_loss(student_rows["text"], student_head, [text], token_weights=weights, **options)
+        language = self.language_loss(student_rows, teacher_rows, student_head, teacher_head, weights, **options)
         return replace(found, loss=output.loss + language.loss, language=language.divergence, gate=gate)
 
 

@@ -243,6 +243,55 @@ class Steered(Preset):
         return fused_loss(*rows, student_head, teacher_head, **options)
 
 
+class WithPrior(Preset):
+    """What presets share that compose the steered target themselves.
+
+    With q* constant, standard + gamma * visual is (1 + gamma) * KL(p_I || softmax(t + kappa * (prior - w))) and a
+    constant, kappa = gamma / (1 + gamma), over the logits of the teacher, the prior and the text-only teacher.
+    """
+
+    fixed_divergence = True
+
+    def steered_loss(
+        self,
+        student_rows: Rows,
+        teacher_rows: Rows,
+        student_head: Head,
+        teacher_head: Head,
+        prior: TargetRow | None,
+        gamma: Tensor | None,
+        weights: Tensor,
+        **options: Any,
+    ) -> DivergenceOutput:
+        """The sum over tokens of weights [N] * (standard + gamma [N] * visual), but for that constant.
+
+        Args:
+            student_rows, teacher_rows, student_head, teacher_head: as of ``loss``.
+            prior: its row; None, like gamma, for standard alone.
+            gamma, weights: see the formula.
+            **options: of ``fused_linear_divergence``.
+        """
+        target = [row(teacher_head, teacher_rows["image"], 1.0)]
+        if gamma is not None:
+            kappa = gamma / (1 + gamma)
+            target += [prior._replace(coefficient=kappa), row(teacher_head, teacher_rows["text"], -kappa)]
+            weights = weights * (1 + gamma)
+        return self.divergence_loss(student_rows["image"], student_head, target, token_weights=weights, **options)
+
+    def language_loss(
+        self,
+        student_rows: Rows,
+        teacher_rows: Rows,
+        student_head: Head,
+        teacher_head: Head,
+        weights: Tensor,
+        **options: Any,
+    ) -> DivergenceOutput:
+        """The sum over tokens of weights [N] * KL(p_x || q_x)."""
+        text = row(teacher_head, teacher_rows["text"], 1.0)
+        return self.divergence_loss(student_rows["text"], student_head, [text], token_weights=weights, **options)
+
+
 def limits_of(
     vds: Tensor, objective: VGSObjective, trajectory_ids: Tensor | None, given: Tensor | None
 ) -> Sequence[Tensor]:
@@ -258,17 +307,14 @@ class LanguageOutput(DivergenceOutput):
 
 
 @dataclass(frozen=True)
-class LanguageSteered(Preset):
+class LanguageSteered(WithPrior):
     """The counter-experiment: standard + gamma * language + lam * 1[vds > Q] * visual.
 
-    With q* constant and g = lam * 1[vds > Q], standard + g * visual is (1 + g) * KL(p_I || q~) and a constant, q~ =
-    softmax(t + g / (1 + g) * (a - w)) over the logits of the teacher, the text-only student and the text-only teacher.
-    The logged loss lacks that constant; the logged divergence is KL(p_I || q~).
+    The logged loss lacks the constant of ``WithPrior``; the logged divergence is its KL.
     """
 
     target: tuple[Addend, ...] = (TEACHER, Addend(1.0, "student", "text"), Addend(-1.0, "teacher", "text"))
 
-    fixed_divergence = True
     own_settings = frozenset({"gamma", "lam", "vds_quantile", "vds_scope", "lp_every"})
 
     def needs_text_gradient(self, objective: VGSObjective) -> bool:
@@ -294,30 +340,18 @@ class LanguageSteered(Preset):
         return_terms: bool = True,
         **options: Any,
     ) -> DivergenceOutput:
-        weights = objective.eta * token_weights
-        target, steered = [row(teacher_head, teacher_rows["image"], 1.0)], weights
+        weights, gamma = objective.eta * token_weights, None
         if objective.lam > 0:
             limit = limits_of(vds, objective, trajectory_ids, vds_threshold)[-1]
-            extra = objective.lam * (vds > limit).to(weights.dtype)
-            share = extra / (1 + extra)
-            target += [
-                row(student_head, student_rows["text"], share),
-                row(teacher_head, teacher_rows["text"], -share),
-            ]
-            steered = weights * (1 + extra)
-        output = self.divergence_loss(
-            student_rows["image"],
-            student_head,
-            target,
-            token_weights=steered,
-            target_ids=target_ids,
-            policy=policy,
-            **options,
+            gamma = objective.lam * (vds > limit).to(weights.dtype)
+        prior = None if gamma is None else row(student_head, student_rows["text"], 1.0)
+        sampled = {"target_ids": target_ids, "policy": policy}
+        output = self.steered_loss(
+            student_rows, teacher_rows, student_head, teacher_head, prior, gamma, weights, **sampled, **options
         )
         if objective.gamma == 0:
             return output
-        text = row(teacher_head, teacher_rows["text"], 1.0)
         weights = objective.gamma * weights
-        language = self.divergence_loss(student_rows["text"], student_head, [text], token_weights=weights, **options)
+        language = self.language_loss(student_rows, teacher_rows, student_head, teacher_head, weights, **options)
         columns = {**vars(output), "loss": output.loss + language.loss}
         return LanguageOutput(**columns, language=language.divergence)

@@ -103,9 +103,10 @@ class DivergenceSweep:
         divergence: its knobs.
         source: the logit rows, a pair.
         backend: "torch" or "triton".
-        weights: [N] of the gradients; the source's linear gain included.
+        weights: [N] of the values' gradients, in ``unit``.
+        unit: what all weights of gradients are divided by.
         gain: d logits / d projection of the student.
-        policy: the policy term and the unit that its weights are divided by, or None.
+        policy: the policy term, or None.
         target_ids: [N] or None.
     """
 
@@ -115,13 +116,14 @@ class DivergenceSweep:
         source: Source,
         backend: str,
         weights: Tensor,
+        unit: Tensor,
         gain: float,
-        policy: tuple[PolicyGradient, Tensor] | None,
+        policy: PolicyGradient | None,
         target_ids: Tensor | None,
     ) -> None:
         self.divergence, self.source = divergence, source
         self._rows, self._entries = row_backend(backend), _entry_backend(backend)
-        self._weights, self._gain = weights, gain
+        self._weights, self._unit, self._gain = weights, unit, gain
         self._policy = policy
         self._ids = source.shard.local(target_ids)
         kind = divergence.kind
@@ -135,7 +137,7 @@ class DivergenceSweep:
         parts = [self._tokens(rows, sink) for rows in slices(self.source.n, self.source.plan.rows)]
         if not parts:
             empty = wide(self.source.new_state(0)[0])
-            return Outcome(empty, empty, None if self._ids is None else empty, self._policy and empty)
+            return Outcome(empty, empty, None if self._ids is None else empty, None if self._policy is None else empty)
         columns = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
         return Outcome(*columns)
 
@@ -161,9 +163,8 @@ class DivergenceSweep:
             pull = scaled(weight, value)
             weight = torch.zeros_like(weight)
         if self._policy is not None:
-            policy, unit = self._policy
-            policy_value, slope = policy.evaluate(logps, rows)
-            slope = scaled(policy.weights[rows] / unit * self._gain, slope)
+            policy_value, slope = self._policy.evaluate(logps, rows)
+            slope = scaled(self._policy.weights[rows] / self._unit * self._gain, slope)
             pull = slope if pull is None else pull + slope
         if sink is not None:
             self._gradient(tiles, rows, state, sink, weight, coefficients, limit, pull)

@@ -116,8 +116,8 @@ def _linear_divergence(
         )
         head_gradients = (wanted(d_weight[: shard.columns], need_weight), wanted(d_bias[: shard.columns], need_bias))
         sink = LinearSink(views, student.weight, *head_gradients, source.plan) if views else None
-        held = None if policy is None else (policy, unit)
-        outcome = DivergenceSweep(knobs, source, backend, weights, student.transform.gain, held, target_ids).run(sink)
+        gain = student.transform.gain
+        outcome = DivergenceSweep(knobs, source, backend, weights, unit, gain, policy, target_ids).run(sink)
         shard.sum(d_hidden)
         loss, terms = _finish(outcome, token_weights, policy, dtype)
     return loss, terms, unit, d_hidden, d_weight, d_bias
@@ -160,8 +160,8 @@ def _dense_divergence(
         addends = _addends(coefficients, token_coefficients, target_logits)
         source = ComposedSource(logits, addends, transform, vocab, DENSE_ROWS, support == "plausible")
         sink = DenseSink(d_logits, None) if needs[0] else None
-        held = None if policy is None else (policy, unit)
-        outcome = DivergenceSweep(knobs, source, backend, weights, transform.gain, held, target_ids).run(sink)
+        gain = transform.gain
+        outcome = DivergenceSweep(knobs, source, backend, weights, unit, gain, policy, target_ids).run(sink)
         loss, terms = _finish(outcome, token_weights, policy, dtype)
     return loss, terms, unit, d_logits
 
