@@ -31,5 +31,5 @@ setup(
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "math": MATH, "demo": TRAIN + DEMO, "dev": TRAIN + DEMO + MATH + DEV},
-    entry_points={"console_scripts": ["vgs=vgs.cli:main"]},
+    entry_points={"console_scripts": ["vgs=vgs.cli.main:main"]},
 )

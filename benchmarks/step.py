@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vgs.padding import pad_groups
-from vgs.pairing import placeholder_ids
+from vgs.models.families import placeholder_ids
+from vgs.models.padding import pad_groups
 
 from .loss import attempt
 from .measure import memory_limit, peak_extra_bytes, seconds

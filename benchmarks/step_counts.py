@@ -9,8 +9,8 @@ from statistics import fmean
 
 from transformers import PretrainedConfig
 
-from vgs.groups import PromptGroup, response_lengths
-from vgs.sizes import FORWARD, ModelSize, Work
+from vgs.models.groups import PromptGroup, response_lengths
+from vgs.planning.model_size import FORWARD, ModelSize, Work
 from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
 
 from .jobs import JOBS, Phase

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen3VLConfig
 
-from vgs.groups import PromptGroup, response_lengths
-from vgs.sizes import QWEN3_VL
+from vgs.models.groups import PromptGroup, response_lengths
+from vgs.planning.model_size import QWEN3_VL
 
 
 def _toy(hidden: int, layers: int, vocabulary: int, tied: bool) -> Qwen3VLConfig:

@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "VGSConfig": "config",
-    "VGSTrainer": "trainer",
-    "SelfDistillationConfig": "opsd",
-    "SelfDistillationTrainer": "opsd",
-    "VGSGRPOConfig": "grpo_config",
-    "VGSGRPOTrainer": "grpo",
-    "load_samples": "data",
-    "answers_match": "data",
-    "evaluate_accuracy": "evaluation",
-    "PromptGroup": "groups",
-    "encode_groups": "pairing",
-    "score_groups": "scoring",
-    "score_responses": "scoring",
+    "VGSConfig": "trainers.settings",
+    "VGSTrainer": "trainers.distillation",
+    "SelfDistillationConfig": "trainers.self_distillation",
+    "SelfDistillationTrainer": "trainers.self_distillation",
+    "VGSGRPOConfig": "trainers.grpo_settings",
+    "VGSGRPOTrainer": "trainers.grpo",
+    "load_samples": "data.sources",
+    "answers_match": "data.answers",
+    "evaluate_accuracy": "evaluation.accuracy",
+    "PromptGroup": "models.groups",
+    "encode_groups": "data.prompts",
+    "score_groups": "models.forward",
+    "score_responses": "evaluation.token_terms",
 }
 __all__ = list(_EXPORTS)
 

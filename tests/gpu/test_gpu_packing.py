@@ -7,9 +7,10 @@ import torch
 from tiny import tiny_model, tiny_processor, tiny_samples
 from torch import nn
 
-from vgs.pairing import encode_groups, placeholder_ids
-from vgs.scoring import score_groups
-from vgs.teacher import Offload
+from vgs.data.prompts import encode_groups
+from vgs.models.families import placeholder_ids
+from vgs.models.forward import score_groups
+from vgs.trainers.teacher import Offload
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,90 @@
+"""The two views: images really gone, responses in the same columns, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import SPECIAL, VISION_START, tiny_image, tiny_model, tiny_processor, tiny_samples
+
+from vgs.data.prompts import encode_groups, remove_images, text_only_prompts
+from vgs.models.families import placeholder_ids
+from vgs.models.groups import response_lengths, trajectory_ids
+from vgs.models.padding import pad_groups
+
+PROCESSOR = tiny_processor()
+FORBIDDEN = [SPECIAL.index(token) for token in SPECIAL[3:7]]
+
+
+def test_placeholders_of_a_config() -> None:
+    assert placeholder_ids(tiny_model().config) == FORBIDDEN
+
+
+def test_text_only_prompt_is_rendered_without_the_image_item() -> None:
+    block = [{"type": "image", "image": tiny_image(0)}, {"type": "text", "text": "red ?"}]
+    prompts = [[{"role": "user", "content": block}], [{"role": "user", "content": "red ?"}]]
+    with_blocks, plain = text_only_prompts(PROCESSOR, prompts, FORBIDDEN)
+    assert with_blocks == plain
+    assert PROCESSOR.tokenizer.decode(plain).split()[-5:] == ["red", "?", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert block[0]["type"] == "image", "the sample itself must not change"
+
+
+def test_system_messages_survive() -> None:
+    messages = [{"role": "system", "content": "answer"}, {"role": "user", "content": [{"type": "image"}]}]
+    assert remove_images(messages) == [
+        {"role": "system", "content": [{"type": "text", "text": "answer"}]},
+        {"role": "user", "content": []},
+    ]
+
+
+def test_placeholder_left_in_the_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 still contains the image placeholder <\|vision_start\|>"):
+        text_only_prompts(
+            PROCESSOR,
+            [[{"role": "user", "content": "red ?"}], [{"role": "user", "content": f"red {VISION_START} ?"}]],
+            FORBIDDEN,
+        )
+
+
+def test_groups_hold_both_views_and_their_own_images() -> None:
+    samples, responses = tiny_samples(4), [[[20, 1]], [[21, 22, 23, 1], [24]], [[24]], [[25, 26, 1]]]
+    groups = encode_groups(PROCESSOR, samples, responses, FORBIDDEN)
+    assert [[x.tolist() for x in group.responses] for group in groups] == responses
+    assert [(group.prompt_ids == FORBIDDEN[0]).sum().item() for group in groups] == [4, 4, 8, 4]  # the third is wide
+    assert not any(torch.isin(group.text_prompt_ids, torch.tensor(FORBIDDEN)).any() for group in groups)
+    for group in groups:
+        assert torch.equal(group.images["mm_token_type_ids"] == 1, group.prompt_ids == FORBIDDEN[0])
+        assert len(group.images["pixel_values"]) == group.images["image_grid_thw"].prod()
+    assert response_lengths(groups) == [2, 4, 1, 1, 3]
+    assert trajectory_ids(groups).tolist() == [0, 0, 1, 1, 1, 1, 2, 3, 4, 4, 4]
+
+
+def test_a_sample_without_an_image_has_two_equal_views() -> None:
+    sample = {"prompt": [{"role": "user", "content": "red ?"}], "images": []}
+    group = encode_groups(PROCESSOR, [sample], [[[20]]], FORBIDDEN)[0]
+    assert not group.has_images
+    assert torch.equal(group.prompt_ids, group.text_prompt_ids)
+
+
+def test_wrong_count() -> None:
+    with pytest.raises(ValueError, match="responses holds entries for 2 samples, expected 3"):
+        encode_groups(PROCESSOR, tiny_samples(3), [[[1]], [[1]]], FORBIDDEN)
+
+
+def test_padded_views_share_columns() -> None:
+    responses = [[[20, 1]], [[21, 22, 23, 1], [24]], [[25, 26, 1]]]
+    groups = encode_groups(PROCESSOR, tiny_samples(3), responses, FORBIDDEN)
+    views = pad_groups(groups, ("multimodal", "text"), "cpu", pad_token_id=7)
+    assert views.input_ids.shape == views.attention_mask.shape
+    assert len(views.input_ids) == 8, "four responses in two views"
+    first, second = views.input_ids.chunk(2)
+    assert torch.equal(first[:, -4:], second[:, -4:])
+    answers = [token for group in responses for response in group for token in response]
+    assert first[:, -4:][views.response_mask].tolist() == answers
+    assert (views.input_ids[views.attention_mask == 0] == 7).all()
+    kinds = views.images["mm_token_type_ids"]
+    assert torch.equal(kinds[:4] == 1, first == FORBIDDEN[0])
+    assert kinds[4:].sum() == 0
+    assert len(views.images["image_grid_thw"]) == 4, "an image for each response"
+    alone = pad_groups(groups, ("text",), "cpu")
+    assert alone.images == {}
+    assert alone.attention_mask[:, 0].any(), "no column of padding only"

@@ -1,0 +1,216 @@
+"""Packed scoring equals one plain forward per response, in every family: values, gradients, both views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, LLAVA_NEXT, Family, separate_rows
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from vgs.models.families import is_verified, prompt_positions
+from vgs.models.forward import score_groups
+from vgs.models.groups import PromptGroup
+from vgs.models.image_fields import join_images, split_images
+
+GROUPS = {name: family.groups() for name, family in FAMILIES.items()}
+LENGTHS = [length for group in GROUPS["llava"] for length in group.response_lengths]
+MARKS = [True, False, True, False, False, True]  # one for each response: within prompts, for whole ones
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: str) -> nn.Module:
+    return FAMILIES[family].build()
+
+
+@pytest.fixture(scope="module")
+def plain(family: str) -> nn.Module:
+    """The same model, which never runs a packed row."""
+    return FAMILIES[family].build()
+
+
+@pytest.fixture
+def trained(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in training mode."""
+    yield model.train()
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+
+def separate(model: nn.Module, groups: Sequence[PromptGroup]) -> list[Tensor]:
+    return [torch.cat([separate_rows(model, group, with_image) for group in groups]) for with_image in (True, False)]
+
+
+def gradients(model: nn.Module, rows: Sequence[Tensor], marks: Sequence[bool]) -> dict[str, Tensor]:
+    """Of a random linear functional of the rows, the text-only ones of responses with a mark only."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator) for x in rows]
+    weights[1] *= torch.tensor(marks).repeat_interleave(torch.tensor(LENGTHS))[:, None]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    value = sum((x * weight).sum() for x, weight in zip(rows, weights, strict=True))
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (actual[name] - grad).abs().max() <= 1e-5 * largest, name
+
+
+@torch.no_grad()
+def test_images_and_masks_matter(family: str, plain: nn.Module) -> None:
+    """Otherwise the comparisons below would mean nothing."""
+    group = GROUPS[family][0]
+    rows = separate_rows(plain, group, True)
+    others = {"text": separate_rows(plain, group, False)}
+    pixels = {**group.images, "pixel_values": -group.images["pixel_values"]}
+    others["pixels"] = separate_rows(plain, replace(group, images=pixels), True)
+    if family == "gemma3":
+        kinds = {**group.images, "token_type_ids": torch.zeros_like(group.prompt_ids)}
+        others["bidirectional images"] = separate_rows(plain, replace(group, images=kinds), True)
+    text = plain.config.get_text_config()
+    if family in ("gemma3", "llava_pixtral"):
+        window, text.sliding_window = text.sliding_window, 100
+        others["window"] = separate_rows(plain, group, True)
+        text.sliding_window = window
+    for name, other in others.items():
+        assert (rows - other).abs().max() > 0.1, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_rows_equal_separate_passes(family: str, model: nn.Module, plain: nn.Module, share_prefix: bool) -> None:
+    assert is_verified(model)
+    expected = separate(plain, GROUPS[family])
+    actual = score_groups(model, GROUPS[family], share_prefix=share_prefix)
+    for rows, oracle in zip(actual, expected, strict=True):
+        torch.testing.assert_close(rows, oracle, rtol=0, atol=1e-5)
+    torch.testing.assert_close(score_groups(model, GROUPS[family], text=False)[0], expected[0], rtol=0, atol=1e-5)
+    alone = score_groups(model, GROUPS[family][1:2], text=False)[0]  # no image in the whole row
+    torch.testing.assert_close(alone, separate_rows(plain, GROUPS[family][1], True), rtol=0, atol=1e-5)
+    unpacked = separate_rows(model, GROUPS[family][0], True)  # its attention is ours, but outside a packed row
+    torch.testing.assert_close(unpacked, expected[0][: len(unpacked)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text_gradient", "checkpointing"),
+    [(True, False), (False, False), (MARKS, False), (MARKS, True)],
+    ids=["text", "no text", "some text", "checkpointing"],
+)
+def test_gradients_equal_those_of_separate_passes(
+    family: str, trained: nn.Module, plain: nn.Module, text_gradient: bool | list[bool], checkpointing: bool
+) -> None:
+    marks = [text_gradient] * len(LENGTHS) if isinstance(text_gradient, bool) else text_gradient
+    oracle = separate(plain, GROUPS[family])
+    expected = gradients(plain, oracle, marks)
+    if checkpointing:
+        trained.gradient_checkpointing_enable({"use_reentrant": False})
+    rows = score_groups(trained, GROUPS[family], text_gradient=text_gradient)
+    torch.testing.assert_close(rows[1], oracle[1], rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(trained, rows, marks), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_positions_need_no_weights_and_pass_through_an_adapter(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = FAMILIES[family].build().to("meta")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    group = FAMILIES[family].group([(2, 4)], [1], 0)  # two words, start, 1 x 2 merged patches, end, three words
+    assert is_verified(model)
+    time, height, width = prompt_positions(model, group.prompt_ids, group.images).tolist()
+    assert time == height == [0, 1, 2, 3, 3, 5, 6, 7, 8]
+    assert width == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert prompt_positions(model, group.text_prompt_ids, {}).tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_other_text_stacks_are_not_verified() -> None:
+    model = FAMILIES["llava"].build()
+    assert is_verified(model)
+    model.config.text_config.model_type = "lfm2"  # convolutions reach over the end of a sequence
+    assert not is_verified(model)
+    model = FAMILIES["gemma3"].build()
+    model.config.text_config.use_bidirectional_attention = True
+    assert not is_verified(model)
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3"])
+def test_rotary_embeddings_of_the_longest_sequence_are_not_verified(family: str) -> None:
+    """Their frequencies change with the longest prompt at hand, which in a row is somebody else's."""
+    model = FAMILIES[family].build()
+    assert is_verified(model)
+    parameters = model.config.text_config.rope_parameters
+    (parameters if "rope_type" in parameters else parameters["full_attention"])["rope_type"] = "dynamic"
+    assert not is_verified(model)
+
+
+def test_an_unverified_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("vgs.models.forward.logger.warning_once", lines.append)
+    model, groups = LLAVA_NEXT.build(), LLAVA_NEXT.groups()
+    assert not is_verified(model)
+    oracle = separate(model, groups)
+    rows = score_groups(model, groups)
+    assert len(lines) == 1 and "llava_next" in lines[0]
+    for actual, expected in zip(rows, oracle, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    marks = [True] * len(LENGTHS)
+    assert_same_gradients(gradients(model, rows, marks), gradients(model, oracle, marks))
+
+
+def host_batch(family: Family, groups: Sequence[PromptGroup]) -> tuple[dict[str, Tensor], Tensor]:
+    """Image fields and prompt mask of a batch as its host's processor prepares it, per-token fields with responses."""
+    width, columns = max(len(group.prompt_ids) for group in groups), 2
+    mask = torch.stack([pad(torch.ones_like(group.prompt_ids), (width - len(group.prompt_ids), 0)) for group in groups])
+    batch = join_images([group.images for group in groups])
+    if (name := family.token_field) is not None:
+        rows = [pad(group.images[name], (width - len(group.images[name]), columns)) for group in groups]
+        batch[name] = torch.stack(rows)
+    if batch["pixel_values"].ndim == 5 and "image_sizes" not in batch:  # one row per prompt, filled up with zeros
+        for name in ("pixel_values", "pixel_attention_mask"):
+            parts = [group.images[name][0] if group.has_images else batch[name][0, :0] for group in groups]
+            batch[name] = pad_sequence(parts, batch_first=True)
+    return batch, mask
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])
+def test_a_batch_is_split_into_its_prompts_images(family: str) -> None:
+    spec = {**FAMILIES, "llava_next": LLAVA_NEXT}[family]
+    groups = spec.groups()
+    batch, mask = host_batch(spec, groups)
+    tiles = [spec.small, 0, spec.large + spec.small] if family == "internvl" else None
+    for group, images in zip(groups, split_images(batch, mask, [1, 0, 2], tiles), strict=True):
+        assert images.keys() == group.images.keys()
+        for name, value in group.images.items():
+            part = images[name][tuple(slice(size) for size in value.shape)]
+            assert torch.equal(part, value)
+            filled = images[name].numel() > value.numel()
+            assert not filled or images[name].abs().sum() == value.abs().sum()
+
+
+def test_images_that_do_not_fit_together_are_refused() -> None:
+    pixels, grid = torch.zeros(4, 6), torch.tensor([[1, 2, 2]])
+    good = {"pixel_values": pixels, "image_grid_thw": grid}
+    with pytest.raises(ValueError, match=r"the field 'pixel_values_videos'; expected some of"):
+        join_images([good, {"pixel_values_videos": pixels}])
+    with pytest.raises(ValueError, match="1 of 2 prompts with images have the field 'image_grid_thw'"):
+        join_images([good, {"pixel_values": pixels}])
+    with pytest.raises(ValueError, match=r"pixel_values have shapes \(4, 6\), \(4, 5\)"):
+        join_images([good, {**good, "pixel_values": torch.zeros(4, 5)}])
+    mask = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="num_images is None for 2 prompts"):
+        split_images(good, mask)
+    with pytest.raises(ValueError, match="image_grid_thw has 1 rows, but the prompts' images make 2"):
+        split_images(good, mask, [1, 1])
+    with pytest.raises(ValueError, match="pixel_values has 4 rows, but the prompts' images make 3"):
+        split_images({"pixel_values": pixels}, mask, [1, 1], [1, 2])

@@ -1,0 +1,197 @@
+"""Heads of PEFT students: ``read_head`` against the logits and the gradients of the model itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import torchrun
+from peft import LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
+from tiny import tiny_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trl.models.utils import _ForwardRedirection
+
+from vgs.models.heads import Head, head_parameters, read_head
+
+IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+CONFIGS = {
+    "backbone": LoraConfig(**LORA),
+    "saved head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "lora head": LoraConfig(**{**LORA, "target_modules": ["q_proj", "lm_head"]}),
+    "lora head alone": LoraConfig(**{**LORA, "target_modules": ["lm_head"]}),
+    "lora head with bias": LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, lora_bias=True),
+    "rank-stabilised": LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, use_rslora=True),
+    "saved embedding": LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
+    "tied embedding": LoraConfig(**LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "lora embedding": LoraConfig(**{**LORA, "target_modules": ["q_proj", "embed_tokens"]}),
+    "tokens": LoraConfig(**LORA, trainable_token_indices={"embed_tokens": [9, 20]}),
+    "tokens alone": TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[9, 20]),
+}
+
+
+def student(name: str, tie: bool) -> nn.Module:
+    """A PEFT student whose adapters are not at their start, where they change nothing."""
+    model = get_peft_model(tiny_model(0, tie=tie), CONFIGS[name])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+SHARDED = ("lora head", "saved head")
+
+
+def sharded_gradients(name: str) -> dict[str, Tensor]:
+    """Gradients of a student that FSDP2 has sharded over the ranks, all with the same data; gathered."""
+    model = student(name, tie=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+
+    def loss(model: nn.Module) -> Tensor:
+        return loss_of(apply(read_head(model, torch.float32), states(model)))
+
+    _ForwardRedirection()(model, model, loss, model).backward()
+    return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def states(model: nn.Module) -> Tensor:
+    return model.base_model.model.base_model(input_ids=IDS, use_cache=False).last_hidden_state
+
+
+def apply(head: Head, rows: Tensor) -> Tensor:
+    return nn.functional.linear(rows, head.weight, head.bias)
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    return (torch.log_softmax(logits, dim=-1) * weights).sum()
+
+
+def gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(logits).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_are_the_models_own(name: str, tie: bool) -> None:
+    model = student(name, tie)
+    expected = model(input_ids=IDS).logits
+    expected_gradients = gradients(model, expected)
+    actual = apply(read_head(model, torch.float32), states(model))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    actual_gradients = gradients(model, actual)
+    assert actual_gradients.keys() == expected_gradients.keys() != set()
+    for key, gradient in expected_gradients.items():
+        torch.testing.assert_close(actual_gradients[key], gradient, atol=1e-4, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["saved head", "lora head", "tokens"])
+def test_disabled_adapters_leave_the_original_head(name: str) -> None:
+    model = student(name, tie=True)
+    with model.disable_adapter():
+        expected = model(input_ids=IDS).logits
+        actual = apply(read_head(model, torch.float32), states(model))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_merged_adapters(disabled: bool) -> None:
+    model = student("lora head", tie=False)
+    before = model(input_ids=IDS).logits
+    with model.disable_adapter():
+        original = model(input_ids=IDS).logits
+    model.merge_adapter()
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    actual = apply(read_head(model, torch.float32), states(model))
+    torch.testing.assert_close(actual, original if disabled else before, atol=1e-4, rtol=1e-4)
+
+
+def test_the_active_adapter_counts() -> None:
+    model = student("lora head", tie=False)
+    model.add_adapter("other", LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, init_lora_weights=False))
+    first = read_head(model, torch.float32).weight
+    model.set_adapter("other")
+    second = read_head(model, torch.float32).weight
+    assert not torch.allclose(first, second, atol=1e-3)
+    torch.testing.assert_close(apply(Head(second, None, 1.0, None), states(model)), model(input_ids=IDS).logits)
+
+
+def test_small_updates_survive_autocast_and_casting_follows_the_hidden_states() -> None:
+    model = student("lora head alone", tie=False)
+    exact = read_head(model, torch.float32).weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(read_head(model, torch.float32).weight, exact)
+    assert read_head(model, torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_an_unused_adapter_is_a_parameter_to_gather() -> None:
+    model = student("lora head", tie=False)
+    layer = model.base_model.model.lm_head
+    wanted = [layer.get_base_layer().weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    assert {id(p) for p in head_parameters(model)} == {id(p) for p in wanted}
+
+
+def test_adapters_injected_into_a_plain_model() -> None:
+    model = inject_adapter_in_model(CONFIGS["lora head alone"], tiny_model(0, tie=False))
+    nn.init.normal_(model.lm_head.lora_B["default"].weight)
+    rows = model.base_model(input_ids=IDS, use_cache=False).last_hidden_state
+    torch.testing.assert_close(apply(read_head(model, torch.float32), rows), model(input_ids=IDS).logits)
+
+
+@pytest.mark.slow
+def test_sharded_heads_of_two_ranks(tmp_path: Path) -> None:
+    torchrun(Path(__file__), 2, str(tmp_path))
+    for name in SHARDED:
+        model = student(name, tie=False)
+        expected = gradients(model, model(input_ids=IDS).logits)
+        actual = torch.load(tmp_path / f"{name}.pt")
+        assert actual.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(actual[key], gradient, atol=1e-4, rtol=1e-4, msg=key)
+
+
+def test_dropout_in_a_lora_head() -> None:
+    model = get_peft_model(tiny_model(0), LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, lora_dropout=0.1))
+    with pytest.raises(ValueError, match=r"lora_dropout must be 0 for a LoRA output head, got 0\.1"):
+        read_head(model.train(), torch.float32)
+    read_head(model.eval(), torch.float32)  # no dropout outside training
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, use_dora=True), LoHaConfig(target_modules=["lm_head"])],
+    ids=["dora", "loha"],
+)
+def test_other_adapters_on_the_head(config: LoraConfig | LoHaConfig) -> None:
+    model = get_peft_model(tiny_model(0, tie=False), config)
+    with pytest.raises(TypeError, match="only plain LoRA can be read"):
+        read_head(model, torch.float32)
+    model.merge_adapter()
+    torch.testing.assert_close(
+        apply(read_head(model, torch.float32), states(model)), model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_quantised_head() -> None:
+    model = tiny_model(0, tie=False)
+    model.lm_head.weight = nn.Parameter(torch.zeros(31, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"16-bit or float32 weight, got Linear with a torch\.int8 weight"):
+        read_head(model, torch.float32)
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    for run in SHARDED:
+        gathered = sharded_gradients(run)
+        if torch.distributed.get_rank() == 0:
+            torch.save(gathered, Path(sys.argv[1]) / f"{run}.pt")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,125 @@
+"""Trainers for the tests, and the worker that ``torchrun`` starts on two ranks.
+
+Sampling differs between ranks by design; scripted responses make runs comparable that split the same batch differently.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
+from torch import nn
+
+from vgs import VGSConfig, VGSTrainer
+
+# How each of two ranks splits its 4 samples a step (batch, accumulation), and the run's settings. A quantile over
+# ranks spans one micro-batch of each, so that only a run without accumulation can equal a single process.
+RUNS = {
+    "trajectory": ((2, 2), {"loss_reduction": "trajectory", "vds_scope": "trajectory", "eta": "measure"}),
+    "token": ((4, 1), {"loss_reduction": "token", "vds_scope": "ranks", "eta": 0.5, "schedule": "adaptive"}),
+}
+
+
+def make_trainer(
+    tmp_path: Path, *, student: nn.Module | None = None, samples=None, scorer=None, **options
+) -> VGSTrainer:
+    """A trainer of a tiny student and a wider teacher on 8 samples, 5 for evaluation."""
+    samples = tiny_samples(8) if samples is None else samples
+    return VGSTrainer(
+        model=student or tiny_model(0),
+        teacher_model=tiny_model(1, hidden=48),
+        args=VGSConfig(**trainer_options(tmp_path, **options)),
+        train_dataset=samples,
+        eval_dataset=tiny_samples(5),
+        processing_class=tiny_processor(),
+        scorer=scorer,
+    )
+
+
+def rollout(trainer: VGSTrainer) -> dict:
+    """One generated training batch with the teacher's part, before it is split."""
+    trainer.model.train()
+    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)))
+
+
+class ScriptedTrainer(VGSTrainer):
+    """Its responses depend on the prompt alone."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False) -> list[list[int]]:
+        responses = []
+        for ids in prompt_ids:
+            key = sum(position * token for position, token in enumerate(ids))
+            words = [8 + (key * step) % 20 for step in range(1, 2 + key % 5)]
+            responses.append([*words, self._tokenizer.eos_token_id])
+        return responses
+
+
+#: Settings of runs that are compared: a step is the gradient, unclipped.
+PLAIN_SGD = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "lam": 0.5}
+
+
+def scripted_run(output_dir: Path, batch_size: int, accumulation: int, **options) -> ScriptedTrainer:
+    """Two SGD steps over the same 8 samples, however they are split; gradients are not clipped."""
+    args = trainer_options(
+        output_dir,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        **PLAIN_SGD,
+        **options,
+    )
+    trainer = ScriptedTrainer(
+        model=tiny_model(0),
+        teacher_model=tiny_model(1, hidden=48),
+        args=VGSConfig(**args),
+        train_dataset=tiny_samples(8),
+        processing_class=tiny_processor(),
+    )
+    trainer.train()
+    return trainer
+
+
+def sharded_head_gradients() -> dict[str, torch.Tensor]:
+    """Gradients of the loss through a student sharded by FSDP2, gathered."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from trl.models.utils import _ForwardRedirection
+
+    student = tiny_model(0, tie=False)
+    fully_shard(student, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    loss = _ForwardRedirection()(student, student, pair_loss, student)
+    loss.backward()
+    return {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def pair_loss(student: torch.nn.Module) -> torch.Tensor:
+    """The VGS loss of two fixed responses against a fixed teacher."""
+    from vgs.data.prompts import encode_groups
+    from vgs.models.families import placeholder_ids
+    from vgs.models.forward import fused_loss, score_groups
+    from vgs.models.groups import trajectory_ids
+    from vgs.models.heads import read_head
+    from vgs_kernels import VGSObjective
+
+    teacher = tiny_model(1, hidden=48)
+    responses = [[[20, 1]], [[21, 22, 1]]]
+    groups = encode_groups(tiny_processor(), tiny_samples(2), responses, placeholder_ids(student.config))
+    rows = score_groups(student, groups)
+    with torch.no_grad():
+        teacher_rows = score_groups(teacher, groups)
+    heads = read_head(student, rows[0].dtype), read_head(teacher, rows[0].dtype)
+    return fused_loss(rows, teacher_rows, *heads, VGSObjective(lam=0.5), trajectory_ids=trajectory_ids(groups)).loss
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for run, (split, settings) in RUNS.items():
+        finished = scripted_run(folder / run, *split, **settings)
+        if finished.accelerator.is_main_process:
+            weights = finished.accelerator.unwrap_model(finished.model).state_dict()
+            torch.save({"weights": weights, "logs": finished.state.log_history}, folder / f"{run}.pt")
+    gathered = sharded_head_gradients()
+    if torch.distributed.get_rank() == 0:
+        torch.save(gathered, folder / "sharded.pt")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,152 @@
+"""Steering with a frozen or averaged prior: the definition, the trainer, splits and resumed runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_presets import TOKENS, VOCABULARY, Case, kl, softmax
+from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
+from torch import Tensor
+from trainers import ScriptedTrainer, make_trainer
+
+from vgs import VGSConfig, VGSTrainer
+from vgs.models.heads import Head
+from vgs.objectives.fixed_prior import anchored
+from vgs.objectives.presets import PRESETS
+from vgs_kernels import VGSObjective
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+@pytest.mark.parametrize("schedule", ["constant", "adaptive"])
+def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float) -> None:
+    """KL(p_I || q) + gamma * KL(p_I || q*) + lam * gated KL(p_x || q_x), q* of a prior with its own weights."""
+    case, generator = Case("realistic"), torch.Generator().manual_seed(7)
+    head = Head(torch.randn(VOCABULARY, 16, generator=generator, dtype=torch.float64), None, 1.0, None)
+    rows = torch.randn(TOKENS, 16, generator=generator, dtype=torch.float64)
+    p, own = (softmax(case.logits("student", view)) for view in ("image", "text"))
+    q, blind = (softmax(case.logits("teacher", view)) for view in ("image", "text"))
+    target = softmax(rows @ head.weight.T) * q / blind
+    target = target / target.sum(-1, keepdim=True)
+    vds = kl(q, blind)
+    low, high = torch.quantile(vds, 0.4), torch.quantile(vds, 0.7)
+    gamma = torch.full_like(vds, 2.0)
+    if schedule == "adaptive":
+        gamma = torch.where(vds <= low, 0.0, torch.where(vds <= high, 1.0, 2.0)).double()
+    values = kl(p, q) + gamma * kl(p, target) + lam * (vds > high) * kl(own, blind)
+    expected = 0.7 * (case.weights * values).sum()
+    preset = anchored(PRESETS["vgs"]).configured(1.0)
+    objective = VGSObjective(lam=lam, eta=0.7, schedule=schedule)
+    student = {"image": case.rows["image"], **({"text": case.rows["text"]} if lam else {})}
+    teacher = {view: case.teacher_rows[view] for view in ("image", "text")}
+    output = preset.loss(
+        student,
+        {**teacher, "prior": rows},
+        case.student,
+        case.teacher,
+        objective=objective,
+        token_weights=case.weights,
+        prior_head=head,
+        vds=vds if preset.needs_vds(objective, split=False) else None,
+        backend="torch",
+    )
+    ours, theirs = case.gradients(output.loss), case.gradients(expected)
+    assert (theirs["text"].abs().max() > 0) == (lam > 0)
+    for part, gradient in theirs.items():
+        scale = max(gradient.abs().max().item(), 1e-9)
+        torch.testing.assert_close(ours[part], gradient, rtol=0, atol=1e-7 * scale, msg=part)
+    if lam:
+        torch.testing.assert_close(output.language, kl(own, blind).detach())
+
+
+def gradients(trainer: VGSTrainer, batch: dict) -> dict[str, Tensor]:
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._backward(trainer.compute_loss(trainer.model, trainer._with_teacher(batch)))
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        scale = max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("prior", ["frozen", "ema"])
+@pytest.mark.parametrize("options", [{"lam": 0.5}, {"lam": 0.5, "preset": "vgs_adaptive"}, {"lam": 0.0}])
+def test_the_first_step_is_the_live_priors(tmp_path: Path, prior: str, options: dict) -> None:
+    """And the split of a batch does not show."""
+    live = make_trainer(tmp_path, eta=0.5, per_device_train_batch_size=8, **options)
+    live.model.train()
+    batch = live._generate_and_score_completions(list(live.train_dataset))
+    expected = gradients(live, batch)
+    kept = make_trainer(tmp_path, eta=0.5, per_device_train_batch_size=8, prior=prior, **options)
+    kept.model.train()
+    kept.prior.take(kept.model)
+    assert_equal(gradients(kept, batch), expected)
+    kept.args.max_tokens_per_pass = 60
+    assert_equal(gradients(kept, batch), expected)
+
+
+def test_later_steps_are_not(tmp_path: Path) -> None:
+    """A student that has moved: the prior is the first one's, whatever the student says."""
+    trainer = make_trainer(tmp_path, eta=0.5, prior="frozen", per_device_train_batch_size=8)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(list(trainer.train_dataset))
+    trainer.prior.take(trainer.model)
+    before = [entry.rows["prior"] for entry in trainer._with_teacher(batch)["teacher"]]
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    scored = trainer._with_teacher(batch)["teacher"]
+    assert all(torch.equal(entry.rows["prior"], x) for entry, x in zip(scored, before, strict=True))
+    trainer.prior.source = "live"
+    trainer.prior._kept = None
+    moved = trainer._with_teacher(batch)["teacher"]
+    assert not any(torch.allclose(entry.rows["prior"], x, atol=1e-3) for entry, x in zip(moved, before, strict=True))
+
+
+def run(folder: Path, prior: str, resume: str | None = None, **options) -> VGSTrainer:
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eta": 0.5, "lam": 0.5, "prior_decay": 0.9}
+    trainer = ScriptedTrainer(
+        model=tiny_model(0),
+        teacher_model=tiny_model(1, hidden=48),
+        args=VGSConfig(**trainer_options(folder, prior=prior, **args, **options)),
+        train_dataset=tiny_samples(8),
+        processing_class=tiny_processor(),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("prior", ["frozen", "ema"])
+def test_a_run_and_its_resumption(tmp_path: Path, prior: str) -> None:
+    whole, live = run(tmp_path, prior), run(tmp_path / "live", "live")
+    again = run(tmp_path, prior, resume=str(tmp_path / "checkpoint-2"))
+    weights = [dict(trainer.model.named_parameters()) for trainer in (whole, again, live)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    logged = [entry for entry in whole.state.log_history if "entropy" in entry]
+    assert {"language", "vds", "gate", "vds_q70"} <= set(logged[0]) and "student_vds" not in logged[0]
+
+
+def test_eta_is_measured_with_it(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eta="measure", prior="frozen", max_steps=1)
+    trainer.train()
+    assert 0 < trainer.steering.eta < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": "old"}, "prior must be one of live, frozen, ema, got 'old'"),
+        ({"prior": "frozen", "preset": "opd"}, "prior='frozen' belongs to presets that steer; 'opd' has none"),
+        ({"prior": "ema", "detach_prior": False}, "detach_prior=False needs prior='live', got 'ema'"),
+        ({"prior_decay": 1.0}, r"prior_decay must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VGSConfig(**trainer_options(tmp_path, **options))

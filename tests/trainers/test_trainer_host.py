@@ -1,0 +1,277 @@
+"""VGSTrainer and its host: sampling, evaluation, accuracy, refusals, and the private hooks of TRL 1.16."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from tiny import tiny_model, tiny_processor, tiny_samples, tiny_tokenizer, trainer_options
+from torch import nn
+from trainers import make_trainer, rollout
+
+import vgs.trainers.base
+from vgs import VGSConfig, VGSTrainer
+from vgs.trainers.rollouts import expand_images_once, forbid_tokens, greedy_decoding
+from vgs.trainers.teacher import Offload
+
+# The host's methods that are overridden or called, with their parameters in TRL 1.16.
+HOOKS = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
+    "_tokenize_prompts": ("self", "prompts"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_set_signature_columns_if_needed": ("self",),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "_get_train_sampler": ("self", "dataset"),
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
+}
+
+
+def test_placeholders_are_suppressed_while_sampling(tmp_path: Path) -> None:
+    student = tiny_model(0)
+    forbidden = [student.config.image_token_id, student.config.video_token_id]
+    forbidden += [student.config.vision_start_token_id, student.config.vision_end_token_id]
+    head = nn.Linear(32, student.config.get_text_config().vocab_size)
+    student.lm_head = head  # an untied head that would sample nothing but placeholders
+    nn.init.zeros_(head.weight)
+    head.bias.data = torch.where(torch.isin(torch.arange(len(head.bias)), torch.tensor(forbidden)), 50.0, 0.0)
+    trainer = make_trainer(tmp_path, student=student, generation_kwargs={"suppress_tokens": [20]})
+    sampled = torch.cat([x for group in rollout(trainer)["groups"] for x in group.responses])
+    assert not torch.isin(sampled, torch.tensor([*forbidden, 20])).any()
+    assert trainer.generation_config.suppress_tokens == sorted([*forbidden, 20])
+
+
+class Engine:
+    """Stands in for TRL's vLLM engine: expands every placeholder to ``pads``, as vLLM does, and answers 20."""
+
+    def __init__(self, pads: int = 4) -> None:
+        self.generation_kwargs = {"logit_bias": {3: -1.0}, "seed": 1}
+        self.temperature, self.pads, self.sent = 1.0, pads, []
+
+    def generate(self, prompts, images, num_generations, profiler=None) -> tuple:
+        self.sent = prompts
+        expanded = [[x for token in ids for x in [token] * (self.pads if token == 3 else 1)] for ids in prompts]
+        return expanded, [[20] for _ in prompts], None, None
+
+
+def test_vllm_gets_a_logit_bias_and_greedy_evaluation(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.use_vllm, trainer.vllm_generation = True, Engine()
+    forbid_tokens(trainer, trainer.placeholder_ids)
+    options = trainer.vllm_generation.generation_kwargs
+    assert options == {"seed": 1, "logit_bias": {3: -1.0, 4: -100.0, 5: -100.0, 6: -100.0}}
+    with greedy_decoding(trainer):
+        assert trainer.vllm_generation.temperature == 0.0
+    assert trainer.vllm_generation.temperature == 1.0
+
+
+def test_colocated_vllm_expands_images_once() -> None:
+    prompts, images = [[5, 3, 3, 3, 3, 6, 20], [3, 3, 3, 3, 6, 3, 3, 3, 3]], [["picture"], ["one", "two"]]
+    engine = Engine()
+    expand_images_once(engine, image_token_id=3)
+    assert engine.generate(prompts=prompts, images=images, num_generations=1)[:2] == (prompts, [[20], [20]])
+    assert engine.sent == [[5, 3, 6, 20], [3, 6, 3]]
+    other = Engine(pads=6)
+    expand_images_once(other, image_token_id=3)
+    with pytest.raises(RuntimeError, match="disagree about prompt 0: 9 tokens and 7"):
+        other.generate(prompts=prompts, images=images, num_generations=1)
+
+
+def test_a_vllm_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the host's own vLLM branch: what it passes and what it takes back."""
+    trainer = make_trainer(tmp_path, samples=[x for x in tiny_samples(8) if x["images"][0].width == 32])
+    engine = Engine()
+    engine.sync_weights = lambda: None
+    expand_images_once(engine, image_token_id=3)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, engine, -1
+    batch = rollout(trainer)
+    assert [x.tolist() for group in batch["groups"] for x in group.responses] == [[20]] * len(trainer.train_dataset)
+    assert all(ids.count(3) == 1 for ids in engine.sent)
+    assert all((group.prompt_ids == 3).sum() == 4 for group in batch["groups"])
+
+
+def draw(trainer: VGSTrainer) -> list[list[int]]:
+    groups = trainer._generate_and_score_completions(tiny_samples(5))["groups"]
+    return [response.tolist() for group in groups for response in group.responses]
+
+
+def test_evaluation_is_greedy_and_training_samples(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.model.eval()
+    assert draw(trainer) == draw(trainer)
+    assert trainer.generation_config.do_sample
+    trainer.model.train()
+    assert draw(trainer) != draw(trainer)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_several_responses_to_each_prompt(tmp_path: Path, accumulation: int) -> None:
+    """From the sampler to the micro-batches: neighbours share a prompt, and each is sampled on its own."""
+    trainer = make_trainer(
+        tmp_path,
+        num_generations=4,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=2,
+        eta=1.0,
+    )
+    seen: list[dict] = []
+    original = trainer.compute_loss
+
+    def spy(model, inputs, **options):
+        seen.append(inputs)
+        return original(model, inputs, **options)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    assert [len(group.responses) for inputs in seen for group in inputs["groups"]] == [4] * 4
+    assert len(seen) == 2 * accumulation
+    prompts = {tuple(group.prompt_ids.tolist()) for inputs in seen for group in inputs["groups"]}
+    assert len(prompts) > 2, "other prompts in the second step"
+    assert any(len({tuple(x.tolist()) for x in group.responses}) > 1 for x in seen for group in x["groups"])
+
+
+def test_evaluation_accuracy(tmp_path: Path) -> None:
+    """5 samples with answers a b c d a, in batches of 2: the last batch counts as much as its one sample."""
+    seen: list[tuple[str, str]] = []
+
+    def scorer(text: str, gold: str) -> bool:
+        seen.append((text, gold))
+        return gold == "a"
+
+    trainer = make_trainer(tmp_path, scorer=scorer, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == pytest.approx(2 / 5)
+    assert sorted(gold for _, gold in seen) == ["a", "a", "b", "c", "d"]
+    assert all("<|" not in text for text, _ in seen)
+    assert {"eval_loss", "eval_standard", "eval_vds_q70"} <= metrics.keys()
+
+
+def test_samples_without_answers_do_not_count(tmp_path: Path) -> None:
+    samples = tiny_samples(8)
+    for sample in samples[2:]:
+        sample["answer"] = None
+    trainer = make_trainer(tmp_path, samples=samples, scorer=lambda text, gold: gold == "a", max_steps=2)
+    trainer.train()
+    logged = [x["accuracy"] for x in trainer.state.log_history[:2] if x.get("accuracy") is not None]
+    assert sum(logged) / len(logged) == 0.5, "one right, one wrong, in one step or in two"
+    trainer._metrics["train"].clear()
+    trainer.train_dataset = samples[2:]
+    rollout(trainer)
+    assert "accuracy" not in trainer._metrics["train"]
+
+
+def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_prompt_length=20)
+    with pytest.raises(ValueError, match="more than max_prompt_length=20"):
+        rollout(trainer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.5}, "beta must be 1.0, got 0.5"),
+        ({"eta": "paper-7b"}, 'eta must be a number, "paper-2b", "paper-4b" or "measure", got \'paper-7b\''),
+        ({"eta": -1.0}, "eta must be > 0"),
+        ({"gamma": -1.0}, "gamma must be >= 0"),
+        ({"loss_reduction": "sum"}, "loss_reduction must be one of trajectory, token, got 'sum'"),
+        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be >= 1"),
+        ({"num_generations": 0}, "num_generations must be >= 1"),
+        ({"num_generations": 3}, "num_generations=3 must divide per_device_train_batch_size \\* "),
+        ({"packed_attention": "paged"}, "packed_attention must be one of auto, dense, flex, varlen, got 'paged'"),
+        ({"lp_every": 0}, "lp_every must be >= 1"),
+        (
+            {"max_tokens_per_pass": 20, "max_prompt_length": 9},
+            "max_completion_length=6 tokens and max_prompt_length=9 may need 30 in 2 views",
+        ),
+    ],
+)
+def test_config_errors(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VGSConfig(**trainer_options(tmp_path, **options))
+
+
+def refuse(tmp_path: Path, **change) -> VGSTrainer:
+    arguments = {
+        "model": tiny_model(0),
+        "teacher_model": tiny_model(1),
+        "args": VGSConfig(**trainer_options(tmp_path)),
+        "train_dataset": tiny_samples(2),
+        "processing_class": tiny_processor(),
+    }
+    return VGSTrainer(**{**arguments, **change})
+
+
+def other_image_token() -> nn.Module:
+    model = tiny_model(1)
+    model.config.image_token_id = 20
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tools": [print]}, ValueError, "tools are not supported"),
+        ({"processing_class": tiny_tokenizer()}, TypeError, "processing_class must be a processor"),
+        ({"teacher_model": None}, ValueError, "teacher_model is needed"),
+        ({"args": trl.DistillationConfig("x", use_cpu=True, bf16=False)}, TypeError, "args must be a VGSConfig"),
+        ({"teacher_model": tiny_model(1, vocab_size=50)}, ValueError, "vocab_size"),
+        ({"teacher_model": other_image_token()}, ValueError, "teacher_model has image and video token ids"),
+    ],
+)
+def test_trainer_errors(tmp_path: Path, change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        refuse(tmp_path, **change)
+
+
+def test_one_view_needs_half_the_budget(tmp_path: Path) -> None:
+    options = {"max_tokens_per_pass": 15, "max_prompt_length": 9, "gamma": 0.0, "lam": 0.0, "log_terms": False}
+    assert VGSConfig(**trainer_options(tmp_path, **options)).max_tokens_per_pass == 15
+
+
+def test_reentrant_checkpointing_cannot_measure_eta(tmp_path: Path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="needs gradient checkpointing that is not reentrant"):
+        make_trainer(tmp_path, eta="measure", **options)
+
+
+def test_a_teacher_elsewhere_is_not_offloaded(tmp_path: Path) -> None:
+    teacher = tiny_model(1)
+    teacher.model.visual.to("meta")
+    with pytest.raises(ValueError, match="whole teacher on cpu to begin with, but parameters are on meta"):
+        Offload(teacher, [], torch.device("cpu"))
+
+
+def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainers.base.DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="teacher_offload=True needs a whole teacher"):
+        trainer._check_models()
+
+
+def test_measuring_sharded_parameters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, eta="measure")
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainers.base.DistributedType.FSDP)
+    with pytest.raises(ValueError, match='eta="measure" needs whole parameters'):
+        trainer._check_models()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_hosts_hooks_have_not_moved(name: str) -> None:
+    host: Callable = getattr(trl.DistillationTrainer, name, None)
+    assert host is not None, f"TRL {trl.__version__} has no DistillationTrainer.{name}; VGSTrainer needs TRL 1.16"
+    parameters = tuple(inspect.signature(inspect.unwrap(host)).parameters)
+    assert parameters == HOOKS[name], f"TRL {trl.__version__} changed DistillationTrainer.{name}"
+
+
+def test_host_attributes_in_use(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    for name in ("_metrics", "_step", "_buffered_inputs", "_tokenizer", "_is_vlm"):
+        assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"
+    for name in ("generation_config", "generation_kwargs", "chat_template_kwargs", "use_vllm", "teacher_model"):
+        assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"

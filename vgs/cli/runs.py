@@ -1,0 +1,202 @@
+"""What a config, as ``vgs.cli.main.load_config`` returns it, trains and evaluates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..trainers.kinds import TRAINERS, needs_teacher, trainer_kind
+
+
+@dataclasses.dataclass
+class Run:
+    """What a trainer is built from."""
+
+    student: Any
+    teacher: Any
+    processor: Any
+    train_samples: Any
+    eval_samples: Any
+    scorer: Any
+
+
+def _digits_run(config: Mapping[str, Any], eval_split: str = "validation") -> Run:
+    options = config.get("digits", {})
+    cache = Path(options.get("cache", "~/.cache/vgs")).expanduser()
+    if trainer_kind(config) == "self":
+        from ..digits.pictures import scorer
+        from ..digits.privileged import build, reader
+
+        build = partial(build, context=options.get("context", "clean"))
+        student, processor = reader(cache, seed=options.get("student_seed", 0))
+        teacher = None
+    else:
+        from ..digits.task import build, pretrained, scorer
+
+        teacher, processor = pretrained("teacher", cache, seed=options.get("teacher_seed", 0))
+        student, _ = pretrained("student", cache, seed=options.get("student_seed", 0))
+    seed = options.get("data_seed", 0)
+    train, held_out = (
+        build(split, options.get(key, size), seed)
+        for split, key, size in (("train", "train_size", 4096), (eval_split, "eval_size", 512))
+    )
+    return Run(student, teacher, processor, train, held_out, scorer)
+
+
+def _init_options(section: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in section.items() if key not in ("path", "load_in_8bit")}
+    if section.get("load_in_8bit"):
+        # As keys, for the arguments of a run are also written as JSON. Output heads are left as they are.
+        options["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return options
+
+
+def _check_teacher(config: Mapping[str, Any], processor: Any) -> None:
+    """Stop before any weights are loaded where the teacher cannot serve."""
+    from transformers.utils import is_bitsandbytes_available
+
+    from ..models.tokenizers import check_same_tokens, load_tokenizer
+
+    training = config.get("training", {})
+    if config["teacher"].get("load_in_8bit"):
+        if training.get("teacher_offload"):
+            raise ValueError("teacher.load_in_8bit excludes teacher_offload: 8-bit weights stay where they are.")
+        if not is_bitsandbytes_available():
+            raise ValueError("teacher.load_in_8bit needs bitsandbytes: pip install bitsandbytes.")
+    tokenizer = load_tokenizer(config["teacher"])
+    if tokenizer is not None:
+        check_same_tokens(processor, tokenizer, training.get("vocab_size"))
+
+
+def load_processor(config: Mapping[str, Any]) -> Any:
+    """The student's processor, padding on the left; the ``processor`` section (e.g. ``max_pixels``) goes to it."""
+    from transformers import AutoProcessor
+
+    student = config["student"]
+    options = {key: student[key] for key in ("revision", "trust_remote_code") if key in student}
+    return AutoProcessor.from_pretrained(
+        student["path"], padding_side="left", truncation_side="left", **options, **(config.get("processor") or {})
+    )
+
+
+def _samples(config: Mapping[str, Any], part: str, processor: Any, limit: int | None) -> Any:
+    from ..data.lengths import drop_long_prompts
+    from ..data.sources import DataSource, load_samples
+
+    section = config["data"].get(part)
+    if section is None:
+        return None
+    samples = load_samples(DataSource(**section))
+    template = config.get("training", {}).get("chat_template_kwargs") or {}
+    return samples if limit is None else drop_long_prompts(samples, processor, limit, **template)
+
+
+def _run(config: Mapping[str, Any], limit: int | None) -> Run:
+    if config.get("task") == "digits":
+        return _digits_run(config)
+    processor = load_processor(config)
+    teacher = config["teacher"]["path"] if needs_teacher(config) else None
+    if teacher is not None:
+        try:
+            _check_teacher(config, processor)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    train, held_out = (_samples(config, part, processor, limit) for part in ("train", "eval"))
+    return Run(config["student"]["path"], teacher, processor, train, held_out, None)
+
+
+def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
+    """Train as a config (from ``load_config``) says, save the student to ``output_dir``; returns the trainer."""
+    from ..errors import ConfigError
+    from ..trainers.checkpoints import check_writable
+
+    options = dict(config.get("training", {}))
+    options.setdefault("output_dir", "runs/vgs")
+    kind = trainer_kind(config)
+    if config.get("task") is None:
+        options["model_init_kwargs"] = _init_options(config["student"])
+        if needs_teacher(config):
+            options["teacher_model_init_kwargs"] = _init_options(config["teacher"])
+    settings, trainer_class = TRAINERS[kind]()
+    try:
+        args = settings(**options)
+        check_writable(args.output_dir)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    run = _run(config, args.max_prompt_length)
+    models = {"model": run.student} if kind == "self" else {"model": run.student, "teacher_model": run.teacher}
+    peft_config = None
+    if config.get("lora"):
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(**config["lora"])
+    try:
+        trainer = trainer_class(
+            **models,
+            args=args,
+            train_dataset=run.train_samples,
+            eval_dataset=run.eval_samples,
+            processing_class=run.processor,
+            scorer=run.scorer,
+            peft_config=peft_config,
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error)) from error
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if run.eval_samples is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.accelerator.is_main_process:
+            print(json.dumps({key: round(value, 4) for key, value in metrics.items() if "accuracy" in key}))
+    return trainer
+
+
+def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> tuple[Any, Any, Any, Any]:
+    """What a config is measured on: the model (its student, or the one at ``model_path``), processor, eval samples and
+    scorer.
+
+    Raises:
+        ConfigError: the config has no eval data.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from ..data.answers import answers_match
+
+    if config.get("task") == "digits":
+        run = _digits_run(config, "test")
+        model, processor, samples, scorer = run.student, run.processor, run.eval_samples, run.scorer
+        if model_path is not None:
+            model = AutoModelForImageTextToText.from_pretrained(model_path)
+    else:
+        processor = load_processor(config)
+        samples = _samples(config, "eval", processor, config.get("training", {}).get("max_prompt_length"))
+        if samples is None:
+            raise ConfigError("The config has no data.eval to evaluate on.")
+        options = _init_options(config["student"])
+        model = AutoModelForImageTextToText.from_pretrained(model_path or config["student"]["path"], **options)
+        scorer = answers_match
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, samples, scorer
+
+
+def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int, out: str | None) -> dict[str, float]:
+    """Greedy accuracy of the config's student, or of the model at ``model_path``, on the config's eval data.
+
+    Raises:
+        ConfigError: the config has no eval data.
+    """
+    from ..evaluation.accuracy import evaluate_accuracy
+
+    model, processor, samples, scorer = load_for_eval(config, model_path)
+    longest = config.get("training", {}).get("max_completion_length", 512)
+    result = evaluate_accuracy(model, processor, samples, scorer, batch_size, longest)
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return result

@@ -1,0 +1,134 @@
+"""From prompts, images and responses to the two views every token is scored in: with the image, and without it.
+
+The text-only view is the same conversation rendered again *without* its image items. Cutting the image span out of the
+token ids instead can tokenise differently where text touches the span, and keeping the placeholders without pixels runs
+silently and changes every hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
+from ..models.image_fields import MULTIMODAL_FIELDS
+
+
+def remove_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation as content blocks, without its image (and video) items.
+
+    Args:
+        messages: chat messages whose ``content`` is a string or a list of content blocks.
+    """
+    stripped = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        stripped.append({**message, "content": [part for part in content if part["type"] not in ("image", "video")]})
+    return stripped
+
+
+def text_only_prompts(
+    processor: Any, prompts: Sequence[Sequence[dict[str, Any]]], forbidden: Sequence[int], **template_options: Any
+) -> list[list[int]]:
+    """Token ids of each prompt rendered without its images.
+
+    Args:
+        processor: the model's processor (its chat template renders the prompts).
+        prompts: conversations, with or without image items.
+        forbidden: placeholder ids (``placeholder_ids``) that a text-only prompt must not contain.
+        **template_options: passed to ``apply_chat_template``.
+
+    Raises:
+        ValueError: a rendered prompt still contains an image placeholder.
+    """
+    rendered = processor.apply_chat_template(
+        conversation=[remove_images(prompt) for prompt in prompts],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **template_options,
+    )["input_ids"]
+    for index, ids in enumerate(rendered):
+        if found := set(ids) & set(forbidden):
+            names = processor.tokenizer.convert_ids_to_tokens(sorted(found))
+            raise ValueError(
+                f"The text-only view of prompt {index} still contains the image placeholder {', '.join(names)}; "
+                "put images in the sample's `images`, and no placeholder in the prompt's text."
+            )
+    return rendered
+
+
+def left_pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Token id lists -> ([B, P] int64 padded on the left, [B, P] int64 mask)."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def encode_prompts(
+    processor: Any, samples: Sequence[dict[str, Any]], **template_options: Any
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Prompts with their images as a model takes them.
+
+    Args:
+        processor: the model's processor.
+        samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
+        **template_options: passed to ``apply_chat_template``.
+
+    Returns:
+        ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
+    """
+    from trl.data_utils import prepare_multimodal_messages  # scoring alone does not need TRL
+
+    encoded = processor.apply_chat_template(
+        conversation=[prepare_multimodal_messages(x["prompt"], images=list(x.get("images") or [])) for x in samples],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **template_options,
+    )
+    ids, mask = left_pad(encoded["input_ids"], processor.tokenizer.pad_token_id)
+    fields = {
+        name: left_pad(encoded[name], 0)[0] if name in PER_TOKEN_FIELDS else torch.as_tensor(encoded[name])
+        for name in MULTIMODAL_FIELDS
+        if name in encoded
+    }
+    return ids, mask, fields
+
+
+def encode_groups(
+    processor: Any,
+    samples: Sequence[dict[str, Any]],
+    responses: Sequence[Sequence[Sequence[int]]],
+    forbidden: Sequence[int],
+    device: torch.device | str = "cpu",
+    **template_options: Any,
+) -> list[PromptGroup]:
+    """Both views of samples in the shared format (``prompt``, ``images``) with given responses.
+
+    Args:
+        processor, template_options: as in ``encode_prompts``.
+        samples: dicts with ``prompt`` and ``images``.
+        responses: for every sample its responses, each a list of token ids.
+        forbidden: placeholder ids, see ``placeholder_ids``.
+        device: where the image fields go.
+
+    Raises:
+        ValueError: different numbers of samples and responses, or an image placeholder in a text-only view.
+    """
+    if len(samples) != len(responses):
+        raise ValueError(f"responses holds entries for {len(responses)} samples, expected {len(samples)}.")
+    text_prompts = text_only_prompts(processor, [x["prompt"] for x in samples], forbidden, **template_options)
+    groups = []
+    for sample, text_ids, answers in zip(samples, text_prompts, responses, strict=True):
+        ids, _, fields = encode_prompts(processor, [sample], **template_options)
+        images = {name: (x[0] if name in PER_TOKEN_FIELDS else x).to(device) for name, x in fields.items()}
+        tensors = [torch.tensor(list(part), dtype=torch.int64) for part in (text_ids, *answers)]
+        groups.append(PromptGroup(ids[0], tensors[0], tuple(tensors[1:]), images))
+    return groups

@@ -1,0 +1,302 @@
+"""`vgs demo`: plain distillation against Visual Gradient Steering on handwritten digits, in minutes and without a GPU.
+
+Teacher and student are trained once and cached. Every seed then distils a copy of the student twice, plainly and with
+VGS, on the same questions for the same number of steps. The folder gets `results.json` and two pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import current_process, get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pictures import Example
+    from .pretraining import Recipe
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"gamma": 0.0, "lam": 0.0, "eta": 1.0},
+    "VGS": {"gamma": 2.0, "lam": 0.01, "eta": "measure"},
+}
+TERMS = ("standard", "visual", "language", "vds", "student_vds")
+CURVES = {
+    "eval_accuracy": "right answers, validation",
+    "standard": "standard: KL(p_I || q_I)",
+    "visual": "visual: KL(p_I || q*)",
+    "language": "language: KL(p_x || q_x)",
+    "vds": "visual dependency: KL(q_I || q_x)",
+    "student_vds": "student's dependency: KL(p_I || p_x)",
+}
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Budget of a demo; the learning rate was chosen on the validation split, never on the held-out one."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 64
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    validate_every: int = 16
+    validation_size: int = 160
+    test_size: int = 600
+    shown: int = 6
+    workers: int = 2  # processes of one thread each, so that numbers do not depend on the number of cores
+    recipes: Mapping[str, Recipe] | None = None  # None: the task's own
+
+
+def quick_settings() -> DemoSettings:
+    """Seconds instead of minutes: everything runs, nothing is learned."""
+    from .models import Shape
+    from .pictures import Habits
+    from .pretraining import Phase, Recipe
+
+    shape = Shape(layers=1, width=32, heads=2, vision_layers=1)
+    recipes = {
+        role: Recipe(shape, (Phase(steps=steps, batch_size=8),), Habits())
+        for role, steps in (("teacher", 4), ("student", 2))
+    }
+    return DemoSettings((0,), 2, 4, 1e-3, 1, 4, 8, 2, 1, recipes)
+
+
+def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[str, Any]:
+    """Runs the whole demo and returns what `results.json` holds.
+
+    Args:
+        out: folder for `results.json`, `learning_curves.png` and `answers.png`; made if missing.
+        cache: folder for the trained teacher and student; None means `~/.cache/vgs`.
+        quick: a budget of seconds, to see that everything runs.
+    """
+    from .pretraining import RECIPES
+
+    settings = quick_settings() if quick else DemoSettings()
+    settings = dataclasses.replace(settings, recipes=dict(settings.recipes or RECIPES))
+    out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with workers(settings.workers) as spread:
+        spread(prepare, [(role, settings, cache) for role in ("teacher", "student")])
+        prepared = time.perf_counter() - started
+        jobs = [("before", 0), *((arm, seed) for seed in settings.seeds for arm in ARMS)]
+        before, *runs = spread(distil, [(*job, settings, cache, out) for job in jobs])
+    results: dict[str, Any] = {
+        "settings": {**dataclasses.asdict(settings), "arms": ARMS},
+        "versions": versions(),
+        "teacher": before.pop("teacher"),
+        "before": before,
+        "runs": runs,
+    }
+    draw(out, results, settings)
+    results["seconds"] = {"models": prepared, "total": time.perf_counter() - started}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(f"\n{out / 'results.json'}, {out / 'learning_curves.png'}, {out / 'answers.png'}")
+    return results
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[[Callable[..., Any], Sequence[tuple]], list[Any]]]:
+    """Gives a function that computes `function(*job)` for every job, in this process (1) or in `count` others."""
+    if count == 1:
+        yield lambda function, jobs: [function(*job) for job in jobs]
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(count, context, start_worker, (context.RLock(),)) as pool:
+        yield lambda function, jobs: list(pool.map(function, *zip(*jobs, strict=True)))
+
+
+def start_worker(lock: Any) -> None:
+    """Lets the workers' progress bars take turns."""
+    from tqdm.auto import tqdm
+
+    tqdm.set_lock(lock)
+
+
+def line() -> int:
+    """This process's line for progress bars (workers count up from 1)."""
+    return max(0, sum(current_process()._identity) - 1)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One thread, and no progress bars and advice of the libraries, so that the demo's stay readable."""
+    import torch
+    from transformers.utils import logging
+
+    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def versions() -> dict[str, str]:
+    """Versions that the numbers depend on."""
+    import torch
+    import transformers
+    import trl
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
+
+
+def prepare(role: str, settings: DemoSettings, cache: Path) -> None:
+    """Trains a model into the cache unless it is there."""
+    from .pretraining import pretrained
+
+    with quiet():
+        pretrained(role, cache, recipe=settings.recipes[role], line=line())
+
+
+def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) -> dict[str, Any]:
+    """One run: distils the student as `arm` says ("before": not at all) and assesses it on held-out pictures."""
+    from .pictures import take
+    from .pretraining import accuracy, pretrained
+
+    with quiet():
+        teacher, processor = pretrained("teacher", cache, recipe=settings.recipes["teacher"])
+        student, _ = pretrained("student", cache, recipe=settings.recipes["student"])
+        test = take("test", settings.test_size, seed=0)
+        if arm == "before":
+            validation = take("validation", settings.validation_size, seed=0)
+            run = {
+                "validation": accuracy(student, processor, validation)["answers"],
+                "teacher": accuracy(teacher, processor, test),
+            }
+        else:
+            run = {"arm": arm, "seed": seed, **train(student, teacher, processor, arm, seed, settings, out)}
+        return {**run, **assess(student, teacher, processor, test, settings.shown)}
+
+
+def train(
+    student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
+) -> dict[str, Any]:
+    """Distils the student in place; returns the run's logs, eta and seconds per step."""
+    from ..trainers.distillation import VGSTrainer
+    from ..trainers.settings import VGSConfig
+    from .studies.short_runs import short_run, short_run_options
+    from .task import build, scorer
+
+    trainer = VGSTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=VGSConfig(
+            **short_run_options(settings, out, arm, seed),
+            per_device_train_batch_size=settings.batch_size,
+            lr_scheduler_type="linear",
+            **ARMS[arm],
+        ),
+        train_dataset=build("train", settings.steps * settings.batch_size, seed=100 + seed),
+        eval_dataset=build("validation", settings.validation_size, seed=0),
+        processing_class=processor,
+        scorer=scorer,
+    )
+    run = short_run(trainer, f"{arm}, seed {seed}", line(), TERMS, "eval_accuracy")
+    eta = next(entry["eta"] for entry in reversed(trainer.state.log_history) if "eta" in entry)
+    return {"eta": eta, **run}
+
+
+def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example], shown: int) -> dict[str, Any]:
+    """Accuracy of greedy answers, the mean of every term over their tokens, and the first `shown` answers."""
+    from vgs_kernels import VGSObjective
+
+    from ..evaluation.token_terms import score_responses
+    from .pictures import scorer
+    from .pretraining import answer_greedily, grade
+
+    answers = answer_greedily(model, processor, questions)
+    records = [example.record() for example in questions]
+    tokens = score_responses(model, teacher, processor, records, answers, VGSObjective())
+    terms = {term: sum(row[term].sum().item() for row in tokens) / sum(map(len, answers)) for term in TERMS}
+    spoken = []
+    for example, ids, row in zip(questions[:shown], answers, tokens, strict=False):
+        words = processor.decode(ids, skip_special_tokens=True).split()
+        values = [round(value, 4) for value in row["vds"].tolist()[: len(words)]]
+        spoken.append({"words": words, "vds": values, "right": scorer(" ".join(words), example.answer)})
+    return {"test": grade(processor, questions, answers), "terms": terms, "answers": spoken}
+
+
+def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
+    """The two pictures: learning curves, and answers coloured by the teacher's visual dependency score."""
+    from .pictures import take
+    from .plots import AnswerSheet, ColouredAnswer, answer_sheets, learning_curves
+
+    def curve(run: dict[str, Any], key: str) -> tuple[list[float], list[float]]:
+        if key == "eval_accuracy":
+            return [0, *run["validation"]["step"]], [results["before"]["validation"], *run["validation"]["accuracy"]]
+        return run["curves"]["step"], smooth(run["curves"][key])
+
+    runs = {arm: [run for run in results["runs"] if run["arm"] == arm] for arm in ARMS}
+    panels = {name: {arm: [curve(run, key) for run in runs[arm]] for arm in ARMS} for key, name in CURVES.items()}
+    spread = "mean and range over seeds" if len(settings.seeds) > 1 else "one seed"
+    title = f"Distillation on handwritten digits, {spread} (terms in nats per token)"
+    learning_curves(out / "learning_curves.png", panels, title)
+
+    speakers = {"before": results["before"], **{arm: runs[arm][0] for arm in ARMS}}
+    sheets = [
+        AnswerSheet(
+            example.image,
+            example.question,
+            example.answer,
+            [
+                ColouredAnswer(name, run["answers"][i]["words"], run["answers"][i]["vds"], run["answers"][i]["right"])
+                for name, run in speakers.items()
+            ],
+        )
+        for i, example in enumerate(take("test", settings.shown, seed=0))
+    ]
+    title = "Held-out pictures, answers before and after distillation"
+    answer_sheets(out / "answers.png", sheets, title, "visual dependency of a word (nats)")
+
+
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
+    """Trailing mean, for curves of single batches."""
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The summary as text: one row per arm, mean and standard deviation over seeds."""
+    arms: dict[str, list[dict[str, Any]]] = {"before": [results["before"]]}
+    for run in results["runs"]:
+        arms.setdefault(run["arm"], []).append(run)
+
+    def cell(values: Sequence[float], digits: int) -> str:
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+    head = ["", "answers right", "digits right", *TERMS, "eta", "s/step"]
+    rows = [head]
+    for arm, entries in arms.items():
+        row = [arm, *(cell([100 * entry["test"][key] for entry in entries], 1) + " %" for key in ("answers", "digits"))]
+        row += [cell([entry["terms"][term] for entry in entries], 3) for term in TERMS]
+        row += [
+            cell([entry[key] for entry in entries], 2) if arm != "before" else "" for key in ("eta", "seconds_per_step")
+        ]
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+    teacher, questions = results["teacher"], results["settings"]["test_size"]
+    note = f"{questions} questions about held-out pictures, {len(results['settings']['seeds'])} seeds"
+    note += f"; the teacher answers {100 * teacher['answers']:.1f} % right; terms in nats per token of greedy answers"
+    return "\n".join(["", *lines, "", note, f"{results['seconds']['total']:.0f} s in total"])

@@ -1,0 +1,157 @@
+"""Verifiable rewards in TRL's signature: ``reward(completions, answer=..., **columns) -> list[float | None]``.
+
+A completion is a string, or a conversation whose last message is the response. The gold answers are the data's column
+``answer``, or TRL's name for it, ``solution``. ``None`` means that a reward does not apply to a sample.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trl.import_utils import is_math_verify_available
+from trl.rewards import accuracy_reward
+
+from ..data.answers import answers_match, choice_letter, final_answer, last_boxed
+
+Reward = Callable[..., list[float | None]]
+Completion = str | list[dict[str, Any]]
+
+REASONING = re.compile(r"\s*<(reason|think)>(.*?)</\1>(.*)", flags=re.DOTALL)
+TAGGED = re.compile(r"\s*<answer>(?:(?!</?answer>).)+</answer>\s*", flags=re.DOTALL)
+
+
+def response_text(completion: Completion) -> str:
+    """The text of a completion, as TRL hands it to a reward."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _gold(
+    reward: str, completions: Sequence[Completion], answer: Sequence[str | None] | None, solution: Any
+) -> Sequence[str | None]:
+    gold = solution if answer is None else answer
+    if gold is None:
+        raise ValueError(f"The reward {reward} needs a column 'answer' or 'solution' with the gold answers.")
+    if len(gold) != len(completions):
+        raise ValueError(f"The reward {reward} got {len(gold)} gold answers for {len(completions)} completions.")
+    return gold
+
+
+def exact_match(
+    completions: Sequence[Completion],
+    answer: Sequence[str | None] | None = None,
+    solution: Sequence[str | None] | None = None,
+    scorer: Callable[[str, str], bool] = answers_match,
+    **columns: Any,
+) -> list[float | None]:
+    """1 where ``scorer(response, gold)`` holds (same choice letter, number or normalised text), else 0."""
+    pairs = zip(completions, _gold("exact_match", completions, answer, solution), strict=True)
+    return [None if gold is None else float(scorer(response_text(text), gold)) for text, gold in pairs]
+
+
+def choice(
+    completions: Sequence[Completion],
+    answer: Sequence[str | None] | None = None,
+    solution: Sequence[str | None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the response's final answer has the gold choice's letter, else 0; None where the gold is no choice."""
+    rewards: list[float | None] = []
+    for text, gold in zip(completions, _gold("choice", completions, answer, solution), strict=True):
+        letter = None if gold is None else choice_letter(gold)
+        rewards.append(None if letter is None else float(choice_letter(response_text(text)) == letter))
+    return rewards
+
+
+def _conclusion(text: str) -> str | None:
+    """What follows the one reasoning block that a response begins with."""
+    match = REASONING.fullmatch(text)
+    if match is None or re.search(r"</?(?:reason|think)>", match[2] + match[3]):
+        return None
+    return match[3]
+
+
+def boxed_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    r"""1 for ``<reason>...</reason>`` and then one ``\boxed{...}`` (arXiv 2606.00564, its system prompt), else 0.
+
+    The block may also be called ``<think>``; text around the box is allowed.
+    """
+    conclusions = [_conclusion(response_text(completion)) for completion in completions]
+    return [float(text is not None and text.count("\\boxed{") == 1 and bool(last_boxed(text))) for text in conclusions]
+
+
+def tagged_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    """1 for ``<reason>...</reason>`` (or ``<think>``) and then ``<answer>...</answer>`` and no more, else 0."""
+    conclusions = [_conclusion(response_text(completion)) for completion in completions]
+    return [float(text is not None and TAGGED.fullmatch(text) is not None) for text in conclusions]
+
+
+def math_verify(
+    completions: Sequence[Completion],
+    answer: Sequence[str | None] | None = None,
+    solution: Sequence[str | None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    r"""1 where the final answer equals the gold one as mathematics, else 0; None where the gold one cannot be read.
+
+    TRL's ``accuracy_reward``, with both final answers (``vgs.data.answers``) as the LaTeX in a ``\boxed{}``.
+
+    Raises:
+        ImportError: math-verify is not installed.
+    """
+    gold = _gold("math_verify", completions, answer, solution)
+    boxed = [_boxed(response_text(completion)) for completion in completions]
+    messages = [[{"role": "assistant", "content": text}] for text in boxed]
+    return accuracy_reward(messages, ["" if text is None else _boxed(text) for text in gold])
+
+
+def _boxed(text: str) -> str:
+    answer = final_answer(text).rstrip(".").strip("$ ")
+    return f"\\boxed{{{answer}}}"
+
+
+REWARDS: dict[str, Reward] = {
+    "exact_match": exact_match,
+    "choice": choice,
+    "format": boxed_format,
+    "tagged_format": tagged_format,
+    "math_verify": math_verify,
+}
+
+
+def check_rewards(names: Sequence[str]) -> None:
+    """See that rewards exist and can run.
+
+    Raises:
+        ValueError: no name, an unknown one, one given twice, or one whose package is missing.
+    """
+    if isinstance(names, str) or not names:
+        raise ValueError(f"rewards must be a list of names out of {', '.join(REWARDS)}, got {names!r}.")
+    for name in names:
+        if name not in REWARDS:
+            nearest = difflib.get_close_matches(str(name), REWARDS, n=1, cutoff=0.5)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Expected one of {', '.join(REWARDS)}."
+            raise ValueError(f"rewards has the unknown name {name!r}. {hint}")
+        if list(names).count(name) > 1:
+            raise ValueError(f"rewards must have every name once, got {name!r} {list(names).count(name)} times.")
+    if "math_verify" in names and not is_math_verify_available():
+        raise ValueError("rewards: math_verify needs a package that is not installed: pip install math-verify.")
+
+
+def needs_answers(names: Sequence[str]) -> bool:
+    """Whether any of these rewards reads gold answers."""
+    return bool({"exact_match", "choice", "math_verify"} & set(names))
+
+
+def named_rewards(names: Sequence[str], scorer: Callable[[str, str], bool] | None = None) -> list[Reward]:
+    """The rewards of ``REWARDS`` by name; ``scorer`` replaces the comparison of ``exact_match``.
+
+    Raises:
+        ValueError: as ``check_rewards``.
+    """
+    check_rewards(names)
+    own = {} if scorer is None else {"exact_match": functools.partial(exact_match, scorer=scorer)}
+    return [own.get(name, REWARDS[name]) for name in names]

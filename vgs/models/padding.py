@@ -1,0 +1,69 @@
+"""Both views as one padded batch: the fallback for families whose positions in a packed row are not verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .groups import PER_TOKEN_FIELDS, PromptGroup
+from .image_fields import join_images
+
+
+class PaddedViews(NamedTuple):
+    """B responses in one or both views, one row each; every row ends in the same C response columns.
+
+    Attributes:
+        input_ids, attention_mask: [B, L] or, with both views, [2B, L] int64, the text-only view below. Prompts are
+            padded on the left, responses on the right.
+        response_mask: [B, C] bool, the response tokens.
+        images: the image fields, of the multimodal view alone; per-token ones cover every row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    images: dict[str, Tensor]
+
+    @property
+    def row_mask(self) -> Tensor:
+        """[B or 2B, C] bool: the response tokens of every row."""
+        return self.response_mask.repeat(len(self.input_ids) // len(self.response_mask), 1)
+
+
+def pad_groups(
+    groups: Sequence[PromptGroup], views: Sequence[str], device: torch.device | str, pad_token_id: int = 0
+) -> PaddedViews:
+    """One row for every response of every group in every view; images are repeated with their prompts.
+
+    Args:
+        groups: prompts with their responses.
+        views: ``"multimodal"``, ``"text"`` or both, in this order.
+        device: where the tensors go.
+        pad_token_id: fills padding columns.
+    """
+    singles = [single for group in groups for single in group.alone()]
+    prompts = [x.prompt_ids if view == "multimodal" else x.text_prompt_ids for view in views for x in singles]
+    width = max(map(len, prompts))
+    columns = max(len(x.responses[0]) for x in singles)
+
+    def rows(values: Sequence[Tensor], tails: Sequence[Tensor], fill: int) -> Tensor:
+        lined = [
+            torch.cat([pad(x, (width - len(x), 0), value=fill), pad(tail, (0, columns - len(tail)), value=fill)])
+            for x, tail in zip(values, tails, strict=True)
+        ]
+        return torch.stack(lined).to(device)
+
+    tails = [x.responses[0] for x in singles] * len(views)
+    mask = rows([torch.ones_like(x) for x in prompts], [torch.ones_like(x) for x in tails], 0)
+    fields = [x.images for x in singles] if "multimodal" in views else []
+    images = {name: value.to(device) for name, value in join_images(fields).items()}
+    for name in PER_TOKEN_FIELDS:
+        if any(name in field for field in fields):
+            zeros = [torch.zeros_like(x) for x in prompts]
+            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=False)]
+            images[name] = rows([*kinds, *zeros[len(kinds) :]], [torch.zeros_like(x) for x in tails], 0)
+    return PaddedViews(rows(prompts, tails, pad_token_id), mask, mask[: len(singles), width:].bool(), images)

@@ -1,0 +1,4 @@
+"""What a run will need before it runs: parameters, work and memory, counted from the models' configs.
+
+No weights are read.
+"""

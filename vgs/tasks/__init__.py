@@ -1,1 +1,0 @@
-"""Built-in tasks: data, small models and a scorer that need no download."""

@@ -1,0 +1,73 @@
+"""Passes of bounded size: which responses go through the models together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..models.groups import PromptGroup
+
+
+def _numbered(groups: Sequence[PromptGroup]) -> Iterator[tuple[PromptGroup, list[int]]]:
+    """Every group with the numbers of its responses, counted over all groups."""
+    first = 0
+    for group in groups:
+        yield group, list(range(first, first + len(group.responses)))
+        first += len(group.responses)
+
+
+def select_responses(groups: Sequence[PromptGroup], chosen: Sequence[int]) -> list[PromptGroup]:
+    """The groups with some of their responses (numbered over all groups); groups that keep none are left out."""
+    wanted = set(chosen)
+    kept = []
+    for group, numbers in _numbered(groups):
+        if inside := [index for index, number in enumerate(numbers) if number in wanted]:
+            kept.append(group.select(inside))
+    return kept
+
+
+def plan_passes(
+    groups: Sequence[PromptGroup], max_tokens: int | None, *, text: bool = True, share_prefix: bool = True
+) -> list[list[int]]:
+    """Bin packing by length: first fit, longest first. Responses to one prompt stay together where they fit.
+
+    Args:
+        groups: prompts with their responses.
+        max_tokens: tokens of one pass, prompts and both views included; None puts everything into one pass.
+        text: whether the text-only view runs too.
+        share_prefix: whether responses in one pass share their prompt.
+
+    Returns:
+        For every pass the sorted numbers of its responses, counted over all groups.
+
+    Raises:
+        ValueError: one response with its prompt is longer than ``max_tokens``.
+    """
+    if max_tokens is None:
+        count = sum(len(group.responses) for group in groups)
+        return [list(range(count))] if count else []
+    items: list[tuple[int, list[int]]] = []
+    for group, numbers in _numbered(groups):
+        part: list[int] = []
+        for index in range(len(numbers)):
+            alone = group.select([index]).tokens(text)
+            if alone > max_tokens:
+                raise ValueError(
+                    f"A response of {len(group.responses[index])} tokens needs {alone} tokens with its prompt"
+                    f"{' in both views' if text else ''}, more than max_tokens_per_pass={max_tokens}. Raise the "
+                    "budget, or lower max_prompt_length or max_completion_length."
+                )
+            if part and (not share_prefix or group.select([*part, index]).tokens(text) > max_tokens):
+                items.append((group.select(part).tokens(text), [numbers[i] for i in part]))
+                part = []
+            part.append(index)
+        if part:
+            items.append((group.select(part).tokens(text), [numbers[i] for i in part]))
+    bins: list[tuple[int, list[int]]] = []
+    for size, numbers in sorted(items, key=lambda item: item[0], reverse=True):
+        place = next((i for i, (used, _) in enumerate(bins) if used + size <= max_tokens), None)
+        if place is None:
+            bins.append((size, numbers))
+        else:
+            used, members = bins[place]
+            bins[place] = (used + size, members + numbers)
+    return [sorted(members) for _, members in bins]

@@ -1,0 +1,118 @@
+"""What a step's loss is made of: the responses of a micro-batch with all that belongs to them, and its means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
+
+from ..models.groups import PromptGroup
+from ..models.heads import Head
+from ..objectives.definitions import VIEWS
+from .batching import select_responses
+from .teacher import TeacherRows
+
+VDS_QUANTILES = (0.4, 0.7)
+TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
+Views = Mapping[str, list[PromptGroup]]
+NO_VIEWS: Views = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Responses whose losses add up to one loss, however many passes they take.
+
+    Attributes:
+        groups: prompts with their responses.
+        teacher: one entry per response.
+        weights: token weights [T], one entry per response.
+        objective: of this step.
+        text: whether the student's text-only view runs.
+        terms: whether the per-token terms are wanted.
+        known_vds: whether the tokens' VDS is given to the loss.
+        limits: [K] VDS thresholds over all tokens; None where the loss takes them itself.
+        text_gradient: whether a response's text-only rows need gradient, one entry per response.
+        passes: numbers of the responses that run together.
+        policy: a policy gradient on the sampled tokens, [T] tensors, one entry per response; None for none.
+    """
+
+    groups: list[PromptGroup]
+    teacher: list[TeacherRows]
+    weights: Sequence[Tensor]
+    objective: VGSObjective
+    text: bool
+    terms: bool
+    known_vds: bool
+    limits: Tensor | None
+    text_gradient: list[bool]
+    passes: list[list[int]]
+    policy: Sequence[PolicyTerm] | None = None
+
+    def teacher_rows(self, chosen: list[int], head: Head, like: Tensor) -> dict[str, Tensor]:
+        """view -> [N, Dt] hidden states of the chosen responses; ``"prior"``: [N, Ds], the student's earlier ones."""
+        if not chosen:  # there is no entry to tell the views
+            none = {view: like.new_zeros(0, head.weight.shape[1]) for view in VIEWS}
+            return {**none, "prior": like[:0]}
+        entries = [self.teacher[index].rows for index in chosen]
+        return {view: torch.cat([entry[view] for entry in entries]).to(like.device) for view in entries[0]}
+
+    def steering(self, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        """What the loss is told of the chosen tokens' visual dependency."""
+        if not self.known_vds:
+            return {}
+        return {"vds": joined([self.teacher[index].vds for index in chosen], like), "vds_threshold": self.limits}
+
+    def sampled(self, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        """What the loss is told of the chosen responses' sampled tokens."""
+        options: dict[str, Any] = {"target_ids": sampled_tokens(select_responses(self.groups, chosen), like)}
+        if self.policy is not None:
+            options["policy"] = _joined_policy([self.policy[index] for index in chosen], like)
+        return options
+
+
+def _joined_policy(terms: list[PolicyTerm], like: Tensor) -> PolicyTerm:
+    if not terms:
+        empty = joined([], like)
+        return PolicyTerm(empty, empty)
+    names = ["advantages", "weights"] + (["old_logps"] if terms[0].old_logps is not None else [])
+    return terms[0]._replace(**{name: joined([getattr(term, name) for term in terms], like) for name in names})
+
+
+def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[N] of the responses' [T]."""
+    return torch.cat(list(parts)).to(like.device) if parts else like.new_zeros(0, dtype=torch.float32)
+
+
+def sampled_tokens(groups: Sequence[PromptGroup], like: Tensor) -> Tensor:
+    """[N] int64 response tokens of the groups."""
+    responses = [response for group in groups for response in group.responses]
+    return torch.cat(responses).to(like.device) if responses else like.new_zeros(0, dtype=torch.int64)
+
+
+def mean_terms(
+    accelerator: Accelerator, outputs: Sequence[VGSOutput | DivergenceOutput], terms: bool
+) -> dict[str, float]:
+    """Means over all tokens of all ranks: entropy, the divergence or policy term of losses that have one and, if
+    ``terms``, those of the steered objective that the loss has formed, and VDS quantiles."""
+    names = [*(TERMS if terms else ()), "divergence", "policy"]
+    names = ["entropy", *(name for name in names if getattr(outputs[0], name, None) is not None)]
+    columns = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in names}
+    entropy = columns["entropy"]
+    sums = torch.stack([*[column.sum() for column in columns.values()], entropy.new_tensor(len(entropy))])
+    sums = accelerator.gather(sums[None]).sum(dim=0)
+    means = dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
+    if "vds" in columns:
+        padded = accelerator.gather(accelerator.pad_across_processes(columns["vds"], pad_index=math.nan))
+        levels = entropy.new_tensor(VDS_QUANTILES)
+        quantiles = torch.nanquantile(padded, levels) if len(padded) else torch.full_like(levels, math.nan)
+        names = [f"vds_q{round(100 * level)}" for level in VDS_QUANTILES]
+        means |= dict(zip(names, quantiles.tolist(), strict=True))
+    return means

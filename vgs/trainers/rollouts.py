@@ -1,0 +1,179 @@
+"""Sampling through the host trainer: image tokens forbidden, greedy on demand, images expanded once in vLLM, answers
+scored; and the sampled batch as prompts with their responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..data.prompts import text_only_prompts
+from ..models.groups import PromptGroup
+from ..models.image_fields import split_images
+
+
+def forbid_tokens(trainer: Any, token_ids: Sequence[int]) -> None:
+    """Keep a trainer from sampling tokens, with HF ``generate`` and with vLLM.
+
+    A sampled image or video token claims pixels that do not exist, and crashes the rope index.
+
+    Args:
+        trainer: a ``trl.DistillationTrainer``.
+        token_ids: the tokens, in addition to the user's ``generation_kwargs["suppress_tokens"]``.
+    """
+    user = (trainer.args.generation_kwargs or {}).get("suppress_tokens") or []
+    suppressed = sorted({*token_ids, *user})
+    trainer.generation_kwargs["suppress_tokens"] = suppressed
+    trainer.generation_config.suppress_tokens = suppressed
+    if trainer.use_vllm:  # vLLM has no such option; -100 is the smallest bias it takes
+        options = trainer.vllm_generation.generation_kwargs
+        bias = {**dict.fromkeys(token_ids, -100.0), **(options.get("logit_bias") or {})}
+        trainer.vllm_generation.generation_kwargs = {**options, "logit_bias": bias}
+
+
+@contextmanager
+def greedy_decoding(trainer: Any) -> Iterator[None]:
+    """Make a trainer decode greedily; its sampling is restored afterwards."""
+    sampling = trainer.generation_config, trainer.generation_kwargs
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+    trainer.generation_config = copy(trainer.generation_config)
+    trainer.generation_config.update(**greedy)
+    trainer.generation_kwargs = {**trainer.generation_kwargs, **greedy}
+    engine = trainer.vllm_generation if trainer.use_vllm else None
+    if engine is not None:
+        temperature, engine.temperature = engine.temperature, 0.0
+    try:
+        yield
+    finally:
+        trainer.generation_config, trainer.generation_kwargs = sampling
+        if engine is not None:
+            engine.temperature = temperature
+
+
+def collapse_runs(ids: Sequence[int], token_id: int) -> list[int]:
+    """Token ids with every run of ``token_id`` shortened to one."""
+    return [token for i, token in enumerate(ids) if token != token_id or i == 0 or ids[i - 1] != token_id]
+
+
+def expand_images_once(engine: Any, image_token_id: int) -> None:
+    """Send one placeholder per image to a colocated vLLM, which expands it itself, and check what it made of it.
+
+    TRL 1.16 sends the processor's already expanded prompts, whose placeholders vLLM expands again: responses to a
+    broken prompt, or a crash (TRL issues 6294 and 6401). In server mode TRL needs the expanded prompts.
+
+    Args:
+        engine: TRL's ``VLLMGeneration``, in colocate mode; its ``generate`` is replaced.
+        image_token_id: the placeholder; each image is one run of it.
+    """
+    original = engine.generate
+
+    def generate(*, prompts: list[list[int]], images: Any, **options: Any) -> tuple:
+        sent = prompts if images is None else [collapse_runs(ids, image_token_id) for ids in prompts]
+        result = original(prompts=sent, images=images, **options)
+        for index, (ours, theirs) in enumerate(zip(prompts, result[0], strict=True)):
+            if list(ours) != list(theirs):
+                raise RuntimeError(
+                    f"vLLM and the processor disagree about prompt {index}: {len(theirs)} tokens and {len(ours)}. Both "
+                    "must resize images alike; give vLLM the processor's image size, or use vllm_mode='server'."
+                )
+        return result
+
+    engine.generate = generate
+
+
+def image_groups(batch: dict[str, Any], num_generations: int) -> list[PromptGroup]:
+    """The host's padded batch of B responses as prompts with ``num_generations`` responses each, without text views.
+
+    Args:
+        batch: ``prompt_ids``, ``prompt_mask`` [B, P], ``completion_ids``, ``completion_mask`` [B, C] and the image
+            fields, as TRL's on-policy trainers prepare them.
+        num_generations: responses to each prompt.
+
+    Raises:
+        ValueError: neighbours that should share a prompt do not.
+    """
+    masks = batch["prompt_mask"].bool().cpu()
+    ids = [row[mask] for row, mask in zip(batch["prompt_ids"].cpu(), masks, strict=True)]
+    completions = zip(batch["completion_ids"].cpu(), batch["completion_mask"].bool().cpu(), strict=True)
+    responses = [row[mask] for row, mask in completions]
+    images = split_images(batch, masks, batch.get("num_images"), batch.get("num_tiles"))
+    groups = []
+    for first in range(0, len(ids), num_generations):
+        own = slice(first, first + num_generations)
+        if any(not torch.equal(other, ids[first]) for other in ids[own]):
+            raise ValueError(
+                f"prompts {first} to {own.stop - 1} differ, expected {num_generations} responses to one prompt."
+            )
+        kept = images[first]
+        if num_generations > 1:  # a view would hold the images of all copies of all prompts
+            kept = {name: value.clone() for name, value in kept.items()}
+        groups.append(PromptGroup(ids[first], ids[first][:0], tuple(responses[own]), kept))
+    return groups
+
+
+def sampled_groups(
+    batch: dict[str, Any],
+    prompts: Sequence[Sequence[dict[str, Any]]],
+    num_generations: int,
+    processor: Any,
+    forbidden: Sequence[int],
+    **template_options: Any,
+) -> list[PromptGroup]:
+    """As ``image_groups``, in both views.
+
+    Args:
+        batch, num_generations: see ``image_groups``.
+        prompts: B conversations; those of one group follow each other.
+        processor, forbidden, template_options: see ``pairing.text_only_prompts``.
+
+    Raises:
+        ValueError: as ``image_groups``, or an image placeholder in a text-only view.
+    """
+    groups = image_groups(batch, num_generations)
+    texts = text_only_prompts(processor, prompts[::num_generations], forbidden, **template_options)
+    return [replace(group, text_prompt_ids=torch.tensor(text)) for group, text in zip(groups, texts, strict=True)]
+
+
+class SampledAnswers:
+    """Mixin in front of a TRL on-policy trainer: prompts of bounded length, greedy evaluation, accuracy.
+
+    It reads ``args`` (``max_prompt_length``, ``eval_greedy``), ``model``, ``accelerator`` and ``scorer``, and the
+    private ``_tokenizer`` and ``_metrics``.
+    """
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        limit = self.args.max_prompt_length
+        longest = max(map(len, prompt_ids))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"A prompt has {longest} tokens, more than max_prompt_length={limit}. Filter the dataset "
+                "(vgs.data.lengths.drop_long_prompts) or raise the limit; prompts are never truncated."
+            )
+        # The host marks a prompt without images by None, which no processor takes beside prompts with some.
+        return prompt_ids, images if images is None else [part or [] for part in images], fields
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        greedy = self.args.eval_greedy and not self.model.training
+        with greedy_decoding(self) if greedy else nullcontext():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _score_answers(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Adds the accuracy of a sampled batch to the metrics, where there are gold answers."""
+        kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
+        texts = self._tokenizer.batch_decode(kept, skip_special_tokens=True)
+        pairs = zip(texts, [x.get("answer") for x in inputs], strict=True)
+        # Without a gold answer: NaN, so that every rank gathers as many values.
+        correct = [math.nan if gold is None else self.scorer(text, gold) for text, gold in pairs]
+        values = torch.tensor(correct, dtype=torch.float32, device=output["completion_ids"].device)
+        training = self.model.training
+        # In evaluation the last batch is filled up with repeated samples, which gather_for_metrics drops.
+        values = self.accelerator.gather(values) if training else self.accelerator.gather_for_metrics(values)
+        # One entry per sample: the host logs the mean of the entries, so batches of any size weigh right.
+        if not values.isnan().all():
+            self._metrics["train" if training else "eval"]["accuracy"].extend(values.tolist())

@@ -1,0 +1,287 @@
+"""The settings of the trainers: TRL's, plus the knobs of Visual Gradient Steering and its relatives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+from trl import DistillationConfig
+
+from vgs_kernels import VGSObjective, checks
+from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
+
+from ..data.degraded import CONTROLS
+from ..models.attention import KERNELS
+from ..objectives.definitions import SETTINGS
+from ..objectives.eta import ETA_PRESETS
+from ..objectives.fixed_prior import anchored
+from ..objectives.presets import Preset, find_preset
+
+logger = logging.get_logger(__name__)
+
+LOSS_REDUCTIONS = ("trajectory", "token")
+PRIORS = ("live", "frozen", "ema")
+LOSS_BACKENDS = ("auto", "triton", "torch")
+AT_LEAST_ONE = (
+    *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
+    *("max_tokens_per_pass", "lp_every"),
+)
+
+
+def view_count(options: Any) -> int:
+    """2 where a pass holds the text-only view, else 1. ``options``: a ``VGSConfig``, or anything with its fields."""
+    preset = find_preset(options.preset)
+    if not preset.steered:
+        return 2 if "text" in preset.views else 1
+    return 2 if options.log_terms or options.gamma > 0 or options.lam > 0 else 1
+
+
+def least_pass(options: Any) -> int:
+    """The least ``max_tokens_per_pass`` that holds any response allowed, with any prompt allowed; as ``view_count``."""
+    # A text-only prompt is at most as long as the prompt with its images.
+    return view_count(options) * ((options.max_prompt_length or 0) + (options.max_completion_length or 0))
+
+
+@dataclass
+class VGSOptions:
+    """What the trainers' settings share; a mixin in front of a TRL config.
+
+    Args:
+        preset: what is minimised, see ``vgs.objectives.presets``: ``"vgs"``, ``"gkd"``, ...
+        divergence: fields of ``vgs_kernels.Divergence`` that replace the preset's, such as ``{"top_k": 128}``; not of
+            presets that steer, and not its temperature, which is the run's.
+        gamma, lam, vds_quantile, adaptive_quantile, detach_prior, schedule, vds_scope: see ``VGSObjective``; of
+            presets that steer, others warn of them. One call (``vds_scope="call"``) is one micro-batch on one rank.
+            ``schedule`` None: as the preset says, else ``"constant"``.
+        eta: scale of the whole loss: a positive number, a preset of the paper by student size (``"paper-2b"`` 0.41,
+            ``"paper-4b"`` 0.36), or ``"measure"``: ||grad standard|| / ||grad (standard + gamma * visual)|| over the
+            trainable parameters (arXiv 2606.00564, Eq. 15) on the first ``eta_batches`` batches, then fixed, stored in
+            checkpoints. Measuring needs whole parameters: one process or DDP. Where there is nothing to measure
+            (gamma 0, or a preset other than ``"vgs"`` and ``"vgs_adaptive"``) it is 1.
+        eta_batches: optimizer steps whose batches are measured.
+        loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
+            ``"token"`` averages over all tokens. None: as the preset says, else ``"trajectory"``.
+        loss_backend, loss_workspace_bytes: passed to the fused loss.
+        log_terms: log every term of the steered objective. False saves work where the loss alone does not need them,
+            and then nothing is watched for collapse.
+        vocab_size: number of leading vocabulary columns to use, where both heads are padded alike; None uses all.
+        max_prompt_length: longest prompt in tokens, image tokens included. A longer one is an error, never truncated;
+            ``vgs train`` filters the data first.
+        share_prefix: responses to one prompt share it, and its images, in a packed pass.
+        max_tokens_per_pass: most tokens, prompts and both views included, that run through a model at once (padding
+            aside, where a family is not packed); a micro-batch is split into as many passes as it takes, with the same
+            loss and gradient. None: a micro-batch is one pass.
+        packed_attention: kernel of packed passes, see ``vgs.models.attention.RowLayout``.
+        lp_every: take the language preservation term in every so manieth optimizer step, that many times as strong.
+            Between them the student's text-only view needs no backward.
+        freeze_vision, freeze_embeddings: keep the student's vision tower or input embeddings (and with them a tied
+            output head) as they are.
+        teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. Not under
+            DeepSpeed, which shards the teacher and offloads by itself.
+        prior: where the prior p_x inside q* comes from, of presets that steer: the student as it is (``"live"``), as it
+            was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``. With a copy the
+            logged loss lacks a constant, and nothing is watched for collapse.
+        prior_decay: of the average, per optimizer step.
+        control_kind: how images are degraded in the control view, see ``vgs.data.degraded``; None: as the preset says.
+    """
+
+    preset: str = field(default="vgs", metadata={"help": "What is minimised: a name of vgs.objectives.presets."})
+    divergence: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Fields of Divergence that replace the preset's."}
+    )
+    gamma: float = field(default=2.0, metadata={"help": "Weight of the visual term."})
+    lam: float = field(default=0.01, metadata={"help": "Weight of the gated language preservation term."})
+    vds_quantile: float = field(default=0.7, metadata={"help": "VDS quantile above which language is preserved."})
+    adaptive_quantile: float = field(default=0.4, metadata={"help": "Lower quantile of the adaptive schedule."})
+    detach_prior: bool = field(default=True, metadata={"help": "Treat the prior inside q* as a constant."})
+    schedule: str | None = field(default=None, metadata={"help": '"constant" or "adaptive" gamma.'})
+    vds_scope: str = field(default="call", metadata={"help": 'Quantile scope: "call", "ranks" or "trajectory".'})
+    eta: float | str = field(default="measure", metadata={"help": 'A number, "paper-2b", "paper-4b" or "measure".'})
+    eta_batches: int = field(default=1, metadata={"help": 'Batches that eta="measure" measures.'})
+    loss_reduction: str | None = field(default=None, metadata={"help": '"trajectory" or "token".'})
+    loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton" or "torch".'})
+    loss_workspace_bytes: int = field(
+        default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
+    )
+    log_terms: bool = field(default=True, metadata={"help": "Log every term of the steered objective."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
+    share_prefix: bool = field(default=True, metadata={"help": "Responses to one prompt share it in a pass."})
+    max_tokens_per_pass: int | None = field(default=None, metadata={"help": "Most tokens of one pass."})
+    packed_attention: str = field(default="auto", metadata={"help": '"auto", "dense", "flex" or "varlen".'})
+    lp_every: int = field(default=1, metadata={"help": "Steps between language preservation terms."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Keep the student's vision tower."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the student's input embeddings."})
+    teacher_offload: bool = field(default=False, metadata={"help": "Keep the teacher in host memory between phases."})
+    prior: str = field(default="live", metadata={"help": 'The prior of q*: "live", "frozen" or "ema".'})
+    prior_decay: float = field(default=0.995, metadata={"help": "Of the averaged prior, per step."})
+    control_kind: str | None = field(default=None, metadata={"help": '"black", "pixelated" or "noise".'})
+
+    def __post_init__(self) -> None:
+        self._resolve(find_preset(self.preset))
+        super().__post_init__()
+        for name, choices in (
+            ("loss_reduction", LOSS_REDUCTIONS),
+            ("loss_backend", LOSS_BACKENDS),
+            ("packed_attention", KERNELS),
+            ("control_kind", (None, *CONTROLS)),
+        ):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(choice for choice in choices if choice is not None)
+                raise ValueError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+        self._warn_of_unread()
+        if getattr(self.preset_in_force.weighting, "within_response", False) and self.loss_reduction != "trajectory":
+            raise ValueError(
+                f"preset={self.preset!r} weighs the tokens of a response among themselves and needs "
+                f'loss_reduction="trajectory", got {self.loss_reduction!r}.'
+            )
+        self._check_prior()
+        self._check_budget()
+        fixed_eta = self.fixed_eta
+        self.objective(1.0 if fixed_eta is None else fixed_eta)  # validates its fields
+
+    def _resolve(self, preset: Preset) -> None:
+        """What is left open, from the preset."""
+        self.preset = preset.name
+        if self.divergence is not None and not isinstance(self.divergence, Mapping):
+            raise ValueError(f"divergence must be a section of keys, such as {{top_k: 128}}, got {self.divergence!r}.")
+        if self.loss_reduction is None:
+            self.loss_reduction = preset.settings.get("loss_reduction", "trajectory")
+        if self.schedule is None:
+            self.schedule = preset.schedule or "constant"
+        if preset.schedule not in (None, self.schedule):
+            raise ValueError(
+                f"schedule must be {preset.schedule!r} or left out for preset={self.preset!r}, got {self.schedule!r}."
+            )
+
+    def _warn_of_unread(self) -> None:
+        """Name the settings that would change another preset."""
+        preset = find_preset(self.preset)
+        defaults = {x.name: x.default for x in dataclasses.fields(self)} | {"schedule": preset.schedule or "constant"}
+        unread = {name: getattr(self, name) for name in sorted(SETTINGS) if not preset.reads(name)}
+        if changed := [f"{name}={value!r}" for name, value in unread.items() if value != defaults[name]]:
+            logger.warning_once(f"preset={self.preset!r} does not read {', '.join(changed)}: without effect.")
+
+    def _check_prior(self) -> None:
+        if self.prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}.")
+        if not 0 <= self.prior_decay < 1:
+            raise ValueError(f"prior_decay must be in [0, 1), got {self.prior_decay}.")
+        if self.prior != "live" and not find_preset(self.preset).steered:
+            raise ValueError(f"prior={self.prior!r} belongs to presets that steer; {self.preset!r} has none.")
+        if self.prior != "live" and not self.detach_prior:
+            raise ValueError(f"detach_prior=False needs prior='live', got {self.prior!r}: a copy has no gradient.")
+
+    def _check_budget(self) -> None:
+        if self.max_tokens_per_pass is None:
+            return
+        views, needed = view_count(self), least_pass(self)
+        if needed > self.max_tokens_per_pass:
+            prompt = f" and max_prompt_length={self.max_prompt_length}" if self.max_prompt_length else ""
+            raise ValueError(
+                f"max_tokens_per_pass={self.max_tokens_per_pass} is too small: one response of "
+                f"max_completion_length={self.max_completion_length} tokens{prompt} may need {needed} in {views} "
+                f"view{'s' if views > 1 else ''}."
+            )
+
+    @property
+    def preset_in_force(self) -> Preset:
+        """The preset with this run's divergence."""
+        preset = find_preset(self.preset)
+        if self.prior != "live":
+            preset = anchored(preset)
+        return preset.configured(self.temperature, **self._divergence_changes())
+
+    def _divergence_changes(self) -> dict[str, Any]:
+        return dict(self.divergence or {})
+
+    @property
+    def fixed_eta(self) -> float | None:
+        """eta where it is known before training; None when it is to be measured.
+
+        Raises:
+            ValueError: ``eta`` is a string that is neither a preset nor ``"measure"`` nor a number.
+        """
+        if self.eta == "measure":
+            # Without a visual term both gradients are the same.
+            return 1.0 if self.gamma == 0 or not find_preset(self.preset).steered else None
+        if self.eta in ETA_PRESETS:
+            return ETA_PRESETS[self.eta]
+        try:
+            return float(self.eta)
+        except (TypeError, ValueError):
+            presets = ", ".join(f'"{name}"' for name in ETA_PRESETS)
+            raise ValueError(f'eta must be a number, {presets} or "measure", got {self.eta!r}.') from None
+
+    def objective(self, eta: float) -> VGSObjective:
+        """The validated objective of one loss call."""
+        return VGSObjective(
+            gamma=self.gamma,
+            lam=self.lam,
+            vds_quantile=self.vds_quantile,
+            eta=eta,
+            temperature=self.temperature,
+            detach_prior=self.detach_prior,
+            schedule=self.schedule,
+            adaptive_quantile=self.adaptive_quantile,
+            vds_scope=self.vds_scope,
+        )
+
+
+@dataclass
+class VGSConfig(VGSOptions, DistillationConfig):
+    """Settings of ``VGSTrainer``: those of ``VGSOptions`` and everything of ``trl.DistillationConfig``.
+
+    Plain on-policy distillation is the preset ``"opd"``.
+
+    Args:
+        beta: of the preset ``"gkd"``, 0.5 there if left out: 0 is the forward and 1 the reverse KL.
+        eval_greedy: decode greedily during evaluation.
+        num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
+            gradient_accumulation_steps`` counts responses and must be a multiple of it.
+    """
+
+    beta: float | None = field(default=None, metadata={"help": "Of the preset gkd: 0 forward KL, 1 reverse KL."})
+    eval_greedy: bool = field(default=True, metadata={"help": "Decode greedily during evaluation."})
+    num_generations: int = field(default=1, metadata={"help": "Responses sampled to each prompt."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = find_preset(self.preset).generations
+        if self.num_generations < least:
+            raise ValueError(
+                f"num_generations must be >= {least} for preset={self.preset!r}, got {self.num_generations}."
+            )
+        responses = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if responses % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide per_device_train_batch_size * "
+                f"gradient_accumulation_steps = {responses}, so that all responses to a prompt are on one process."
+            )
+
+    def _resolve(self, preset: Preset) -> None:
+        super()._resolve(preset)
+        checks.number("beta", self.beta, optional=True)
+        if preset.name == "gkd":
+            knob = checks.number("beta", (self.divergence or {}).get("beta", self.beta), optional=True)
+            if self.beta not in (None, knob):
+                raise ValueError(f"beta={self.beta} and divergence={self.divergence} differ; keep one.")
+            self.beta = preset.divergence.beta if knob is None else knob
+        elif self.beta not in (None, 1.0):
+            raise ValueError(
+                f"beta must be 1.0, got {self.beta}: it belongs to the preset 'gkd', and {preset.name!r} would "
+                "ignore it. The presets' own settings are gamma, lam and divergence."
+            )
+        else:
+            self.beta = 1.0  # the host wants a number
+
+    def _divergence_changes(self) -> dict[str, Any]:
+        changes = super()._divergence_changes()
+        return {"beta": self.beta, **changes} if self.preset == "gkd" else changes

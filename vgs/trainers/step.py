@@ -1,0 +1,358 @@
+"""The parts of a step: the teacher's phase over a generation batch, and the student's passes of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
+from vgs_kernels.gating import thresholds
+from vgs_kernels.parallel import group_name
+
+from ..models.forward import score_groups
+from ..models.groups import PromptGroup, response_lengths, trajectory_ids
+from ..models.heads import Head, head_parameters, read_head
+from ..objectives.definitions import VIEWS, Preset
+from ..objectives.weighting import weigh
+from .batching import plan_passes, select_responses
+from .micro_batch import NO_VIEWS, MicroBatch, Views, joined, sampled_tokens
+from .settings import VGSOptions
+from .teacher import Offload, TeacherRows, token_logps, visual_dependency
+
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def run_inside(
+    redirect: _ForwardRedirection,
+    wrapper: nn.Module,
+    model: nn.Module,
+    task: Callable[[], tuple[Tensor | None, Any]],
+) -> tuple[Tensor | None, Any]:
+    """Run a task inside a wrapper's forward, where its parameters are.
+
+    Only the loss passes through the wrapper: in mixed precision FSDP2 rounds every tensor that goes in or out.
+
+    Args:
+        redirect: the host's.
+        wrapper: the model as prepared by the accelerator.
+        model: the same, unwrapped.
+        task: returns a loss that needs gradient (or None) and anything else.
+
+    Returns:
+        What the task returns; its loss as it left the wrapper.
+    """
+    rest = []
+
+    def method(run: Callable[[], tuple[Tensor | None, Any]]) -> Tensor | None:
+        loss, other = run()
+        rest.append(other)
+        return loss
+
+    return redirect(wrapper, model, method, task), rest[0]
+
+
+@dataclass
+class StepScorer:
+    """Runs student and teacher over groups, in passes, on whatever holds their parameters.
+
+    Attributes:
+        args: the run's settings: ``VGSOptions``, and a temperature and per_device_train_batch_size.
+        accelerator: knows the processes.
+        teacher_model: as prepared by the accelerator.
+        anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
+            run the vision tower, in the backward too; with no weight in the loss.
+        packs: whether both models' families run as packed rows.
+        prior_head: the output head that the prior's rows go with, given the student; None where the prior is the
+            student's own.
+    """
+
+    args: VGSOptions
+    accelerator: Accelerator
+    teacher_model: nn.Module
+    anchor: PromptGroup
+    packs: bool
+    prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
+    redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
+    _offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        self.teacher_model.eval()
+        if self.args.teacher_offload:
+            self._offload = Offload(self._teacher, head_parameters(self._teacher), self.accelerator.device)
+
+    @property
+    def _teacher(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.teacher_model)
+
+    @contextmanager
+    def _teacher_ready(self) -> Iterator[None]:
+        """The teacher can score inside."""
+        with self._offload.on_device() if self._offload else nullcontext():
+            yield
+
+    def _teacher_head(self, dtype: torch.dtype) -> Head:
+        return read_head(self._teacher, dtype)
+
+    @property
+    def preset(self) -> Preset:
+        return self.args.preset_in_force
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are gathered layer by layer, so that every rank must run the same forwards."""
+        return self.accelerator.distributed_type not in UNSHARDED
+
+    def needs_text(self, objective: VGSObjective) -> bool:
+        """Whether anything, the log included, needs the text-only view."""
+        return self.preset.needs_text(objective) or self._terms(self.args.log_terms)
+
+    def _terms(self, wanted: bool) -> bool:
+        return wanted and self.preset.has_terms
+
+    def _needs_vds(self, objective: VGSObjective) -> bool:
+        """Whether scores are wanted before the student runs: where its loss depends on tokens of other passes."""
+        return self.preset.needs_vds(objective, split=self.args.max_tokens_per_pass is not None)
+
+    @property
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.args.vocab_size,
+            "workspace_bytes": self.args.loss_workspace_bytes,
+            "backend": self.args.loss_backend,
+        }
+
+    def _plan(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
+        shared = self.args.share_prefix and self.packs
+        return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared)
+
+    def _equal(self, passes: list[list[int]]) -> list[list[int]]:
+        """As many passes on every rank, for what they do together. Those that are added are empty."""
+        count = torch.tensor([len(passes)], device=self.accelerator.device)
+        most = int(self.accelerator.gather(count).max())
+        return passes + [[] for _ in range(max(most, 1) - len(passes))]
+
+    def _rows(
+        self, model: nn.Module, groups: list[PromptGroup], text: bool, text_gradient: bool | list[bool], together: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states [N, D] of the groups' views, and, where ranks run layers together, a zero that carries
+        gradient to an image."""
+        count = sum(response_lengths(groups))
+        anchored = together and not any(group.has_images for group in groups)
+        if anchored:
+            groups = [*groups, self.anchor]
+            if not isinstance(text_gradient, bool):
+                text_gradient = [*text_gradient, False]
+        rows = score_groups(
+            model,
+            groups,
+            text=text,
+            text_gradient=text_gradient,
+            share_prefix=self.args.share_prefix,
+            kernel=self.args.packed_attention,
+        )
+        zero = 0.0 * sum(x[count:].float().sum() for x in rows) if anchored else None
+        return [x[:count] for x in rows], zero
+
+    # ---- the teacher's phase
+
+    @torch.no_grad()
+    def score_teacher(
+        self, groups: list[PromptGroup], objective: VGSObjective, text: bool, views: Views = NO_VIEWS
+    ) -> list[TeacherRows]:
+        """Hidden states of all responses, and what else the loss needs of them; one entry per response.
+
+        Args:
+            groups: prompts with their responses.
+            objective: of the step that will use them.
+            text: whether to score the text-only view.
+            views: further views, with the responses of ``groups``.
+
+        Raises:
+            ValueError: the preset needs a view that is not in ``views``.
+        """
+        wanted = [view for model, view in sorted(self.preset.rows) if model == "teacher" and view != "text"]
+        if missing := sorted(set(wanted) - {"image", *views}):
+            raise ValueError(f"views must have {missing[0]!r} for preset={self.preset.name!r}, got {sorted(views)}.")
+        found: list[dict[str, Tensor]] = [{} for _ in response_lengths(groups)]
+        with self._teacher_ready(), self.accelerator.autocast():
+            for view in wanted:
+                scored, both = (groups, text) if view == "image" else (views[view], False)
+                for chosen in self._teacher_passes(scored, both):
+                    part = select_responses(scored, chosen)
+                    task = partial(self._teacher_pass, part, view, objective, both)
+                    _, columns = run_inside(self.redirect, self.teacher_model, self._teacher, task)
+                    for name, values in columns.items():
+                        for index, piece in zip(chosen, values.split(response_lengths(part)), strict=True):
+                            found[index][name] = piece
+        factors = self._factors(groups, found)
+        return [
+            TeacherRows({view: entry[view] for view in VIEWS if view in entry}, entry.get("vds"), factor)
+            for entry, factor in zip(found, factors, strict=True)
+        ]
+
+    def _factors(self, groups: list[PromptGroup], found: list[dict[str, Tensor]]) -> list[Tensor | None]:
+        """The preset's factors on the token weights; taken over all responses to a prompt, however they are split."""
+        weighting = self.preset.weighting
+        if weighting is None:
+            return [None] * len(found)
+        factors, first = [], 0
+        for group in groups:
+            own = found[first : first + len(group.responses)]
+            first += len(own)
+            image, control = ([entry[f"logps {view}"] for entry in own] for view in ("image", "control"))
+            factors += weigh(weighting, image, control)
+        return factors
+
+    @property
+    def _teacher_sharded(self) -> bool:
+        """The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _teacher_passes(self, groups: list[PromptGroup], text: bool) -> list[list[int]]:
+        return self.rollout_passes(groups, text=text, shared=self._teacher_sharded)
+
+    def rollout_passes(self, groups: list[PromptGroup], *, text: bool = False, shared: bool = False) -> list[list[int]]:
+        """Passes without gradient over a whole generation batch; as many on every rank if they are ``shared``."""
+        if self.args.max_tokens_per_pass is None:
+            size, count = self.args.per_device_train_batch_size, len(response_lengths(groups))
+            passes = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        else:
+            passes = self._plan(groups, text)
+        return self._equal(passes) if shared else passes
+
+    def plain_rows(self, model: nn.Module, groups: list[PromptGroup]) -> tuple[None, Tensor]:
+        """A task of ``run_inside``: [N, D] hidden states of a model that all ranks run if it is sharded."""
+        (rows,), _ = self._rows(model, groups, text=False, text_gradient=False, together=self.sharded)
+        return None, rows
+
+    def _teacher_pass(
+        self, groups: list[PromptGroup], view: str, objective: VGSObjective, text: bool
+    ) -> tuple[None, dict[str, Tensor]]:
+        """Columns of N tokens: hidden states by view, "vds", and log-probabilities "logps VIEW"."""
+        teacher = self._teacher
+        rows, _ = self._rows(teacher, groups, text, text_gradient=False, together=self._teacher_sharded)
+        # Hidden states of a view that only weighs tokens would wait for nothing.
+        columns = {
+            name: x
+            for name, x in zip((view, "text"), rows, strict=False)
+            if name == "text" or self.preset.targets(name)
+        }
+        with_vds = self._needs_vds(objective) and view == "image"
+        weighed = self.preset.weighting is not None and view in ("image", "control")
+        if not (with_vds or weighed):
+            return None, columns
+        with maybe_gather_lm_head_ctx(*head_parameters(teacher)):
+            head = self._teacher_head(rows[0].dtype)
+            if with_vds:
+                columns["vds"] = visual_dependency(rows, head, objective.temperature, **self._loss_options)
+            if weighed:
+                ids = sampled_tokens(groups, rows[0])
+                logps = token_logps(rows[0], ids, head, objective.temperature, **self._loss_options)
+                columns[f"logps {view}"] = logps
+        return None, columns
+
+    # ---- the student's passes
+
+    def micro_batch(
+        self,
+        groups: list[PromptGroup],
+        teacher: list[TeacherRows],
+        weights: Sequence[Tensor],
+        objective: VGSObjective,
+        terms: bool,
+        *,
+        policy: Sequence[PolicyTerm] | None = None,
+    ) -> MicroBatch:
+        """Plan the student's passes over responses that the teacher has scored. Collective on several processes.
+
+        Args:
+            groups: prompts with their responses.
+            teacher, weights, policy: one entry per response, see ``MicroBatch``; the preset's factors are
+                put on the weights here.
+            objective: of this step.
+            terms: whether the per-token terms are wanted, where the preset has some.
+        """
+        preset, limits = self.preset, None
+        gated = [preset.needs_text_gradient(objective)] * len(teacher)
+        known_vds = self._needs_vds(objective)
+        if known_vds:
+            limits, gated = self._gate(groups, teacher, objective)
+        terms = self._terms(terms)
+        text = terms or preset.needs_own_text(objective)
+        passes = self._plan(groups, text)
+        if self.accelerator.num_processes > 1:
+            passes = self._equal(passes)
+        weights = [
+            weight if entry.factors is None else weight * entry.factors
+            for weight, entry in zip(weights, teacher, strict=True)
+        ]
+        return MicroBatch(groups, teacher, weights, objective, text, terms, known_vds, limits, gated, passes, policy)
+
+    def _gate(
+        self, groups: list[PromptGroup], teacher: list[TeacherRows], objective: VGSObjective
+    ) -> tuple[Tensor | None, list[bool]]:
+        """VDS thresholds [K] (None if each trajectory has its own), and which responses have gated tokens."""
+        vds = torch.cat([entry.vds for entry in teacher])
+        trajectories = trajectory_ids(groups).to(vds.device)
+        name = group_name(None) if objective.vds_scope == "ranks" else None
+        limits = thresholds(vds, objective, trajectories, name)
+        pooled = objective.vds_scope != "trajectory"
+        common = None
+        if pooled:  # a rank without tokens needs no threshold, but the loss must not ask the others for theirs
+            common = torch.stack([limit[0] if len(limit) else limit.new_zeros(()) for limit in limits])
+        live_prior = not objective.detach_prior and objective.gamma > 0
+        if self.sharded or live_prior or objective.lam == 0 or not self.preset.steered:
+            return common, [self.preset.needs_text_gradient(objective)] * len(teacher)
+        opened = (vds > limits[-1]).split(response_lengths(groups))
+        return common, torch.stack([gate.any() for gate in opened]).tolist()
+
+    def pass_loss(
+        self, student: nn.Module, batch: MicroBatch, chosen: list[int]
+    ) -> tuple[Tensor, VGSOutput | DivergenceOutput]:
+        """One pass: its part of the micro-batch's loss, and the terms of its tokens.
+
+        Runs inside the student wrapper's forward, where its parameters are. An empty pass costs a small image and
+        gives 0.
+        """
+        groups = select_responses(batch.groups, chosen)
+        flags = [batch.text_gradient[index] for index in chosen]
+        uniform = self.preset.needs_text_gradient(batch.objective) if self.sharded or not flags else flags
+        teacher, together = self._teacher, self.accelerator.num_processes > 1
+        with_ids = batch.policy is not None or self.preset.needs_ids
+        # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
+        with self.accelerator.autocast():
+            rows, zero = self._rows(student, groups, batch.text, uniform, together)
+            states = dict(zip(("image", "text"), rows, strict=False))
+            with maybe_gather_lm_head_ctx(*head_parameters(student), *head_parameters(teacher)):
+                student_head = read_head(student, rows[0].dtype)
+                teacher_head = self._teacher_head(rows[0].dtype)
+                # With a model split over devices, the backbone can end elsewhere than the head.
+                states = {view: x.to(student_head.weight.device) for view, x in states.items()}
+                prior = {}
+                if self.prior_head is not None and batch.objective.gamma > 0:
+                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
+                output = self.preset.loss(
+                    states,
+                    batch.teacher_rows(chosen, teacher_head, states["image"]),
+                    student_head,
+                    teacher_head,
+                    objective=batch.objective,
+                    token_weights=joined([batch.weights[index] for index in chosen], states["image"]),
+                    trajectory_ids=trajectory_ids(groups).to(student_head.weight.device),
+                    return_terms=batch.terms,
+                    **(batch.sampled(chosen, states["image"]) if with_ids else {}),
+                    **batch.steering(chosen, states["image"]),
+                    **prior,
+                    **self._loss_options,
+                )
+        return output.loss if zero is None else output.loss + zero, output
