@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm.auto import tqdm
-from trl.data_utils import prepare_multimodal_messages
 
-from .prompts import encode_prompts
+from .prompts import encode_prompts, fill_images
 from .sources import Samples
 
 logger = logging.getLogger(__name__)
@@ -19,7 +18,7 @@ def prompt_length(processor: Any, sample: dict[str, Any], **template_options: An
     """Tokens of a sample's prompt, image tokens included."""
     images = processor.image_processor
     if hasattr(images, "get_number_of_image_patches"):  # Qwen-VL: no need to prepare the pixels
-        messages = prepare_multimodal_messages(sample["prompt"], images=sample["images"])
+        messages = fill_images(sample["prompt"], sample["images"])
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_options)
         patches = [images.get_number_of_image_patches(image.height, image.width, {}) for image in sample["images"]]
         placeholders = sum(count // images.merge_size**2 - 1 for count in patches)

@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Qwen3VLForConditionalGeneration
-from trl.data_utils import prepare_multimodal_messages
 
 from ..data.privileged import privileged_sample
+from ..data.prompts import fill_images
 from .models import DigitsProcessor
 from .pictures import CELL, NUMBERS, PLACES, Example, draw_picture, examples, handwritten, take
 from .pretraining import IGNORED, RECIPES, Recipe, pretrained
@@ -167,7 +167,7 @@ def _batches(recipe: ReaderRecipe, seed: int) -> Iterator[list[tuple[dict[str, A
 
 def _encode(processor: DigitsProcessor, batch: Sequence[tuple[dict[str, Any], str]]) -> dict[str, torch.Tensor]:
     tokenizer = processor.tokenizer
-    messages = [prepare_multimodal_messages(record["prompt"], images=record["images"]) for record, _ in batch]
+    messages = [fill_images(record["prompt"], record["images"]) for record, _ in batch]
     prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
     answers = [target + tokenizer.eos_token for _, target in batch]
     inputs = processor(

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
+
+from .adapters import is_peft_model
 
 #: Families with one position each for time, height and width (mRoPE).
 MROPE = frozenset({"qwen2_5_vl", "qwen3_vl"})
@@ -33,7 +34,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
-    if isinstance(model, PeftModel):
+    if is_peft_model(model):
         model = model.base_model.model
     return model.base_model  # `get_decoder()` would be the text stack alone
 

@@ -10,19 +10,18 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vgs_kernels import DivergenceOutput, VGSOutput
 
 from ..data.degraded import control_groups
-from ..data.prompts import encode_groups
+from ..data.prompts import anchor_group
 from ..errors import ConfigError
 from ..models.families import freeze, is_verified, placeholder_ids
 from ..models.groups import PromptGroup
+from ..objectives.weighting import token_weights
 from .micro_batch import MicroBatch, mean_terms
 from .rollouts import forbid_tokens
 from .step import UNSHARDED, StepScorer, run_inside
@@ -139,10 +138,8 @@ class VGSHost:
 
     def _anchor(self) -> PromptGroup:
         """A prompt with a small image and one token to it."""
-        sample = {"prompt": [{"role": "user", "content": "."}], "images": [Image.new("RGB", (64, 64))]}
-        response = [[self._tokenizer.eos_token_id]]
         options = {"device": self.accelerator.device, **self.chat_template_kwargs}
-        return encode_groups(self.processing_class, [sample], [response], self.placeholder_ids, **options)[0]
+        return anchor_group(self.processing_class, self.placeholder_ids, **options)
 
     # ---- views and the teacher's phase
 
@@ -171,11 +168,7 @@ class VGSHost:
 
     def _token_weights(self, lengths: list[int], num_items: Tensor | float | None) -> list[Tensor]:
         """[T] float32 for every response: what a token counts; ``num_items`` is None in evaluation (this batch)."""
-        by_token = self.args.loss_reduction == "token"
-        if num_items is None:
-            num_items = max(sum(lengths) if by_token else sum(length > 0 for length in lengths), 1)
-        items = torch.as_tensor(num_items, dtype=torch.float32, device=self.accelerator.device)
-        return [(1.0 / (items if by_token else items * max(length, 1))).expand(length) for length in lengths]
+        return token_weights(lengths, self.args.loss_reduction, num_items, self.accelerator.device)
 
     def _loss_in_passes(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, list[VGSOutput | DivergenceOutput]]:
         """A micro-batch's loss. In training all its passes but the last have gone backward when it returns."""

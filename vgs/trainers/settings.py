@@ -19,10 +19,10 @@ from ..objectives.definitions import SETTINGS
 from ..objectives.eta import ETA_PRESETS
 from ..objectives.fixed_prior import anchored
 from ..objectives.presets import Preset, find_preset
+from ..objectives.weighting import LOSS_REDUCTIONS
 
 logger = logging.get_logger(__name__)
 
-LOSS_REDUCTIONS = ("trajectory", "token")
 PRIORS = ("live", "frozen", "ema")
 LOSS_BACKENDS = ("auto", "triton", "torch")
 AT_LEAST_ONE = (
