@@ -61,3 +61,9 @@ def trajectory_ids(groups: Sequence[PromptGroup]) -> Tensor:
     """[N] int64: the response (0, 1, ...) that each compacted token belongs to."""
     lengths = torch.tensor(response_lengths(groups), dtype=torch.int64)
     return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def response_ids(groups: Sequence[PromptGroup]) -> Tensor:
+    """[N] int64 on the CPU: the compacted response tokens."""
+    responses = [response for group in groups for response in group.responses]
+    return torch.cat(responses) if responses else torch.zeros(0, dtype=torch.int64)

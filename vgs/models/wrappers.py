@@ -35,6 +35,8 @@ def run_inside(wrapper: nn.Module, task: Callable[[], tuple[Tensor | None, Any]]
         What the task returns. The loss has the graph through the wrapper, and the value that the task gave it: in mixed
         precision FSDP2 rounds every tensor that passes it.
     """
+    while "_orig_mod" in wrapper._modules:  # torch.compile's, of a forward that does not run
+        wrapper = wrapper._modules["_orig_mod"]
     model, results = unwrap(wrapper), []
     before = vars(model).get("forward")
     context = nullcontext() if before is None else _autocast_around(before)
