@@ -21,7 +21,7 @@ import importlib.machinery, sys
 found = importlib.machinery.PathFinder.find_spec
 def find_spec(name, *rest):
     return None if name.split(".")[0] in {BLOCKED} else found(name, *rest)
-importlib.machinery.PathFinder.find_spec = find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 """
 
 #: A whole step and the forward under it.
@@ -35,6 +35,15 @@ output = vgs_step(student, teacher, processor, samples, [[[9, 1]], [[10], [11, 1
 output.loss.backward()
 assert all(p.grad is not None for p in student.parameters())
 assert len(score_responses(student, teacher, processor, samples, [[9, 1], [10]], VGSObjective())) == 2
+"""
+
+#: The trainers show that the packages are really missing.
+BLOCKS = """
+import vgs
+try:
+    vgs.VGSTrainer
+except ModuleNotFoundError:
+    print("whole")
 """
 
 
@@ -56,13 +65,8 @@ def core_modules() -> list[str]:
 
 def test_the_core_works_without_what_trainers_need() -> None:
     imports = "\n".join(f"import {name}" for name in core_modules())
-    done = python(f"{BLOCK}\n{imports}\n{STEP}\nassert not {set(BLOCKED)} & set(sys.modules)\nprint('whole')")
+    done = python(f"{BLOCK}\n{imports}\n{STEP}\nassert not {set(BLOCKED)} & set(sys.modules)\n{BLOCKS}")
     assert done.stdout.endswith("whole\n"), done.stderr
-
-
-def test_the_block_blocks() -> None:
-    done = python(f"{BLOCK}\nimport vgs\nvgs.VGSTrainer")
-    assert "ModuleNotFoundError: No module named 'accelerate'" in done.stderr or "named 'trl'" in done.stderr
 
 
 def test_importing_vgs_is_cheap() -> None:

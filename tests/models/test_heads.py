@@ -13,9 +13,9 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from trl.models.utils import _ForwardRedirection
 
 from vgs.models.heads import Head, head_parameters, read_head
+from vgs.models.wrappers import run_inside
 
 IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -52,10 +52,8 @@ def sharded_gradients(name: str) -> dict[str, Tensor]:
     model = student(name, tie=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
-    def loss(model: nn.Module) -> Tensor:
-        return loss_of(apply(read_head(model, torch.float32), states(model)))
-
-    _ForwardRedirection()(model, model, loss, model).backward()
+    loss, _ = run_inside(model, lambda: (loss_of(apply(read_head(model, torch.float32), states(model))), None))
+    loss.backward()
     return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_presets import TOKENS, VOCABULARY, Case, kl, softmax
+from preset_cases import TOKENS, VOCABULARY, Case, kl, softmax
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch import Tensor
 from trainers import ScriptedTrainer, make_trainer
