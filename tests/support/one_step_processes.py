@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from processes import HANG, engine
 from tiny import tiny_model, tiny_processor, tiny_samples
 from torch import nn
 
 import vgs.one_step
 from vgs import vgs_step
+from vgs.models.families import backbone
 from vgs.models.wrappers import unwrap
 from vgs_kernels import VGSObjective
 
@@ -48,6 +50,8 @@ class Case:
         pictures: whether the last rank's samples have images.
         missing: whether the last rank has no samples at all in the last step.
         half: bfloat16 mixed precision.
+        lora: modules of the student with LoRA, None for a student trained in full.
+        saved: modules of a LoRA student that are trained in full.
         inside: False runs the models outside their wrappers' forward.
     """
 
@@ -59,6 +63,8 @@ class Case:
     missing: bool = False
     half: bool = False
     inside: bool = True
+    lora: tuple[str, ...] | None = None
+    saved: tuple[str, ...] | None = None
 
 
 GATED = VGSObjective(lam=0.5, eta=0.5, vds_scope="ranks")
@@ -69,6 +75,8 @@ CASES = {
     "ddp_outside": Case("ddp", GATED, inside=False),
     "fsdp": Case("fsdp", GATED, pictures=False, missing=True),
     "fsdp_adaptive": Case("fsdp", VGSObjective(lam=0.5, schedule="adaptive", vds_scope="trajectory"), "token"),
+    "fsdp_lora_head": Case("fsdp", GATED, lora=("q_proj", "lm_head")),
+    "fsdp_saved_head": Case("fsdp", GATED, lora=("q_proj",), saved=("lm_head",)),
 }
 
 
@@ -128,6 +136,13 @@ def train(
 def models(case: Case) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """The same on every rank: student, teacher, optimizer."""
     student = tiny_model(0, tie=case.engine == "ddp")
+    if case.lora:
+        config = LoraConfig(r=4, target_modules=list(case.lora), modules_to_save=case.saved and list(case.saved))
+        student = get_peft_model(student, config)
+        torch.manual_seed(2)
+        for parameter in student.parameters():  # adapters that do something
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
     return student, tiny_model(1, hidden=48).eval(), torch.optim.SGD(student.parameters(), lr=0.05)
 
 
@@ -139,7 +154,7 @@ def run(case: Case) -> dict[str, Any]:
         accelerator = Accelerator(mixed_precision="bf16" if case.half else "no")
         student, teacher, optimizer = models(case)
         student, optimizer = accelerator.prepare(student, optimizer)
-        body = unwrap(student).model.language_model.layers[0].mlp.down_proj
+        body = backbone(unwrap(student)).language_model.layers[0].mlp.down_proj
         body.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
         outside = mock.patch.object(vgs.one_step, "run_inside", lambda wrapper, task: task())
         with nullcontext() if case.inside else outside:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Partial
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 
 from vgs_kernels import TargetRow, fused_linear_divergence
 
@@ -95,15 +96,19 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
         weight, bias = _adapted(layer, dtype)
     else:  # PEFT's wrappers (modules_to_save, trainable_token_indices) show the weight in force
         weight, bias = _weight(layer), getattr(layer, "bias", None)
-    if hasattr(weight, "full_tensor"):
-        weight = _gathered(weight).to(dtype)
-        bias = None if bias is None else _gathered(bias)
+    if isinstance(weight, DTensor):
+        weight, bias = _whole(weight).to(dtype), None if bias is None else _whole(bias)
     config = model.config.get_text_config()
     return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 
-def _gathered(parameter: Tensor) -> Tensor:
-    """A DTensor in full. Every rank has its own loss; their gradients are averaged, as FSDP2 averages others."""
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter in full: of FSDP2's DTensors the ranks' parts together, others as they are.
+
+    Every rank has its own loss; their gradients are averaged, as FSDP2 averages others.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
     ranks = parameter.device_mesh.size()
     whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
     if whole.requires_grad:
@@ -137,9 +142,13 @@ def _adapted(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     if isinstance(layer, TrainableTokensLayer):
         return layer.get_merged_weights(active), None
-    if type(layer) is not LoraLinear or any(name in layer.lora_variant for name in active):
-        kind = type(layer).__name__
-        raise TypeError(f"The output head has an adapter of type {kind}; only plain LoRA can be read. Merge it.")
+    # FSDP2 makes a class of its own of a layer that it shards by itself.
+    kind = next(part for part in type(layer).__mro__ if not issubclass(part, FSDPModule))
+    if kind is not LoraLinear or any(name in layer.lora_variant for name in active):
+        raise TypeError(
+            f"The output head has an adapter of type {kind.__name__}; only plain LoRA can be read. Merge it."
+        )
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     for name in active:
         rate = getattr(layer.lora_dropout[name], "p", 0.0)
         if rate > 0 and layer.training:
@@ -147,10 +156,12 @@ def _adapted(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
                 f"lora_dropout must be 0 for a LoRA output head, got {rate}: the head is one matrix for all tokens. "
                 'Or train the head in full with modules_to_save=["lm_head"].'
             )
+        down, up = (_whole(part[name].weight) for part in (layer.lora_A, layer.lora_B))
+        wide = torch.promote_types(up.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):  # B A in 16 bit would lose most of a small update
-            weight = weight + layer.get_delta_weight(name)
+            weight = weight + ((up.to(wide) @ down.to(wide)) * layer.scaling[name]).to(up.dtype)
             if layer.lora_bias[name]:
-                shift = layer.scaling[name] * layer.lora_B[name].bias
+                shift = layer.scaling[name] * _whole(layer.lora_B[name].bias)
                 bias = shift if bias is None else bias + shift
     return weight.to(dtype), bias
 
