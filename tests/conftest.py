@@ -11,6 +11,10 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from interpreter import patch_once_a_launch  # noqa: E402  (imports Triton)
+
+patch_once_a_launch()
+
 #: Tests against the oracle, on ``problems.DEVICE``: where that is a GPU, ``-m gpu`` selects them as well.
 EXACTNESS = ("test_loss_*.py", "test_divergence*.py", "test_policy_term.py", "test_integration_torch.py")
 
