@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels import entries_triton, rows_triton
+from vgs_kernels import entries_triton, rows_triton, triton_launch
 from vgs_kernels.rows import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -215,15 +215,15 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
     kernel, sweep, _ = KERNELS[name]
     options, logits, gradient = variant
     backend = TARGETS[target].backend
-    warps, layout, block = 1, {"LANES": rows_triton.MEETING_LANES}, 0
+    warps, layout, block = 1, {"LANES": triton_launch.MEETING_LANES}, 0
     if sweep == "read":
         warps, layout = (
-            rows_triton.STATISTICS_WARPS[backend],
-            rows_triton.statistics_layout(backend, _ITEMSIZE[logits], aligned),
+            triton_launch.STATISTICS_WARPS[backend],
+            triton_launch.statistics_layout(backend, _ITEMSIZE[logits], aligned),
         )
         block = layout["LANES"] * layout["WIDTH"]
     elif sweep == "write":
-        warps, block = rows_triton.GRADIENT_WARPS[backend], rows_triton.GRADIENT_BLOCK
+        warps, block = triton_launch.GRADIENT_WARPS[backend], triton_launch.GRADIENT_BLOCK
         layout = {"BLOCK": block}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)

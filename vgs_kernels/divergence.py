@@ -95,7 +95,7 @@ class Divergence:
             )
 
     def values(self) -> tuple[str | float | int | bool | None, ...]:
-        """The fields in their order, as operators take them; torch.compile cannot trace ``astuple`` before torch 2.12."""
+        """The fields in their order, as operators take them (``astuple`` cannot be traced before torch 2.12)."""
         return (
             *(self.divergence, self.beta, self.support, self.top_k, self.plausibility, self.clip, self.token_clip),
             *(self.temperature, self.temperature_squared),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vgs_kernels import rows_torch, rows_triton
+from vgs_kernels import rows_torch, rows_triton, triton_launch
 from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
@@ -27,8 +27,8 @@ def make_tile(n, columns, *, width=None, dtype=torch.float32, four=True, masked=
 @pytest.fixture
 def stretches(monkeypatch):
     """Several stretches a row, the last one shorter."""
-    monkeypatch.setattr(rows_triton, "_MIN_STRETCH_BLOCKS", 1)
-    monkeypatch.setattr(rows_triton, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(triton_launch, "_MIN_STRETCH_BLOCKS", 1)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 2)
 
 
 @pytest.mark.parametrize("softcap", [None, 9.0])
@@ -83,13 +83,13 @@ def test_statistics_and_gradient_of_a_tile(stretches, columns, width, dtype, fou
 def test_stretches_share_a_row_among_multiprocessors():
     for n_rows in (1, 33, 192, 5000):
         for n_blocks in (1, 7, 16, 149):
-            count, blocks = rows_triton.stretches(n_rows, n_blocks, 132)
+            count, blocks = triton_launch.stretches(n_rows, n_blocks, 132)
             assert (count - 1) * blocks < n_blocks <= count * blocks  # none is empty, all are covered
-            assert count == 1 or blocks >= rows_triton._MIN_STRETCH_BLOCKS
-    assert rows_triton.stretches(192, 149, 132)[0] * 192 >= 4 * 132
+            assert count == 1 or blocks >= triton_launch._MIN_STRETCH_BLOCKS
+    assert triton_launch.stretches(192, 149, 132)[0] * 192 >= 4 * 132
 
 
 def test_unaligned_rows_are_recognised():
-    assert rows_triton._aligned([torch.empty(3, 64)], 64)
-    assert not rows_triton._aligned([torch.empty(3, 65)], 65)
-    assert not rows_triton._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)
+    assert triton_launch._aligned([torch.empty(3, 64)], 64)
+    assert not triton_launch._aligned([torch.empty(3, 65)], 65)
+    assert not triton_launch._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)
