@@ -257,8 +257,8 @@ def _held(sweep: str, variant: Variant) -> bool:
     return sweep != "none" and options["MASKED"] and not options["STUDENT_CAP"] and logits in ("bf16", gradient)
 
 
-def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
-    """Resources of every variant on every target, as dictionaries; for logits that a caller holds, also unaligned.
+def launches(targets: list[str] | None = None) -> list[tuple[str, Variant, str, bool]]:
+    """Arguments of ``compile_kernel``: every variant on every target; of a caller's logits, also unaligned.
 
     Raises:
         ValueError: for an unknown target.
@@ -267,12 +267,21 @@ def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
         if target not in TARGETS:
             raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {target!r}.")
     return [
-        asdict(compile_kernel(name, variant, target, aligned))
+        (name, variant, target, aligned)
         for target in targets or TARGETS
         for name, kernel in KERNELS.items()
         for variant in kernel.variants
         for aligned in ((True, False) if _held(kernel.sweep, variant) else (True,))
     ]
+
+
+def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
+    """Resources of all ``launches``, as dictionaries.
+
+    Raises:
+        ValueError: for an unknown target.
+    """
+    return [asdict(compile_kernel(*launch)) for launch in launches(targets)]
 
 
 def _named(option: str, value: int) -> str:
