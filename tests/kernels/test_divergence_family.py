@@ -173,7 +173,7 @@ OPTIONAL = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     SUPPORT,
     KIND,

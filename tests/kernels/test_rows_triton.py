@@ -2,26 +2,13 @@
 
 import pytest
 import torch
+from covering import pairwise
+from tiles import make_tile
 
 from vgs_kernels import rows_torch, rows_triton, triton_launch
-from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels.rows import RowCoefficients, new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
-
-
-def make_tile(n, columns, *, width=None, dtype=torch.float32, four=True, masked=False, softcap=None) -> RowTile:
-    """Rows that are ``width`` apart; what stands between them is as large as nothing that counts."""
-    width = width or columns
-    rows = []
-    for _ in range(4 if four else 2):
-        row = 3 * torch.randn(n, width, dtype=torch.float64)
-        row[:, columns // 3] += 12
-        row[:, columns:] = 1e4
-        if masked:
-            row[:, columns // 2 : columns // 2 + 3] = -torch.inf
-        rows.append(row.to(dtype)[:, :columns])
-    transform = LogitTransform(0.7, softcap, 1.25)
-    return RowTile(*rows, *[None] * (4 - len(rows)), transform, LogitTransform(inv_temperature=1.25), masked, width)
 
 
 @pytest.fixture
@@ -31,20 +18,19 @@ def stretches(monkeypatch):
     monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 2)
 
 
-@pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("four", [True, False])
-@pytest.mark.parametrize(
-    ("columns", "width", "dtype"),
-    [
-        (5000, None, torch.float32),
-        (5001, 5056, torch.float32),
-        (4999, None, torch.bfloat16),
-        (5000, 5056, torch.bfloat16),
-        (37, 64, torch.float32),
-    ],
-)
-def test_statistics_and_gradient_of_a_tile(stretches, columns, width, dtype, four, masked, softcap):
+#: Columns, pitch and dtype: one or several stretches, aligned or not, with and without room behind the last column.
+LAYOUTS = [
+    pytest.param((5000, None, torch.float32), id="aligned"),
+    pytest.param((5001, 5056, torch.float32), id="pitched"),
+    pytest.param((4999, None, torch.bfloat16), id="unaligned-bfloat16"),
+    pytest.param((5000, 5056, torch.bfloat16), id="pitched-bfloat16"),
+    pytest.param((37, 64, torch.float32), id="short"),
+]
+
+
+@pairwise(layout=LAYOUTS, four=[True, False], masked=[False, True], softcap=[None, 9.0])
+def test_statistics_and_gradient_of_a_tile(stretches, layout, four, masked, softcap):
+    columns, width, dtype = layout
     torch.manual_seed(columns)
     n = 3
     tile = make_tile(n, columns, width=width, dtype=dtype, four=four, masked=masked, softcap=softcap)
