@@ -100,7 +100,6 @@ def assert_as_exact(ranks: list[tuple[dict, dict]], name: str, split: tuple[int,
         assert relative_error(whole, gradient) <= bound, key
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world in SPLITS for name in cases_of(world)])
 def test_equals_one_process(saved, world, name):
     for split in SPLITS[world]:
@@ -113,7 +112,6 @@ def test_equals_one_process(saved, world, name):
             assert_as_exact(ranks, name, split)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", SPLITS)
 def test_any_split(saved, world):
     for split in random_splits(world):
@@ -122,7 +120,6 @@ def test_any_split(saved, world):
         assert_same(ranks, single("random"), split)
 
 
-@pytest.mark.slow
 def test_quantile_over_the_data_parallel_ranks_of_a_grid(saved):
     """Two ranks share a vocabulary, two of those pairs share the quantiles of the adaptive schedule and the gate."""
     grid = saved("grid")
@@ -140,7 +137,6 @@ def test_quantile_over_the_data_parallel_ranks_of_a_grid(saved):
     assert not torch.equal(torch.cat(alone), torch.cat([grid[0][0]["gate"], grid[2][0]["gate"]]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "answer"),
     {

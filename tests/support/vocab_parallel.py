@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from divergence_checks import on_rows
+from interpreter import patch_once_a_launch
 from problems import FAR, NEAR, TERMS, TRAINABLE, Evaluation, Problem, evaluate, make_problem
 
 from vgs_kernels import (
@@ -247,6 +248,7 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    patch_once_a_launch()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for world, members in MEMBERS.items():
