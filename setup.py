@@ -26,7 +26,8 @@ VLLM = ["vllm>=0.22,<0.31"]  # what TRL 1.14 to 1.16 take; it brings a torch of 
 QUANT = ["bitsandbytes>=0.46.1"]  # load_in_8bit; as transformers
 MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
 DEMO = ["scikit-learn", "scipy", "matplotlib"]
-DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
+# num2words: SmolVLM's processor is not built without it.
+DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "num2words"]
 
 setup(
     name="vgs-kernels",
