@@ -86,8 +86,8 @@ def score_groups(
     """
     if "module" in model._modules:
         raise TypeError(
-            f"model must be unwrapped, got a {type(model).__name__}: score it inside run_inside(wrapped, task), where the "
-            "wrapper knows of it."
+            f"model must be unwrapped, got a {type(model).__name__}: score it inside run_inside(wrapped, task), where "
+            "the wrapper knows of it."
         )
     lengths = response_lengths(groups)
     wanted = [text_gradient] * len(lengths) if isinstance(text_gradient, bool) else list(text_gradient)
