@@ -16,7 +16,7 @@ from one_step_processes import CASES, RANKS, count, models, train
 from peft import LoraConfig, get_peft_model
 from tiny import IMAGE, SPECIAL, plain_rows, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor, nn
-from trainers import make_trainer
+from trainers import make_trainer, rollout
 
 from vgs import ConfigError, vgs_step
 from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
@@ -73,14 +73,12 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], share: 
     ids=["gate", "token", "plain", "folded", "live prior", "adaptive", "language", "gkd", "sampled"],
 )
 def test_equals_the_trainers_step(tmp_path: Path, teacher: nn.Module, preset: str, settings: dict[str, Any]) -> None:
-    trainer = make_trainer(tmp_path, preset=preset, per_device_train_batch_size=8, **{"eta": 1.0, **settings})
-    trainer.model.train()
+    samples = tiny_samples(8 // settings.get("num_generations", 1))
+    repeated = [sample for sample in samples for _ in range(8 // len(samples))]
+    options = {"per_device_train_batch_size": 8, "eta": 1.0, **settings}
+    trainer = make_trainer(tmp_path, preset=preset, samples=repeated, **options)
+    batch = rollout(trainer)
     trainer.current_gradient_accumulation_steps = 1
-    each = trainer.args.num_generations
-    samples = trainer.train_dataset[: 8 // each]
-    batch = trainer._with_teacher(
-        trainer._generate_and_score_completions([sample for sample in samples for _ in range(each)])
-    )
     expected_loss = trainer.compute_loss(trainer.model, batch)
     expected = gradients(trainer.model, expected_loss)
     steered = trainer.args.preset_in_force.steered

@@ -9,7 +9,7 @@ import faulthandler
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +22,8 @@ from peft import LoraConfig, get_peft_model
 from processes import HANG, engine
 from tiny import tiny_model, tiny_processor, tiny_samples
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import vgs.one_step
 from vgs import vgs_step
@@ -52,6 +54,7 @@ class Case:
         half: bfloat16 mixed precision.
         lora: modules of the student with LoRA, None for a student trained in full.
         saved: modules of a LoRA student that are trained in full.
+        teacher: ``"bare"``, ``"prepared"`` (by accelerate) or ``"sharded"`` (by ``fully_shard``).
         inside: False runs the models outside their wrappers' forward.
     """
 
@@ -62,6 +65,7 @@ class Case:
     pictures: bool = True
     missing: bool = False
     half: bool = False
+    teacher: str = "bare"
     inside: bool = True
     lora: tuple[str, ...] | None = None
     saved: tuple[str, ...] | None = None
@@ -70,11 +74,11 @@ class Case:
 GATED = VGSObjective(lam=0.5, eta=0.5, vds_scope="ranks")
 CASES = {
     "ddp": Case("ddp", GATED, pictures=False, missing=True),
-    "ddp_calls": Case("ddp", VGSObjective(lam=0.5, vds_scope="trajectory"), "token", calls=3),
+    "ddp_calls": Case("ddp", VGSObjective(lam=0.5, vds_scope="trajectory"), "token", calls=3, teacher="prepared"),
     "ddp_half": Case("ddp", GATED, half=True),
     "ddp_outside": Case("ddp", GATED, inside=False),
     "fsdp": Case("fsdp", GATED, pictures=False, missing=True),
-    "fsdp_adaptive": Case("fsdp", VGSObjective(lam=0.5, schedule="adaptive", vds_scope="trajectory"), "token"),
+    "fsdp_adaptive": Case("fsdp", replace(GATED, schedule="adaptive"), "token", teacher="sharded"),
     "fsdp_lora_head": Case("fsdp", GATED, lora=("q_proj", "lm_head")),
     "fsdp_saved_head": Case("fsdp", GATED, lora=("q_proj",), saved=("lm_head",)),
 }
@@ -154,6 +158,10 @@ def run(case: Case) -> dict[str, Any]:
         accelerator = Accelerator(mixed_precision="bf16" if case.half else "no")
         student, teacher, optimizer = models(case)
         student, optimizer = accelerator.prepare(student, optimizer)
+        if case.teacher == "prepared":
+            teacher = accelerator.prepare(teacher)
+        elif case.teacher == "sharded":
+            fully_shard(teacher, mesh=init_device_mesh("cpu", (RANKS,)))
         body = backbone(unwrap(student)).language_model.layers[0].mlp.down_proj
         body.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
         outside = mock.patch.object(vgs.one_step, "run_inside", lambda wrapper, task: task())

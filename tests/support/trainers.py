@@ -84,12 +84,11 @@ def sharded_head_gradients() -> dict[str, torch.Tensor]:
     """Gradients of the loss through a student sharded by FSDP2, gathered."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from vgs.models.wrappers import run_inside
+    from trl.models.utils import _ForwardRedirection
 
     student = tiny_model(0, tie=False)
     fully_shard(student, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    loss, _ = run_inside(student, lambda: (pair_loss(student), None))
+    loss = _ForwardRedirection()(student, student, pair_loss, student)
     loss.backward()
     return {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
 

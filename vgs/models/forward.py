@@ -68,7 +68,8 @@ def score_groups(
     positions are not verified there (``vgs.models.families``) run as padded batches.
 
     Args:
-        model: an unwrapped vision-language model, or a PEFT model around one.
+        model: an unwrapped vision-language model, or a PEFT model around one. To train one inside DDP, FSDP or
+            DeepSpeed, call this inside ``vgs.models.wrappers.run_inside``.
         groups: prompts with their responses.
         text: whether to score the text-only view too.
         text_gradient: whether the text-only rows may carry gradient, for all responses or for each in the order of the
@@ -80,8 +81,14 @@ def score_groups(
         ([N, D] multimodal,) or ([N, D] multimodal, [N, D] text-only); order: group, response, token.
 
     Raises:
+        TypeError: the model is wrapped.
         ValueError: ``text_gradient`` does not have one entry per response.
     """
+    if "module" in model._modules:
+        raise TypeError(
+            f"model must be unwrapped, got a {type(model).__name__}: score it inside run_inside(wrapped, task), where "
+            "the wrapper knows of it."
+        )
     lengths = response_lengths(groups)
     wanted = [text_gradient] * len(lengths) if isinstance(text_gradient, bool) else list(text_gradient)
     if len(wanted) != len(lengths):
