@@ -144,9 +144,9 @@ class ProcessTrainer(ScriptedTrainer):
         count = self.args.num_generations
         return [[8 + index % count, *response] for index, response in enumerate(responses)]
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Later than in sampling, because the host itself fails on an empty response.
-        batch = super()._generate_and_score_completions(inputs)
+        batch = super().sample(inputs)
         word = self._tokenizer.convert_tokens_to_ids(SILENT)
         groups = [
             replace(group, responses=tuple(x[:0] for x in group.responses)) if word in group.prompt_ids else group

@@ -41,7 +41,7 @@ def make_trainer(
 def rollout(trainer: VGSTrainer) -> dict:
     """One generated training batch with the teacher's part, before it is split."""
     trainer.model.train()
-    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)))
+    return trainer.with_teacher(trainer.sample(list(trainer.train_dataset)))
 
 
 class ScriptedTrainer(VGSTrainer):

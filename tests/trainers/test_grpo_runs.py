@@ -55,7 +55,7 @@ def test_images_are_never_sampled(tmp_path) -> None:
     suppressed = set(trainer.generation_config.suppress_tokens)
     assert suppressed == {*trainer.placeholder_ids, 9} and 9 not in trainer.placeholder_ids
     trainer.model.train()
-    batch = trainer._prepare_inputs([sample for sample in tiny_samples(2) for _ in range(4)])
+    batch = trainer.next_micro_batch([sample for sample in tiny_samples(2) for _ in range(4)])
     assert not suppressed & {token for group in batch["groups"] for x in group.responses for token in x.tolist()}
 
 
@@ -134,8 +134,8 @@ def test_steps_of_one_generation_share_its_batch(tmp_path) -> None:
         tmp_path, alpha=1.0, per_device_train_batch_size=4, steps_per_generation=2, loss_reduction="token"
     )
     inputs = []
-    original = trainer._micro_batch
-    trainer._micro_batch = lambda batch: inputs.append(original(batch)) or inputs[-1]
+    original = trainer.plan_passes
+    trainer.plan_passes = lambda batch: inputs.append(original(batch)) or inputs[-1]
     trainer.train()
     first, second = inputs
     tokens = [sum(map(len, group.responses)) for batch in inputs for group in batch.groups]

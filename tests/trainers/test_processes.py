@@ -166,7 +166,7 @@ def test_zero3_gathers_both_heads_once_a_pass(tmp_path: Path, monkeypatch: pytes
         lost.append(inside[0])
         return fused_loss(*args, **options)
 
-    batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:4])
+    batch = trainer.sample(list(trainer.train_dataset)[:4])
     for parameter in (*model.parameters(), *teacher.parameters()):
         parameter.ds_status = "sharded"
     status = SimpleNamespace(AVAILABLE="whole")
@@ -193,7 +193,7 @@ def test_zero3_gathers_both_heads_once_a_pass(tmp_path: Path, monkeypatch: pytes
     trainer.model.train()
     heads = [id(module.get_output_embeddings().weight) for module in (model, teacher)]
     model.lm_head._parameters = Watched(model.lm_head._parameters)
-    inputs = trainer._with_teacher(batch)
+    inputs = trainer.with_teacher(batch)
     assert gathered and all(group == {heads[1]} for group in gathered)
     gathered.clear()
     loss = trainer.compute_loss(model, inputs)

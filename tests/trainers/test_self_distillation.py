@@ -26,7 +26,7 @@ def config(tmp_path: Path, **options: Any) -> SelfDistillationConfig:
 
 def batch_of(trainer: SelfDistillationTrainer) -> dict[str, Any]:
     trainer.model.train()
-    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)[:4]))
+    return trainer.with_teacher(trainer.sample(list(trainer.train_dataset)[:4]))
 
 
 def logits(model: torch.nn.Module, groups: list) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_the_student_sees_the_question_alone(tmp_path: Path) -> None:
     trainer = make_self_trainer(tmp_path, num_generations=2)
     inputs = [sample for sample in list(trainer.train_dataset)[:2] for _ in range(2)]
     trainer.model.train()
-    batch = trainer._generate_and_score_completions(inputs)
+    batch = trainer.sample(inputs)
     alone = encode_groups(trainer.processing_class, tiny_samples(2), [(), ()], trainer.placeholder_ids)
     for group, view, plain in zip(batch["groups"], batch["views"]["privileged"], alone, strict=True):
         assert torch.equal(group.prompt_ids, plain.prompt_ids)

@@ -95,7 +95,7 @@ def test_a_vllm_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def draw(trainer: VGSTrainer) -> list[list[int]]:
-    groups = trainer._generate_and_score_completions(tiny_samples(5))["groups"]
+    groups = trainer.sample(tiny_samples(5))["groups"]
     return [response.tolist() for group in groups for response in group.responses]
 
 
@@ -234,7 +234,7 @@ def test_one_view_needs_half_the_budget(tmp_path: Path) -> None:
     assert VGSConfig(**trainer_options(tmp_path, **options)).max_tokens_per_pass == 15
 
 
-def test_reentrant_checkpointing_cannot_measure_eta(tmp_path: Path) -> None:
+def test_reentrant_checkpointing_cannotmeasure_eta(tmp_path: Path) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="needs gradient checkpointing that is not reentrant"):
         make_trainer(tmp_path, eta="measure", **options)
