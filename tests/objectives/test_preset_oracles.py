@@ -16,6 +16,7 @@ from trainers import make_trainer
 
 from vgs import VGSTrainer
 from vgs.models.heads import read_head
+from vgs.trainers.passes import backward
 
 GAMMA, LAM, ETA = 1.5, 4.0, 0.7
 RUNS = {

@@ -14,7 +14,8 @@ from trainers import make_trainer
 from vgs.models.heads import Head
 from vgs.objectives.presets import PRESETS, Preset
 from vgs.objectives.weighting import EvidenceContrast, VisualAdvantage, weigh
-from vgs.trainers.distillation import _part
+from vgs.trainers.batching import split_batch
+from vgs.trainers.passes import backward
 from vgs_kernels import VGSObjective
 
 TOKENS, VOCABULARY, WIDTHS = 24, 40, (16, 20)
@@ -321,7 +322,7 @@ def test_a_prompts_weights_survive_any_split(tmp_path: Path, name: str) -> None:
     assert all(set(entry.rows) == {"image"} for entry in scored["teacher"]), "what only weighs is not kept"
     assert any(not torch.allclose(x, torch.ones_like(x)) for x in factors)
     expected = gradient_of(trainer, [scored])
-    split = [_part(scored, first, 1) for first in range(8)]
+    split = split_batch(scored, 8, ("teacher",))
     trainer.args.max_tokens_per_pass = 40
     again = trainer.with_teacher(batch)
     passes = trainer.plan_passes(again, 1.0, trainer.objective, terms=False).passes

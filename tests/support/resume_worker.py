@@ -22,7 +22,7 @@ import torch
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 
 from vgs import VGSConfig, VGSTrainer
-from vgs.trainers import checkpoints
+from vgs.trainers import resume
 from vgs.trainers.checkpoints import STAGING
 
 #: Nothing divides anything: epochs of 3 steps, logs after 5, evaluations (which sample) after 4, checkpoints after 2.
@@ -115,7 +115,7 @@ def slow_down(step: str, marker: Path) -> None:
 
         torch.save = save
     else:
-        checkpoints._appear = wait
+        resume.appear = wait
 
 
 def train(output_dir: Path, result: Path, slow: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
@@ -13,35 +12,11 @@ from grpo_runs import RUNS, brevity, common, grpo_trainer, options, script, weig
 from launch import SUPPORT, torchrun
 from resume_worker import differences, everything
 from tiny import save_tiny_checkpoint, tiny_model, tiny_samples
-from trl import GRPOTrainer
 
 from vgs.cli import main as cli
 from vgs.trainers.checkpoints import newest_complete_checkpoint
 from vgs.trainers.grpo import VGSGRPOTrainer
 from vgs.trainers.grpo_settings import VGSGRPOConfig
-
-# The host's private methods that are overridden or called, with their parameters in TRL 1.16.
-HOOKS = {
-    "_generate_and_score_completions": ("self", "inputs"),
-    "_generate_single_turn": (
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-        "has_tool_images",
-    ),
-    "_tokenize_prompts": ("self", "prompts"),
-    "_prepare_inputs": ("self", "generation_batch"),
-    "_compute_loss": ("self", "model", "inputs"),
-}
-
-
-def test_the_hosts_hooks_are_as_expected() -> None:
-    found = {name: tuple(inspect.signature(getattr(GRPOTrainer, name)).parameters) for name in HOOKS}
-    assert found == HOOKS
-    logps = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert logps[:5] == ("self", "model", "input_ids", "attention_mask", "logits_to_keep")
 
 
 def sampling_trainer(tmp_path: Path, samples: int = 4, **changes) -> VGSGRPOTrainer:

@@ -141,7 +141,7 @@ def test_the_teacher_gets_no_gradient(tmp_path: Path) -> None:
     trainer.compute_loss(trainer.model, batch).backward()
     actual = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    view = trainer._views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
+    view = trainer.further_views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
     with torch.no_grad():
         target = logits(trainer.model, view).detach()
     divergence_reference(
@@ -224,7 +224,7 @@ def test_a_frozen_teacher_under_lora_is_the_base(tmp_path: Path) -> None:
     trainer.train()
     assert not trainer.copy.taken
     batch = batch_of(trainer)
-    view = trainer._views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
+    view = trainer.further_views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
     with torch.no_grad():
         (expected,) = score_groups(tiny_model(0).eval(), view, text=False)
         (own,) = score_groups(trainer.model.eval(), view, text=False)

@@ -81,11 +81,9 @@ class SteeringState(TrainerCallback, ExportableState):
         """Take in one micro-batch; once a whole optimizer step is seen, ``watch`` its means.
 
         Args:
-            means: the micro-batch's mean terms; without ``"student_vds"`` nothing is watched.
+            means: the micro-batch's mean terms, nats per token.
             micro_batches: of an optimizer step.
         """
-        if "student_vds" not in means:
-            return
         self._step.append([means[name] for name in ("language", "student_vds", "vds")])
         if len(self._step) >= micro_batches:
             self.watch(*[fmean(column) for column in zip(*self._step, strict=True)])

@@ -267,7 +267,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
         for name, value in means.items():
             self.open_metrics[name].append(value)
-        if self.model.training:
+        if self.model.training and "student_vds" in means:
             self.steering.observe(means, self.current_gradient_accumulation_steps)
 
     # ---- what the host asks

@@ -289,7 +289,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             means = mean_terms(self.accelerator, outputs, terms=False)
         else:
             means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
-        if self.model.training:
+        if self.model.training and "student_vds" in means:
             self.steering.observe(means, self.current_gradient_accumulation_steps)
         if batch.policy is not None:
             means |= clip_ratios(self.accelerator, batch, outputs)
