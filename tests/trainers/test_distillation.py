@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_options
-from trainers import make_trainer, rollout
+from trainers import make_trainer, rollout, scripted_run
 
 import vgs.objectives.definitions
 import vgs.trainers.micro_batch
@@ -316,3 +316,19 @@ def test_eta_without_a_visual_term_needs_no_measurement(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.steering.ratios == []
     assert trainer.objective.eta == 1.0
+
+
+def assert_same_weights(actual: dict, expected: dict, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    start = tiny_model(0).state_dict()
+    moved = max((expected[name] - start[name]).abs().max() for name in start)
+    assert moved > 1e-3, "the run must have changed something"
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("reduction", ["trajectory", "token"])
+def test_accumulation_1x4_equals_4x1(tmp_path: Path, reduction: str) -> None:
+    options = {"loss_reduction": reduction, "vds_scope": "trajectory", "eta": "measure"}
+    whole, split = (scripted_run(tmp_path, batch, steps, **options) for batch, steps in ((4, 1), (1, 4)))
+    assert split.steering.ratios == pytest.approx(whole.steering.ratios, rel=1e-4)
+    assert_same_weights(split.model.state_dict(), whole.model.state_dict())

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from grpo_runs import RUNS, brevity, common, grpo_trainer, options, script, weights
-from launch import SUPPORT, torchrun
+from grpo_runs import brevity, common, grpo_trainer, options, script
 from resume_worker import differences, everything
 from tiny import save_tiny_checkpoint, tiny_model, tiny_samples
 
@@ -160,22 +159,6 @@ def test_a_resumed_run_is_the_whole_run(tmp_path, alpha: float) -> None:
         torch.rand(3)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert differences(everything(again), everything(whole)) == []
-
-
-@pytest.mark.slow
-def test_two_ranks_do_what_one_process_does(tmp_path) -> None:
-    torchrun(SUPPORT / "grpo_runs.py", 2, str(tmp_path))
-    for run, settings in RUNS.items():
-        one = grpo_trainer(tmp_path / "single", **settings)
-        one.train()
-        two = torch.load(tmp_path / f"{run}.pt", weights_only=False)
-        for name, value in weights(one).items():
-            torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=2e-6, msg=f"{run}: {name}")
-        logs = [[entry for entry in x if "loss" in entry] for x in (two["logs"], one.state.log_history)]
-        names = ["reward", "reward_std", "entropy", "clip_ratio/region_mean", "clip_ratio/high_max", "policy"]
-        for entry, other in zip(*logs, strict=True):
-            expected = {name: other[name] for name in names if name in other}
-            assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_scripted_responses_differ_and_some_never_end() -> None:
