@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -322,6 +323,7 @@ def sharded_gradients() -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
+    gc.freeze()  # every training begins with a garbage collection
     dist.init_process_group("gloo")
     for chosen in sys.argv[2:]:
         faulthandler.dump_traceback_later(HANG, exit=True)  # starts anew for every case

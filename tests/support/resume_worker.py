@@ -6,6 +6,7 @@ that nobody killed, ``FOLDER/killedN-R.pt`` of the others, and ``FOLDER/events.j
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -169,6 +170,7 @@ def kill(children: list[int]) -> bool:
 
 def main(folder: Path, seed: int, processes: int, kills: int, saving: list[str]) -> None:
     """Kills a run once within each step of a save that is in ``saving``, then ``kills`` times at random."""
+    gc.freeze()  # the forks share what is imported, and their garbage collections leave it alone
     events: list[str] = []
     draw = random.Random(seed)
     began = time.monotonic()

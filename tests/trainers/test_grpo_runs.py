@@ -135,8 +135,7 @@ def test_an_adapter_learns(tmp_path) -> None:
     assert moved and all("lora_" in name for name in moved)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_a_resumed_run_is_the_whole_run(tmp_path, alpha: float) -> None:
     changes = {
         "alpha": alpha,
@@ -171,7 +170,6 @@ def test_scripted_responses_differ_and_some_never_end() -> None:
     assert len({tuple(x) for x in responses}) >= 5 and {x[-1] == 1 for x in responses} == {True, False}
 
 
-@pytest.mark.slow
 def test_the_command_line_trains_by_reward(tmp_path, monkeypatch, capsys) -> None:
     import datasets
     import transformers

@@ -253,8 +253,9 @@ def test_an_average_under_lora_holds_the_adapter_alone(tmp_path: Path) -> None:
 # ---- resuming
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("teacher", "lora"), [("ema", False), ("frozen", False), ("ema", True)])
+@pytest.mark.parametrize(
+    ("teacher", "lora"), [pytest.param("ema", False, marks=pytest.mark.slow), ("frozen", False), ("ema", True)]
+)
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path: Path, teacher: str, lora: bool) -> None:
     """Bit for bit, with the teacher that the run had and not the resumed student."""
     options = {
