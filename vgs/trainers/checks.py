@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import ProcessorMixin
 
 from ..errors import ConfigError
 from ..models.families import placeholder_ids
@@ -74,6 +75,19 @@ def has_column(data: Any, name: str) -> bool:
         return len(data) == 0 or name in data[0]
     names = getattr(data, "column_names", None)
     return names is None or name in names
+
+
+def check_processor(processor: Any) -> None:
+    """Stop at a tokenizer in a processor's place; None is loaded later.
+
+    Raises:
+        TypeError: anything but a processor or None.
+    """
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        raise TypeError(
+            "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
+            f"{type(processor).__name__}: a text-only model has no image to steer towards."
+        )
 
 
 def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool) -> None:

@@ -27,12 +27,13 @@ from ..models.groups import PromptGroup, response_lengths
 from ..objectives.eta import gradient_norm
 from .batching import split_batch
 from .checkpoints import check_writable
+from .checks import check_processor
 from .host_hooks import HostHooks, repeat_prompts
 from .micro_batch import MicroBatch
 from .passes import Outputs, loss_in_passes, means_to_log, token_weights
 from .preparation import anchor_prompt, both_pack, prepare_models
 from .prior import Prior
-from .rollouts import right_answers, sampled_groups, samples_of
+from .rollouts import rollout, samples_of
 from .settings import VGSConfig
 from .step import StepScorer
 
@@ -95,11 +96,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
             raise ConfigError("tools are not supported: a tool's reply has no text-only view. Pass tools=None.")
         if teacher_model is None and "separate" in self.teachers:
             raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
-        if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
-            raise TypeError(
-                "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
-                f"{type(processing_class).__name__}: a text-only model has no image to steer towards."
-            )
+        check_processor(processing_class)
         super().__init__(
             model=model,
             teacher_model=teacher_model,
@@ -170,19 +167,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         Args:
             inputs: samples, one per response; in training those to one prompt follow each other.
         """
-        output = self.host_rollout(inputs)
-        training, tokenizer = self.model.training, self.processing_class.tokenizer
-        answers = [x.get("answer") for x in inputs]
-        if correct := right_answers(self.accelerator, tokenizer, output, answers, self.scorer, training):
-            self.open_metrics["accuracy"].extend(correct)
-        groups = sampled_groups(
-            output,
-            [x["prompt"] for x in inputs],
-            self.args.num_generations if training else 1,
-            self.processing_class,
-            self.placeholder_ids,
-            **self.chat_template_kwargs,
-        )
+        output, groups = rollout(self, inputs, self.args.num_generations if self.model.training else 1)
         items = output["num_items_in_batch"]
         if self.args.loss_reduction == "trajectory":
             # What the host divides by: responses instead of tokens.

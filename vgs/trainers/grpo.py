@@ -26,13 +26,14 @@ from ..evaluation.rewards import Reward, named_rewards, needs_answers
 from ..models.groups import response_lengths
 from .batching import split_batch
 from .checkpoints import check_writable
+from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks, create_model_from_path, prepare_deepspeed
 from .micro_batch import MicroBatch, mean_terms
 from .passes import Outputs, loss_in_passes, means_to_log, token_weights
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
 from .preparation import anchor_prompt, both_pack, prepare_models
-from .rollouts import image_groups, right_answers, sampled_groups
+from .rollouts import image_groups, rollout
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -102,11 +103,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             raise ConfigError(
                 f"teacher_model is needed for alpha={args.alpha}; only alpha=0 (GRPO alone) goes without."
             )
-        if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
-            raise TypeError(
-                "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
-                f"{type(processing_class).__name__}."
-            )
+        check_processor(processing_class)
         self.scorer = scorer or answers_match
         super().__init__(
             model=model,
@@ -192,19 +189,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         Args:
             inputs: samples, one per response; in training those to one prompt follow each other.
         """
-        output = self.host_rollout(inputs)
-        training, tokenizer = self.model.training, self.processing_class.tokenizer
-        answers = [x.get("answer") for x in inputs]
-        if correct := right_answers(self.accelerator, tokenizer, output, answers, self.scorer, training):
-            self.open_metrics["accuracy"].extend(correct)
-        groups = sampled_groups(
-            output,
-            [x["prompt"] for x in inputs],
-            self.responses_per_prompt,
-            self.processing_class,
-            self.placeholder_ids,
-            **self.chat_template_kwargs,
-        )
+        output, groups = rollout(self, inputs, self.responses_per_prompt)
         lengths = response_lengths(groups)
         counts = torch.tensor([[sum(lengths), sum(length > 0 for length in lengths)]], device=self.accelerator.device)
         tokens, trajectories = self.accelerator.gather(counts).sum(dim=0)

@@ -142,6 +142,24 @@ def sampled_groups(
     return [replace(group, text_prompt_ids=torch.tensor(text)) for group, text in zip(groups, texts, strict=True)]
 
 
+def rollout(
+    trainer: Any, inputs: list[dict[str, Any]], num_generations: int
+) -> tuple[dict[str, Any], list[PromptGroup]]:
+    """The student samples: what the host makes of it, and the prompts with their responses. The accuracy is logged.
+
+    Args:
+        trainer: with ``HostHooks``, ``scorer`` and ``placeholder_ids``.
+        inputs: samples, one per response; those to one prompt follow each other.
+        num_generations: responses to each prompt.
+    """
+    output, processor = trainer.host_rollout(inputs), trainer.processing_class
+    answers, training = [x.get("answer") for x in inputs], trainer.model.training
+    if correct := right_answers(trainer.accelerator, processor.tokenizer, output, answers, trainer.scorer, training):
+        trainer.open_metrics["accuracy"].extend(correct)
+    prompts, options = [x["prompt"] for x in inputs], trainer.chat_template_kwargs
+    return output, sampled_groups(output, prompts, num_generations, processor, trainer.placeholder_ids, **options)
+
+
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
     """Stop at a prompt that is too long.
 
