@@ -14,7 +14,8 @@ from trainers import make_trainer
 
 from vgs.objectives.presets import PRESETS, Preset
 from vgs.objectives.weighting import EvidenceContrast, VisualAdvantage, weigh
-from vgs.trainers.distillation import _part
+from vgs.trainers.batching import split_batch
+from vgs.trainers.passes import backward
 from vgs_kernels import VGSObjective
 
 ETA = 0.7
@@ -253,14 +254,14 @@ def weighed_batch(tmp_path: Path, name: str):
     trainer = make_trainer(tmp_path, preset=name, **options)
     trainer.model.train()
     doubled = [sample for sample in trainer.train_dataset[:4] for _ in range(2)]
-    return trainer, trainer._generate_and_score_completions(doubled)
+    return trainer, trainer.sample(doubled)
 
 
 def gradient_of(trainer, parts: list[dict]) -> dict[str, Tensor]:
     trainer.model.zero_grad()
     for part in parts:
         trainer.current_gradient_accumulation_steps = 1
-        trainer._backward(trainer.compute_loss(trainer.model, part))
+        backward(trainer.accelerator, trainer.compute_loss(trainer.model, part))
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -268,15 +269,15 @@ def gradient_of(trainer, parts: list[dict]) -> dict[str, Tensor]:
 def test_a_prompts_weights_survive_any_split(tmp_path: Path, name: str) -> None:
     """Passes of a budget, and micro-batches that part the responses to one prompt."""
     trainer, batch = weighed_batch(tmp_path, name)
-    scored = trainer._with_teacher(batch)
+    scored = trainer.with_teacher(batch)
     factors = [entry.factors for entry in scored["teacher"]]
     assert all(set(entry.rows) == {"image"} for entry in scored["teacher"]), "what only weighs is not kept"
     assert any(not torch.allclose(x, torch.ones_like(x)) for x in factors)
     expected = gradient_of(trainer, [scored])
-    split = [_part(scored, first, 1) for first in range(8)]
+    split = split_batch(scored, 8, ("teacher",))
     trainer.args.max_tokens_per_pass = 40
-    again = trainer._with_teacher(batch)
-    passes = trainer._micro_batch(again, 1.0, trainer.objective, terms=False).passes
+    again = trainer.with_teacher(batch)
+    passes = trainer.plan_passes(again, 1.0, trainer.objective, terms=False).passes
     assert len(passes) > 2
     for parts in ([again], split):
         for parameter, gradient in gradient_of(trainer, parts).items():

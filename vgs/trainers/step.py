@@ -18,7 +18,7 @@ from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 from ..models.forward import score_with_anchor
 from ..models.groups import PromptGroup, response_lengths, trajectory_ids
 from ..models.heads import Head, head_parameters, read_head, token_logps, visual_dependency, whole_heads
-from ..models.wrappers import run_inside as run_inside_wrapper
+from ..models.wrappers import run_inside
 from ..objectives.definitions import VIEWS, Preset, shared_limits
 from ..objectives.weighting import weigh
 from .batching import plan_passes, select_responses
@@ -27,13 +27,6 @@ from .settings import VGSOptions
 from .teacher import Offload, TeacherRows
 
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def run_inside(
-    redirect: None, wrapper: nn.Module, model: nn.Module, task: Callable[[], tuple[Tensor | None, Any]]
-) -> tuple[Tensor | None, Any]:
-    """``vgs.models.wrappers.run_inside`` with the arguments that the trainers have for it."""
-    return run_inside_wrapper(wrapper, task)
 
 
 @dataclass
@@ -57,7 +50,6 @@ class StepScorer:
     anchor: PromptGroup
     packs: bool
     prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
-    redirect: None = None
     _offload: Offload | None = None
 
     def __post_init__(self) -> None:
@@ -158,7 +150,7 @@ class StepScorer:
                 for chosen in self._teacher_passes(scored, both):
                     part = select_responses(scored, chosen)
                     task = partial(self._teacher_pass, part, view, objective, both)
-                    _, columns = run_inside_wrapper(self.teacher_model, task)
+                    _, columns = run_inside(self.teacher_model, task)
                     for name, values in columns.items():
                         for index, piece in zip(chosen, values.split(response_lengths(part)), strict=True):
                             found[index][name] = piece
@@ -291,7 +283,7 @@ class StepScorer:
         uniform = self.preset.needs_text_gradient(batch.objective) if self.sharded or not flags else flags
         teacher, together = self._teacher, self.accelerator.num_processes > 1
         with_ids = batch.policy is not None or self.preset.needs_ids
-        # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
+        # Also for a student that accelerate has not prepared, whose forward has no autocast of its own.
         with self.accelerator.autocast():
             rows, zero = self._rows(student, groups, batch.text, uniform, together)
             states = dict(zip(("image", "text"), rows, strict=False))
