@@ -112,7 +112,7 @@ def privileged_groups(
     """The privileged view of prompts: other prompts and images, the same responses in the same order.
 
     Args:
-        processor, forbidden, device, template_options: see ``pairing.encode_groups``.
+        processor, forbidden, device, template_options: see ``prompts.encode_groups``.
         samples: one for each group.
         groups: prompts with their responses, as the student sees them.
         mode, control: see ``privileged_sample``.

@@ -96,9 +96,13 @@ class Example:
         """The picture, drawn when first needed."""
         return draw_picture(handwritten()[0][list(self.source)], np.random.default_rng(self.seed))
 
+    def prompt(self) -> list[dict[str, str]]:
+        """The question as one user message."""
+        return [{"role": "user", "content": self.question}]
+
     def record(self) -> dict:
         """The row that trainers consume: prompt, images, answer."""
-        return {"prompt": [{"role": "user", "content": self.question}], "images": [self.image], "answer": self.answer}
+        return {"prompt": self.prompt(), "images": [self.image], "answer": self.answer}
 
 
 @dataclass(frozen=True)

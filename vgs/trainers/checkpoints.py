@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
+from ..errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -198,7 +200,7 @@ class ExactResume:
         """The host's; ``True`` resumes from the newest complete checkpoint, or starts anew where there is none.
 
         Raises:
-            ValueError: the given checkpoint does not exist or is damaged.
+            ConfigError: the given checkpoint does not exist or is damaged.
         """
         if self.args.should_save:
             clear_leftovers(self.args.output_dir)
@@ -211,7 +213,7 @@ class ExactResume:
                 outcome[1] = str(error)
         checkpoint, problem = broadcast_object_list(outcome)
         if problem is not None:
-            raise ValueError(problem)
+            raise ConfigError(problem)
         return super().train(checkpoint, *args, **kwargs)
 
     def _choose_checkpoint(self, wanted: str | Path | bool) -> str | None:

@@ -80,3 +80,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         return statistics.fmean(values), float("nan")
     half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), float(half)
+
+
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
+    """Trailing mean, for curves of single batches."""
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
