@@ -11,7 +11,8 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from vgs.digits.studies import grpo, short_runs
+from vgs.digits import short_runs
+from vgs.digits.studies import grpo
 
 
 @pytest.mark.slow

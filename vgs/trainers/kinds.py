@@ -38,7 +38,7 @@ def preset_of(config: Mapping[str, Any]) -> Preset:
     """What a config minimises: its ``objective``, else ``training.preset``, else ``"vgs"``.
 
     Raises:
-        ValueError: an unknown name, or two that differ.
+        ConfigError: an unknown name, or two that differ.
     """
     from ..objectives.presets import find_preset
 
@@ -56,7 +56,7 @@ def trainer_kind(config: Mapping[str, Any]) -> str:
     """Which of ``TRAINERS`` a config asks for: with ``trainer: grpo`` that one, else what its objective needs.
 
     Raises:
-        ValueError: another ``trainer``, or as ``preset_of``.
+        ConfigError: another ``trainer``, or as ``preset_of``.
     """
     trainer, preset = config.get("trainer"), preset_of(config)
     if trainer not in (None, "grpo"):
