@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..data.prompts import text_only_prompts
+from ..data.responses import response_texts
 from ..models.groups import PromptGroup
 from ..models.image_fields import split_images
 
@@ -129,7 +130,7 @@ def sampled_groups(
     Args:
         batch, num_generations: see ``image_groups``.
         prompts: B conversations; those of one group follow each other.
-        processor, forbidden, template_options: see ``pairing.text_only_prompts``.
+        processor, forbidden, template_options: see ``prompts.text_only_prompts``.
 
     Raises:
         ValueError: as ``image_groups``, or an image placeholder in a text-only view.
@@ -166,7 +167,7 @@ class SampledAnswers:
     def _score_answers(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
         """Adds the accuracy of a sampled batch to the metrics, where there are gold answers."""
         kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
-        texts = self._tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = response_texts(self._tokenizer, kept)
         pairs = zip(texts, [x.get("answer") for x in inputs], strict=True)
         # Without a gold answer: NaN, so that every rank gathers as many values.
         correct = [math.nan if gold is None else self.scorer(text, gold) for text, gold in pairs]
