@@ -69,7 +69,8 @@ def test_sizes_alone_without_a_gpu(
 def test_what_is_said_where_a_run_does_not_fit(models: dict[str, str]) -> None:
     def said(gib: int, **training: Any) -> str:
         run = {"per_device_train_batch_size": 2, "max_completion_length": 2048, **training}
-        config = {"student": {"path": models["2B"]}, "teacher": {"path": models["8B"]}, "training": run}
+        teacher = {"path": models["8B"], "dtype": "bfloat16"}
+        config = {"student": {"path": models["2B"]}, "teacher": teacher, "training": run}
         return plan_report.report(config, Machine(8, memory=gib * GIB), Lengths())["text"]
 
     none, one, some = (

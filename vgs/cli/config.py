@@ -28,7 +28,13 @@ DIGITS_KEYS = ("cache", "teacher_seed", "student_seed", "train_size", "eval_size
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a misspelt key, with the nearest valid name."""
+    """The error for a misspelt key, with the nearest valid name.
+
+    Args:
+        key: as it came.
+        known: the valid keys.
+        where: they are, for the message, e.g. ``"section 'student'"``.
+    """
     known = sorted(known)
     nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}."

@@ -127,7 +127,14 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``vgs`` command: 0, or a SystemExit with 2 and one sentence on stderr for a user's error."""
+    """Entry point of the ``vgs`` command; returns the exit status 0.
+
+    Args:
+        arguments: of the command line; None: this process's.
+
+    Raises:
+        SystemExit: with status 2, after one sentence on stderr, for an error that a user can mend.
+    """
     parser = build_parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.command not in WITH_CONFIG:

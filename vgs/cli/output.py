@@ -37,7 +37,12 @@ def check_file(path: Path | None) -> None:
 
 
 def report(result: Mapping[str, Any], path: Path | None) -> None:
-    """Print a result as one line of JSON, and write it to a file, if any."""
+    """Print a result as one line of JSON, and write it to a file, if any.
+
+    Args:
+        result: numbers by name.
+        path: of the file; ``check_file`` has seen it.
+    """
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

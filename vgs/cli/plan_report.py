@@ -30,7 +30,16 @@ def table(plan: Plan) -> str:
 
 
 def report(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> dict[str, Any]:
-    """Everything that ``vgs plan`` prints, for machines: bytes, and ``text`` for people."""
+    """Everything that ``vgs plan`` prints, for machines: bytes, and ``text`` for people.
+
+    Args:
+        config: of ``load_config``.
+        machine: the GPUs.
+        lengths: of the samples, in tokens.
+
+    Raises:
+        ConfigError: as ``planning.memory.predict``.
+    """
     plan = predict(config, machine, lengths)
     spread = f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''}, {machine.sharding}"
     text = [
@@ -83,7 +92,15 @@ def report(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> dic
 
 
 def show(config: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """The ``plan`` command: prints a report on ``config``, as a table or as JSON."""
+    """The ``plan`` command: prints a report on ``config``, as a table or as JSON.
+
+    Args:
+        config: of ``load_config``.
+        options: of the command line.
+
+    Raises:
+        ConfigError: as ``planning.memory.predict``.
+    """
     memory = device_memory() if options.gpu_memory is None else round(options.gpu_memory * GIB)
     machine = Machine(options.gpus, options.sharding, memory)
     result = report(config, machine, Lengths(options.prompt_tokens, options.image_tokens, options.response_tokens))

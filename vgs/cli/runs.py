@@ -180,6 +180,10 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> t
     """What a config is measured on: the model (its student, or the one at ``model_path``), processor, eval samples and
     scorer.
 
+    Args:
+        config: of ``load_config``.
+        model_path: a saved model or a name on the hub; None: the student.
+
     Raises:
         ConfigError: no eval data in the config, or a model, processor or data that cannot be loaded.
     """

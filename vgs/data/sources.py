@@ -106,7 +106,11 @@ class Samples(torch.utils.data.Dataset):
 
 
 def decode_image(value: Any, root: Path) -> Image.Image:
-    """An RGB image from bytes, a PIL image, ``{"bytes", "path"}`` or a path (relative ones start at ``root``).
+    """An RGB image from what a dataset's column holds.
+
+    Args:
+        value: bytes of a file, a PIL image, ``{"bytes", "path"}``, or a path.
+        root: where relative paths start.
 
     Raises:
         TypeError: ``value`` is nothing of the kind.

@@ -116,7 +116,19 @@ def prepare(role: str, settings: Any, cache: Path) -> tuple[str, dict[str, Any]]
 
 
 def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: distils the student as `arm` says ("before": not at all) and assesses it on held-out pictures."""
+    """One run: distils the student as `arm` says ("before": not at all) and assesses it on held-out pictures.
+
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the demo.
+
+    Returns:
+        `arm`, `seed`, and what `train` and `assess` return; of "before" the accuracies of student and teacher instead
+        of a training.
+    """
     from .grading import accuracy
     from .pictures import take
     from .pretraining import RECIPES, pretrained
@@ -140,7 +152,12 @@ def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) 
 def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
 ) -> dict[str, Any]:
-    """Distils the student in place; returns the run's logs, eta and seconds per step."""
+    """Distils the student in place; returns the run's eta and what `short_runs.short_run` returns.
+
+    Args:
+        student, teacher, processor: of the task.
+        arm, seed, settings, out: see `distil`.
+    """
     from ..trainers.distillation import VGSTrainer
     from ..trainers.settings import VGSConfig
     from .task import build, scorer
@@ -165,7 +182,16 @@ def train(
 
 
 def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example], shown: int) -> dict[str, Any]:
-    """Accuracy of greedy answers, the mean of every term over their tokens, and the first `shown` answers."""
+    """Accuracy of greedy answers, the mean of every term over their tokens, and the first `shown` answers.
+
+    Args:
+        model, teacher, processor: of the task.
+        questions: held-out ones.
+        shown: how many answers are kept word by word.
+
+    Returns:
+        `test` as of `grading.grade`, `terms` (nats per token) and `answers` (words, their `vds` in nats, `right`).
+    """
     from vgs_kernels import VGSObjective
 
     from ..evaluation.token_terms import score_responses
@@ -185,7 +211,13 @@ def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example
 
 
 def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
-    """The two pictures: learning curves, and answers coloured by the teacher's visual dependency score."""
+    """The two pictures: learning curves, and answers coloured by the teacher's visual dependency score.
+
+    Args:
+        out: folder that gets them.
+        results: of the demo.
+        settings: its budget.
+    """
     from .pictures import take
     from .plots import AnswerSheet, ColouredAnswer, answer_sheets, learning_curves
 

@@ -24,7 +24,13 @@ def greedy_answers(
     questions: Sequence[Example | Question],
     max_new_tokens: int = MAX_TOKENS,
 ) -> list[list[int]]:
-    """Token ids of the greedy answers, up to and including the end token."""
+    """Token ids of the greedy answers, up to and including the end token.
+
+    Args:
+        model, processor: of the task.
+        questions: what is asked, each as its `record`.
+        max_new_tokens: of the longest answer.
+    """
     records = [question.record() for question in questions]
     options = {"batch_size": BATCH_SIZE, "max_new_tokens": max_new_tokens, "progress": False}
     return sample_responses(model, processor, records, **options)

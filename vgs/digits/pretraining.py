@@ -97,7 +97,13 @@ def encode(processor: DigitsProcessor, batch: Sequence[Lesson]) -> dict[str, tor
 
 
 def lessons(phase: Phase, habits: Habits, seed: int) -> Iterator[list[Lesson]]:
-    """Endless batches of a phase; the first of each batch have no picture."""
+    """Endless batches of a phase; the first of each batch have no picture.
+
+    Args:
+        phase: sizes and kinds of its batches.
+        habits: of the speaker who answers.
+        seed: of the questions.
+    """
     stream, blind = examples("train", seed, habits), round(phase.text_only * phase.batch_size)
     while True:
         batch = [next(stream) for _ in range(phase.batch_size)]
@@ -167,9 +173,16 @@ def train_supervised(
     description: str = "training",
     line: int = 0,
 ) -> list[float]:
-    """Trains in place on the phases of `recipe`, each with a new optimizer; returns the loss of every step.
+    """Trains in place on the phases of a recipe, each with a new optimizer.
 
-    `line` is where the progress bar stands.
+    Args:
+        model, processor: of the task.
+        recipe: phases and habits.
+        seed: of the questions.
+        description, line: of the progress bar.
+
+    Returns:
+        The loss of every step, in nats per token.
     """
     losses: list[float] = []
     with progress_bar(sum(phase.steps for phase in recipe.phases), description, line) as bar:

@@ -70,15 +70,21 @@ class Question:
 
     @property
     def answer(self) -> str:
+        """The number word that counts."""
         return self.example.answer
 
     @property
     def read(self) -> tuple[int, ...]:
+        """The digits that the answer reads, left to right."""
         return self.example.read
 
     @cached_property
     def sample(self) -> dict[str, Any]:
-        """Prompt, faint picture, answer and a privileged column."""
+        """Prompt, faint picture, answer and a privileged column.
+
+        Raises:
+            ConfigError: an unknown context.
+        """
         if self.context not in CONTEXTS:
             raise ConfigError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}.")
         sample = {**self.example.record(), "images": [faint_picture(self.example)]}
@@ -92,7 +98,13 @@ class Question:
 
 
 def questions(split: str, size: int, seed: int = 0, context: str = "clean", shown: bool = False) -> list[Question]:
-    """The task's examples (see `pictures.take`) as questions about faint pictures."""
+    """The task's examples (see `pictures.take`) as questions about faint pictures.
+
+    Args:
+        split, size, seed: see `pictures.take`.
+        context: of `CONTEXTS`, what a teacher is shown.
+        shown: whether their `record` is the teacher's view.
+    """
     return [Question(example, context, shown) for example in take(split, size, seed)]
 
 

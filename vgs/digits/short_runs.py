@@ -73,7 +73,12 @@ def short_run(trainer: Any, title: str, line: int, curves: Sequence[str], accura
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t-interval (NaN for a single value)."""
+    """Mean, and half the width of its t-interval (NaN for a single value).
+
+    Args:
+        values: one per seed.
+        level: the interval's confidence.
+    """
     from scipy.stats import t
 
     if len(values) < 2:

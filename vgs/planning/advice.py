@@ -29,6 +29,14 @@ def remedies(config: Mapping[str, Any], machine: Machine, shortest_pass: int) ->
 
     First what costs almost nothing, then time (moving the teacher, computing twice, moving parameters between GPUs),
     then exactness (the teacher in 8 bit), then another student (LoRA).
+
+    Args:
+        config: of ``load_config``.
+        machine: the GPUs.
+        shortest_pass: the least max_tokens_per_pass, in tokens (``Plan.shortest_pass``).
+
+    Returns:
+        For each the setting as one writes it, and the config and machine with it.
     """
     options = training_options(config)
     if options.loss_workspace_bytes > SMALL_WORKSPACE:
@@ -61,6 +69,9 @@ def _fits(case: Case, lengths: Lengths) -> bool:
 def advise(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> tuple[list[str], list[str]]:
     """What would make a run fit that does not, by planning again.
 
+    Args:
+        config, machine, lengths: see ``memory.predict``; the machine's memory must be known.
+
     Returns:
         (settings each of which is enough alone, the shortest row of settings from the cheapest on that is enough
         together, [] if all of them are not enough).
@@ -79,7 +90,11 @@ def advise(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> tup
 
 
 def largest_pass(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> int | None:
-    """The largest max_tokens_per_pass that fits, in steps of ``PASS_MULTIPLE``; None if the shortest pass does not."""
+    """The largest max_tokens_per_pass that fits, in steps of ``PASS_MULTIPLE``; None if the shortest pass does not.
+
+    Args:
+        config, machine, lengths: see ``memory.predict``; the machine's memory must be known.
+    """
 
     def fits(tokens: int) -> bool:
         return _fits((_with(config, "training", max_tokens_per_pass=tokens), machine), lengths)

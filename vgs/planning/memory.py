@@ -85,6 +85,7 @@ class Machine:
 
     @property
     def shards(self) -> int:
+        """Among how many GPUs the student's parameters are divided."""
         return self.gpus if self.sharding == "fsdp2" else 1
 
 
@@ -130,10 +131,12 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
+        """The phase that takes most."""
         return max(PHASES, key=self.total)
 
     @property
     def peak(self) -> int:
+        """Its bytes."""
         return self.total(self.peak_phase)
 
 

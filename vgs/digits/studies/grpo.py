@@ -88,7 +88,15 @@ def run_study(
 
 
 def improve(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: trains the student as `arm` says ("before": not at all); greedy accuracy on held-out pictures."""
+    """One run: trains the student as `arm` says ("before": not at all); greedy accuracy on held-out pictures.
+
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the study.
+    """
     from ..grading import accuracy
     from ..pictures import take
     from ..pretraining import RECIPES, pretrained
@@ -112,7 +120,12 @@ def improve(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path
 def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path
 ) -> dict[str, Any]:
-    """Trains the student in place; returns the run's curves and seconds per step."""
+    """Trains the student in place; returns the run's curves and seconds per step.
+
+    Args:
+        student, teacher, processor: of the task.
+        arm, seed, settings, out: see `improve`.
+    """
     from ...trainers.grpo import VGSGRPOConfig, VGSGRPOTrainer
     from ..task import build, scorer
 

@@ -107,7 +107,15 @@ def prepare(settings: StudySettings, cache: Path) -> None:
 
 
 def distil(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: distils the model as `arm` says ("before": not at all) and assesses it on held-out pictures."""
+    """One run: distils the model as `arm` says ("before": not at all) and assesses it on held-out pictures.
+
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the study.
+    """
     from ..grading import accuracy
     from ..privileged import questions, reader
 
@@ -123,7 +131,12 @@ def distil(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path)
 
 
 def train(model: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path) -> dict[str, Any]:
-    """Distils the model in place; returns the run's curves and seconds per step."""
+    """Distils the model in place; returns the run's curves and seconds per step.
+
+    Args:
+        model, processor: of the task.
+        arm, seed, settings, out: see `distil`.
+    """
     from ...trainers.self_distillation import SelfDistillationConfig, SelfDistillationTrainer
     from ..pictures import scorer
     from ..privileged import build
@@ -176,7 +189,15 @@ def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySet
 
 
 def summarise(before: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For every arm, means over seeds with half the width of their 95 % t-intervals."""
+    """For every arm, means over seeds with half the width of their 95 % t-intervals.
+
+    Args:
+        before: what `distil` returns for "before".
+        runs: what it returns for all arms and seeds.
+
+    Returns:
+        Fractions, nats per token and seconds, each as (mean, half width).
+    """
     found: dict[str, Any] = {}
     for arm in ARMS:
         own = [run for run in runs if run["arm"] == arm]
