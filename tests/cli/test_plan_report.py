@@ -74,7 +74,7 @@ def test_what_is_said_where_a_run_does_not_fit(models: dict[str, str]) -> None:
         return plan_report.report(config, Machine(8, memory=gib * GIB), Lengths())["text"]
 
     none, one, some = (
-        said(20),
+        said(20, gradient_accumulation_steps=32),
         said(80, gradient_accumulation_steps=32),
         said(45, gradient_accumulation_steps=2, gradient_checkpointing=False),
     )
