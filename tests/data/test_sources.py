@@ -15,6 +15,7 @@ from vgs.data.answers import answers_match, final_answer
 from vgs.data.lengths import drop_long_prompts, prompt_length
 from vgs.data.prompts import encode_prompts
 from vgs.data.sources import DataSource, load_samples
+from vgs.errors import ConfigError
 
 
 def png(seed: int) -> bytes:
@@ -115,7 +116,7 @@ def test_an_unreadable_image_is_named_with_its_row(tmp_path: Path, image: str) -
 
 
 def test_paths_that_cannot_be_data(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing.parquet' does not exist"):
+    with pytest.raises(ConfigError, match=r"nothing.parquet' does not exist"):
         load_samples(DataSource("nothing.parquet"))
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"of one format out of \.parquet, \.jsonl"):

@@ -53,7 +53,12 @@ def choice_letter(text: str) -> str | None:
 
 
 def answers_match(response: str, gold: str) -> bool:
-    """Whether a response's final answer is the gold answer: the same choice letter, number, or normalised text."""
+    """Whether a response's final answer is the gold answer: the same choice letter, number, or normalised text.
+
+    Args:
+        response: all of its text.
+        gold: the gold answer, or a text that ends in it as ``final_answer`` reads it.
+    """
     given, gold = _committed(response), _committed(gold)
     if re.fullmatch(r"\(?[A-J]\)?\.?", gold):
         return _choice(given) == _choice(gold.rstrip("."))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..errors import ConfigError
 from .prompts import encode_prompts, fill_images
 from .sources import Samples
 
@@ -15,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_length(processor: Any, sample: dict[str, Any], **template_options: Any) -> int:
-    """Tokens of a sample's prompt, image tokens included."""
+    """Tokens of a sample's prompt, image tokens included.
+
+    Args:
+        processor, template_options: as in ``prompts.encode_prompts``.
+        sample: ``prompt`` and ``images``.
+    """
     images = processor.image_processor
     if hasattr(images, "get_number_of_image_patches"):  # Qwen-VL: no need to prepare the pixels
         messages = fill_images(sample["prompt"], sample["images"])
@@ -29,8 +35,13 @@ def prompt_length(processor: Any, sample: dict[str, Any], **template_options: An
 def drop_long_prompts(samples: Samples, processor: Any, limit: int, **template_options: Any) -> Samples:
     """Samples whose prompt has at most ``limit`` tokens; the number of dropped ones is logged.
 
+    Args:
+        samples: those of ``load_samples``.
+        processor, template_options: as in ``prompts.encode_prompts``.
+        limit: of tokens, image tokens included.
+
     Raises:
-        ValueError: none is left.
+        ConfigError: none is left.
     """
     with ThreadPoolExecutor() as pool:  # decoding images releases the interpreter lock
         lengths = pool.map(lambda i: prompt_length(processor, samples[i], **template_options), range(len(samples)))
@@ -38,5 +49,5 @@ def drop_long_prompts(samples: Samples, processor: Any, limit: int, **template_o
     kept = [i for i, length in enumerate(lengths) if length <= limit]
     logger.warning("%d of %d prompts are longer than %d tokens: dropped", len(samples) - len(kept), len(samples), limit)
     if not kept:
-        raise ValueError(f"No prompt of {samples.source.path} has at most max_prompt_length={limit} tokens.")
+        raise ConfigError(f"No prompt of {samples.source.path} has at most max_prompt_length={limit} tokens.")
     return samples.select(kept)

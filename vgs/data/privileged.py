@@ -65,7 +65,7 @@ def privileged_sample(sample: Mapping[str, Any], mode: str = "add", control: str
             whenever a sample comes.
 
     Raises:
-        ValueError: a note, but no user message to take it.
+        ConfigError: a note, but no user message to take it.
     """
     prompt = sample.get("privileged_prompt") or sample["prompt"]
     if note := sample.get("privileged_text"):
@@ -95,7 +95,7 @@ def _with_note(prompt: Sequence[Mapping[str, Any]], note: str) -> list[dict[str,
             else:
                 message["content"] = [*content, {"type": "text", "text": f"\n{note}"}]
             return messages
-    raise ValueError("privileged_text needs a user message to be added to, but the prompt has none.")
+    raise ConfigError("privileged_text needs a user message to be added to, but the prompt has none.")
 
 
 def privileged_groups(
@@ -112,7 +112,7 @@ def privileged_groups(
     """The privileged view of prompts: other prompts and images, the same responses in the same order.
 
     Args:
-        processor, forbidden, device, template_options: see ``pairing.encode_groups``.
+        processor, forbidden, device, template_options: see ``prompts.encode_groups``.
         samples: one for each group.
         groups: prompts with their responses, as the student sees them.
         mode, control: see ``privileged_sample``.

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.prompts import text_only_prompts
+from ..data.responses import response_texts
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from ..models.image_fields import split_images
@@ -201,7 +202,7 @@ def right_answers(
         answer.
     """
     kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = response_texts(tokenizer, kept)
     # Without a gold answer: NaN, so that every rank gathers as many values.
     correct = [math.nan if gold is None else scorer(text, gold) for text, gold in zip(texts, answers, strict=True)]
     values = torch.tensor(correct, dtype=torch.float32, device=output["completion_ids"].device)
