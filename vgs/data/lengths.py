@@ -15,7 +15,6 @@ from ..errors import ConfigError
 from .cache import processor_fingerprint, remembered
 from .checks import data_fingerprint, over_rows
 from .conversations import BadRow
-from .prompts import encode_prompts
 from .sources import Samples, listed
 
 logger = logging.getLogger(__name__)
@@ -24,8 +23,15 @@ PROBES = 4  # rows of each number of images on which the count from sizes is com
 
 
 def prompt_length(processor: Any, sample: dict[str, Any], **template_options: Any) -> int:
-    """Tokens of a sample's prompt, image tokens included: its full encoding."""
-    return encode_prompts(processor, [sample], **template_options)[0].shape[1]
+    """Tokens of a sample's prompt, image tokens included: it is encoded alone, as ``encode_prompts`` does."""
+    encoded = processor.apply_chat_template(
+        conversation=[prepare_multimodal_messages(sample["prompt"], images=list(sample.get("images") or []))],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **template_options,
+    )
+    return len(encoded["input_ids"][0])
 
 
 def _count_from_sizes(processor: Any, sample: Mapping[str, Any], **template_options: Any) -> int:
