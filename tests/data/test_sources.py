@@ -9,10 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image
-from tiny import tiny_image, tiny_processor
+from tiny import tiny_image
 
-from vgs.data.lengths import drop_long_prompts, prompt_length
-from vgs.data.prompts import encode_prompts
 from vgs.data.sources import DataSource, load_samples
 
 
@@ -122,19 +120,3 @@ def test_paths_that_cannot_be_data(tmp_path: Path) -> None:
         load_samples(DataSource(str(tmp_path / "notes.txt")))
     with pytest.raises(ValueError, match="found none"):
         load_samples(DataSource(str(tmp_path)))
-
-
-def test_long_prompts_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tiny_image(0).save(tmp_path / "0.png")
-    questions = ["red ?", "what is in the picture ? " * 4, "blue ?"]
-    rows = [{"question": question, "answer": "a", "images": "0.png"} for question in questions]
-    processor, samples = tiny_processor(), load_samples(DataSource(write_jsonl(tmp_path, rows)))
-    limit = prompt_length(processor, samples[0])
-    wide = {"prompt": samples[1]["prompt"], "images": [tiny_image(0), tiny_image(1, width=64)]}
-    assert prompt_length(processor, wide) == encode_prompts(processor, [wide])[0].shape[1] > limit + 8
-    assert limit == 2 + 6 + 2 + 1 + 2  # <|im_start|> user, the image's tokens, two words, <|im_end|>, assistant's start
-    kept = drop_long_prompts(samples, processor, limit)
-    assert [x["prompt"][0]["content"] for x in kept] == ["red ?", "blue ?"]
-    assert "1 of 3 prompts are longer than 13 tokens" in caplog.text
-    with pytest.raises(ValueError, match="at most max_prompt_length=3"):
-        drop_long_prompts(samples, processor, 3)

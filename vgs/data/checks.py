@@ -56,7 +56,7 @@ def media_tokens(processor: Any) -> list[str]:
                 tokens |= {token for token in tokenizer.convert_ids_to_tokens(ids) if isinstance(token, str)}
             elif name.endswith("_token"):
                 tokens |= {item for item in values if isinstance(item, str)}
-    special = [str(token) for token in tokenizer.get_added_vocab()]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens |= {token for token in special if any(word in token.lower() for word in MEDIA_WORDS)}
     return sorted(token for token in tokens if len(token) > 2)
 
