@@ -101,4 +101,10 @@ def test_formulas_are_compared_as_mathematics(response: str, gold: str, right: b
 
 
 def test_choice_letters_are_upper_case() -> None:
-    assert [choice_letter(text) for text in ("b", "(B) 42", "the answer is C", "42", "e.g. this")] == ["B", "B", "C", None, None]
+    assert [choice_letter(text) for text in ("b", "(B) 42", "the answer is C", "42", "e.g. this")] == [
+        "B",
+        "B",
+        "C",
+        None,
+        None,
+    ]

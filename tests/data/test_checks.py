@@ -79,7 +79,9 @@ def test_every_bad_row_is_named(tmp_path: Path) -> None:
 
 def test_bad_rows_stop_a_run_or_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = bad_rows(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.jsonl: 6 of 8 rows cannot be used \(row 1: 'images' .*on_bad_row: skip"):
+    with pytest.raises(
+        ConfigError, match=r"data.jsonl: 6 of 8 rows cannot be used \(row 1: 'images' .*on_bad_row: skip"
+    ):
         good_rows(load(tmp_path, rows), tiny_processor())
     samples = load(tmp_path, rows, on_bad_row="skip")
     assert list(samples.indices) == [0, 5, 6, 7], "what no processor is needed for is skipped at once"
@@ -126,7 +128,13 @@ def test_results_are_kept_until_data_or_files_change(tmp_path: Path, monkeypatch
 
 def test_the_fingerprint_knows_picture_files_within_messages(tmp_path: Path) -> None:
     tiny_image(0).save(tmp_path / "0.png")
-    rows = [{"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "a"}]}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "a"}]}
+            ]
+        }
+    ]
     before = data_fingerprint(load(tmp_path, rows))
     assert data_fingerprint(load(tmp_path, rows)) == before
     tiny_image(1, width=64).save(tmp_path / "0.png")

@@ -93,7 +93,10 @@ def test_rendered_prompts_have_the_pictures_where_the_marks_stand(folder: Path) 
     ],
 )
 def test_marks_and_pictures_that_do_not_match_name_the_row(folder: Path, question: Any, images: Any, says: str) -> None:
-    rows = [{"question": "red ?", "answer": "a", "images": ["1.png"]}, {"question": question, "answer": "a", "images": images}]
+    rows = [
+        {"question": "red ?", "answer": "a", "images": ["1.png"]},
+        {"question": question, "answer": "a", "images": images},
+    ]
     samples = load(folder, rows)
     assert seeds(samples[0]) == [1]
     with pytest.raises(ConfigError, match=rf"^Row 1 of .*data.jsonl: 'question' {says}"):
@@ -181,7 +184,12 @@ def test_messages_of_parquet_have_no_empty_keys(folder: Path) -> None:
     """Arrow gives every part the keys of all: those without a value are not there."""
     content = [{"type": "image", "image": "1.png"}, {"type": "text", "text": "red ?"}]
     rows = [
-        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}
+        {
+            "messages": [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+            ]
+        }
     ]
     datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
     (sample,) = load_samples(DataSource(str(folder / "data.parquet")))
@@ -197,7 +205,10 @@ def test_messages_of_parquet_have_no_empty_keys(folder: Path) -> None:
         ([{"role": "system", "content": "a"}], "has no user message"),
         ([{"role": "narrator", "content": "a"}], "a message of the role 'narrator', expected one of user, human"),
         ([{"role": "user", "content": None}], "a message of the role 'user' without content"),
-        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "the content part .* expected one of the type"),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "x"}]}],
+            "the content part .* expected one of the type",
+        ),
         ([{"role": "user", "content": 7}], "has the content 7, expected text or content parts"),
         (7, "is 7, expected text or chat messages"),
         (

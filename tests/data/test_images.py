@@ -217,7 +217,13 @@ def test_rows_from_the_hub_stay_within_their_cache(tmp_path: Path) -> None:
     (inside / "link.png").symlink_to(secret)
     hub = Folders(only_inside=(inside,))
     assert decode_image(str(inside / "own.png"), hub).size == (32, 32)
-    for path in (str(secret), secret.as_uri(), str(inside / ".." / "secret.png"), str(inside / "link.png"), "secret.png"):
+    for path in (
+        str(secret),
+        secret.as_uri(),
+        str(inside / ".." / "secret.png"),
+        str(inside / "link.png"),
+        "secret.png",
+    ):
         with pytest.raises(ValueError, match="cannot open files of this machine"):
             decode_image(path, hub)
         with pytest.raises(ValueError, match="cannot open files of this machine"):

@@ -81,7 +81,9 @@ def test_a_count_that_is_wrong_is_not_believed(tmp_path: Path) -> None:
 
     def wrong(image_sizes: list[tuple[int, int]]) -> Any:
         data = original(image_sizes=image_sizes)
-        data.num_image_tokens = [count + (height > 100) for count, (height, _) in zip(data.num_image_tokens, image_sizes, strict=True)]
+        data.num_image_tokens = [
+            count + (height > 100) for count, (height, _) in zip(data.num_image_tokens, image_sizes, strict=True)
+        ]
         return data
 
     processor._get_num_multimodal_tokens = wrong

@@ -32,7 +32,9 @@ LETTER = r"\(?([A-Ja-j])\)?"
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?:/(\d+))?(%?)", flags=re.IGNORECASE)
 LONGEST_FORMULA = 200  # characters; longer ones are compared as text
 # Words that a formula may contain; others make it a text, of which math-verify would make products of letters.
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi inf infty min max mod gcd lcm"
+FUNCTIONS = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi inf infty min max mod gcd lcm"
+)
 
 
 def last_boxed(text: str) -> str | None:

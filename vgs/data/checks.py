@@ -21,7 +21,10 @@ from .sources import Samples, listed
 
 logger = logging.getLogger(__name__)
 
-ODD_SIDE, ODD_ASPECT = 32, 20  # pictures that are smaller, or longer, are prepared by the processor to see whether it can
+ODD_SIDE, ODD_ASPECT = (
+    32,
+    20,
+)  # pictures that are smaller, or longer, are prepared by the processor to see whether it can
 MEDIA_WORDS = ("image", "img", "video", "vision", "audio", "boi", "eoi", "soft_token")
 
 
@@ -93,7 +96,9 @@ def _row_problem(samples: Samples, index: int, processor: Any, tokens: Sequence[
             try:
                 _check_size(processor, image)
             except Exception as error:
-                sentence = f"holds a picture of {image.width} x {image.height} pixels that the processor refuses: {error}"
+                sentence = (
+                    f"holds a picture of {image.width} x {image.height} pixels that the processor refuses: {error}"
+                )
                 return Problem(number, getattr(columns, name) or columns.question, sentence.rstrip("."))
     return None
 
@@ -150,8 +155,10 @@ def _file_states(samples: Samples) -> Iterator[tuple[str, int, int]]:
     names = (samples.columns.images, samples.columns.privileged_images, samples.columns.question)
     features = {name: feature for name, feature in samples.rows.features.items() if name in names}
     held = [name for name, feature in features.items() if "binary" not in str(feature)]
-    if samples.columns.question in held and samples.columns.images is not None and "image" not in str(
-        features[samples.columns.question]
+    if (
+        samples.columns.question in held
+        and samples.columns.images is not None
+        and "image" not in str(features[samples.columns.question])
     ):
         held.remove(samples.columns.question)
     for row in samples.rows.select_columns(held).select(list(samples.indices)) if held else ():

@@ -105,7 +105,9 @@ def _part(part: Any, column: str) -> tuple[dict[str, Any], Any]:
     if kind == "text" and isinstance(given.get("text"), str):
         return given, None
     if kind in ("image", "image_url"):
-        held = next((given[key] for key in ("image", "image_url", "url", "path", "base64", "bytes") if key in given), None)
+        held = next(
+            (given[key] for key in ("image", "image_url", "url", "path", "base64", "bytes") if key in given), None
+        )
         if isinstance(held, dict) and not any(value is not None for value in held.values()):
             held = None
         return {"type": "image"}, held

@@ -84,7 +84,9 @@ def _read_saved(path: Path, split: str | None) -> datasets.Dataset:
     if isinstance(saved, datasets.DatasetDict):
         name = _choose_split(str(path), saved, split)
         if name not in saved:
-            raise ConfigError(f"{path} was written by save_to_disk: split must be one of {', '.join(saved)}, got {name!r}.")
+            raise ConfigError(
+                f"{path} was written by save_to_disk: split must be one of {', '.join(saved)}, got {name!r}."
+            )
         return saved[name]
     _choose_split(str(path), [str(saved.split or "train")], split)
     return saved
@@ -99,7 +101,13 @@ def _text_columns(files: Sequence[Path], kind: str) -> dict[str, Any]:
         lines.seek(0)
         names = next(csv.reader(lines, delimiter=separator), [])
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    return {
+        "sep": separator,
+        "features": features,
+        "keep_default_na": False,
+        "na_values": [""],
+        "encoding": "utf-8-sig",
+    }
 
 
 def _read_files(path: Path, splits: Mapping[str, Sequence[Path]], split: str | None) -> datasets.Dataset:
@@ -107,7 +115,9 @@ def _read_files(path: Path, splits: Mapping[str, Sequence[Path]], split: str | N
     name = _choose_split(str(path), splits, split)
     wanted = {key: files for key, files in splits.items() if name == "all" or key in _names(name)}
     kind = _format(next(iter(wanted.values()))[0])
-    options = _text_columns([file for files in wanted.values() for file in files], kind) if kind in ("csv", "tsv") else {}
+    options = (
+        _text_columns([file for files in wanted.values() for file in files], kind) if kind in ("csv", "tsv") else {}
+    )
     data_files = {key: [str(file) for file in files] for key, files in wanted.items()}
     return _load(str(path), BUILDERS.get(kind, kind), data_files=data_files, split=name, **options)
 

@@ -95,7 +95,9 @@ def _counted_lengths(samples: Samples, processor: Any, **template_options: Any) 
         probes = _spread(members, PROBES)
         offsets = {prompt_length(processor, samples[i], **template_options) - counts[i][0] for i in probes}
         if len(offsets) != 1:
-            logger.info("%s counts image tokens (%d images) inexactly: prompts are encoded.", type(processor).__name__, images)
+            logger.info(
+                "%s counts image tokens (%d images) inexactly: prompts are encoded.", type(processor).__name__, images
+            )
             return None
         (offset,) = offsets
         for index in members:

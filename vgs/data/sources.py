@@ -232,7 +232,9 @@ def listed(numbers: Sequence[int], count: int = 5) -> str:
 
 def _say(source: DataSource, column: str, total: int, found: Sequence[int], what: str) -> None:
     if found:
-        logger.warning("%s: %s in %d of %d rows %s (rows %s).", source.path, column, len(found), total, what, listed(found))
+        logger.warning(
+            "%s: %s in %d of %d rows %s (rows %s).", source.path, column, len(found), total, what, listed(found)
+        )
 
 
 def _say_answers(source: DataSource, column: str, answers: Iterable[Any]) -> None:
