@@ -27,7 +27,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A server on 127.0.0.1 with ``folder`` (what it serves), ``url`` and ``asked`` (paths of requests and their answers)."""
+    """A server on 127.0.0.1 with ``folder`` (what it serves), ``url``, and ``asked`` (the paths of requests)."""
     folder = tmp_path_factory.mktemp("web")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
         server.folder, server.asked, server.url = folder, [], f"http://127.0.0.1:{server.server_port}"

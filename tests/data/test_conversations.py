@@ -163,7 +163,7 @@ def test_trl_prompts_hold_their_own_pictures(folder: Path) -> None:
     encoded = encode_prompts(tiny_processor(), [sample])[2]
     assert len(encoded["image_grid_thw"]) == 4
     del row["images"]
-    with pytest.raises(ConfigError, match="Row 0 of .* 'prompt' has 1 place for images .* but the row has 0"):
+    with pytest.raises(ConfigError, match=r"Row 0 of .* 'prompt' has 1 place for images .* but the row has 0"):
         load(folder, [row])[0]
 
 

@@ -32,12 +32,9 @@ def write(path: Path, data: Rows) -> Path:
     """A file of rows in the format of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name
-    for suffix, opened in ((".gz", gzip.open), (".bz2", bz2.open), (".xz", lzma.open)):
-        if name.endswith(suffix):
-            name = name.removesuffix(suffix)
-            break
-    else:
-        opened = open
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+    if opened is not open:
+        name = path.stem
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(data), path)
         return path
@@ -186,7 +183,7 @@ def test_what_is_no_data_does_not_disturb(tmp_path: Path) -> None:
 def test_files_that_belong_to_no_split_are_said(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(0))
     write(tmp_path / "extra.jsonl", rows(2))
-    with pytest.raises(ConfigError, match="1 beside them that belong to none: extra.jsonl"):
+    with pytest.raises(ConfigError, match=r"1 beside them that belong to none: extra\.jsonl"):
         answers(tmp_path)
 
 

@@ -1,10 +1,10 @@
 """The final answer of a response, and whether it is the gold one.
 
-``answers_match`` is the default everywhere that answers are compared. It takes what a response commits to (``final_answer``,
-or what follows "the answer is") and compares, in this order:
+``answers_match`` is the default everywhere that answers are compared. It takes what a response commits to
+(``final_answer``, or what follows "the answer is") and compares, in this order:
 
-1. a gold choice letter with the response's letter, as evaluation harnesses do (``C``, ``c``, ``(C)``, ``C. 42``); a gold
-   choice with its text, ``(A) red``, is also matched by that text;
+1. a gold choice letter with the response's letter, as evaluation harnesses do (``C``, ``c``, ``(C)``, ``C. 42``); a
+   gold choice with its text, ``(A) red``, is also matched by that text;
 2. numbers by value: ``1,024``, ``$3.50``, ``1/2``, ``\\frac{1}{2}``, ``0.5``, ``50%``;
 3. equal text, without regard to case, white space, quotes, ``$`` and a full stop;
 4. mathematics as ``math-verify`` sees it, where that package is installed and both sides are formulas.
@@ -20,6 +20,7 @@ import re
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _choice(answer: str) -> str | None:
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter, in upper case, of the multiple-choice answer that a response (or a gold answer) commits to, if it does."""
+    """The upper-case letter of the multiple-choice answer that a response (or a gold answer) commits to, if it does."""
     return _choice(_committed(text))
 
 
@@ -113,7 +114,7 @@ def _is_formula(answer: str) -> bool:
 
 
 @functools.cache
-def _math_verify():  # noqa: ANN202
+def _math_verify() -> Any:
     try:
         import math_verify
     except ImportError:
@@ -143,7 +144,7 @@ def _matches(response: str, gold: str) -> bool:
         return False
     if letter := re.fullmatch(rf"{LETTER}\.?", gold):
         return _choice(given) == letter[1].upper()
-    if option := re.fullmatch(rf"(?:\(([A-J])\)|([A-J])[.):])\s+(\S.*)", gold, flags=re.DOTALL):
+    if option := re.fullmatch(r"(?:\(([A-J])\)|([A-J])[.):])\s+(\S.*)", gold, flags=re.DOTALL):
         letter, gold = option[1] or option[2], option[3]
         if _choice(given) is not None:
             return _choice(given) == letter

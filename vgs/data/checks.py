@@ -41,10 +41,10 @@ class Problem:
 
 
 def media_tokens(processor: Any) -> list[str]:
-    """The texts that a processor or its tokenizer reads as (a part of) an image, video or sound; no prompt may say them.
+    """The texts that a processor or its tokenizer reads as (part of) an image, video or sound: no prompt may say them.
 
-    They are the attributes ``*_token``, ``*_token_id`` and ``*_token_ids`` with one of ``MEDIA_WORDS`` in their name, and special
-    tokens with such a word in their text.
+    They are its attributes ``*_token``, ``*_token_id`` and ``*_token_ids`` with one of ``MEDIA_WORDS`` in their name,
+    and special tokens with such a word in their text.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens: set[str] = set()
@@ -89,7 +89,7 @@ def _row_problem(samples: Samples, index: int, processor: Any, tokens: Sequence[
         return Problem(
             number,
             columns.question,
-            f"holds {found}, which the model reads as a part of a picture: mark the place with <image>, or leave it out",
+            f"holds {found}, which the model reads as part of a picture: write <image> for a picture, or leave it out",
         )
     for name in ("images", "privileged_images"):
         for image in sample.get(name, ()) if processor is not None else ():

@@ -39,8 +39,8 @@ class DataSource:
         answer: the column with gold answers; TRL's ``solution`` is taken where the default does not exist, and a
             conversation's last assistant turn where both do not. None: there are no gold answers. A null or empty
             answer is no answer; a list holds alternatives; numbers become text.
-        images: the column with one image or a list (``vgs.data.images.decode_image``); ``image`` is taken where the default
-            does not exist. None: only those within chat messages.
+        images: the column with one image or a list (``vgs.data.images.decode_image``); ``image`` is taken where the
+            default does not exist. None: only those within chat messages.
         privileged_images, privileged_text: columns that only a teacher sees, if any (``vgs.data.privileged``).
         system_prompt: text of a system message before every question.
         limit: use the first so many rows.
@@ -195,7 +195,7 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
     asking = [name for name in QUESTIONS if name in names]
     if source.question is None and len(asking) > 1:
         raise ConfigError(
-            f"{source.path} has the columns {', '.join(asking)}: say with the key 'question' which one holds the questions."
+            f"{source.path} has the columns {', '.join(asking)}: say with the key 'question' which one to use."
         )
     question = need(
         source.question or (asking or QUESTIONS)[0],
