@@ -81,9 +81,11 @@ def test_a_revision_is_pinned_and_splits_are_kept(tmp_path: Path) -> None:
         {"path": "own/other"},
     )
     assert (newest, old, test) == ([["new", picture]], [["old", picture]], [["held out", picture]])
-    assert no_split.startswith("ConfigError: cannot read the data 'own/data': Unknown split \"dev\". Should be one of")
-    assert no_revision.startswith("ConfigError: cannot read the data 'own/data': ")
-    assert missing.startswith("ConfigError: cannot read the data 'own/other': Dataset 'own/other' doesn't exist")
+    assert no_split.startswith(
+        "ConfigError: data path 'own/data' cannot be read: Unknown split \"dev\". Should be one of"
+    )
+    assert no_revision.startswith("ConfigError: data path 'own/data' cannot be read: ")
+    assert missing.startswith("ConfigError: data path 'own/other' cannot be read: Dataset 'own/other' doesn't exist")
     for error in (no_split, no_revision, missing):
         assert "\n" not in error
 
@@ -108,5 +110,5 @@ def test_rows_of_the_hub_cannot_open_files_of_this_machine(tmp_path: Path) -> No
     assert len(refused) == 8
     for found in refused:
         assert found.startswith("ConfigError: Row 0 of own/t")
-        assert "'images' cannot be read: " in found
+        assert "cannot read 'images': " in found
         assert found.endswith("is a path, and rows from the hub cannot open files of this machine.")

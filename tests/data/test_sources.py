@@ -108,7 +108,7 @@ def test_an_unreadable_image_is_named_with_its_row(tmp_path: Path, image: str) -
     rows = [{"question": "red ?", "answer": "a", "images": name} for name in ("good.png", image)]
     samples = load_samples(DataSource(write_jsonl(tmp_path, rows)))
     assert samples[0]["images"]
-    with pytest.raises(ValueError, match=rf"Row 1 of .*data.jsonl: 'images' cannot be read: .*{image}"):
+    with pytest.raises(ValueError, match=rf"Row 1 of .*data.jsonl: cannot read 'images': .*{image}"):
         samples[1]
 
 

@@ -37,7 +37,7 @@ class Problem:
     sentence: str
 
     def __str__(self) -> str:
-        return f"row {self.row}: {self.column!r} {self.sentence}"
+        return f"row {self.row}: {self.sentence}"
 
 
 def media_tokens(processor: Any) -> list[str]:
@@ -82,24 +82,20 @@ def _row_problem(samples: Samples, index: int, processor: Any, tokens: Sequence[
     try:
         sample = samples.decoded(index)
     except BadRow as error:
-        return Problem(number, error.column, error.sentence)
+        return Problem(number, error.column, str(error).rstrip("."))
     columns = samples.columns
     texts = list(message_texts(sample["prompt"]))
     if found := next((token for token in tokens if any(token in text for text in texts)), None):
-        return Problem(
-            number,
-            columns.question,
-            f"holds {found}, which the model reads as part of a picture: write <image> for a picture, or leave it out",
-        )
+        says = f"{columns.question!r} holds {found}, which the model reads as part of a picture"
+        return Problem(number, columns.question, f"{says}: write <image> for a picture, or leave it out")
     for name in ("images", "privileged_images"):
         for image in sample.get(name, ()) if processor is not None else ():
             try:
                 _check_size(processor, image)
             except Exception as error:
-                sentence = (
-                    f"holds a picture of {image.width} x {image.height} pixels that the processor refuses: {error}"
-                )
-                return Problem(number, getattr(columns, name) or columns.question, sentence.rstrip("."))
+                column, size = getattr(columns, name) or columns.question, f"{image.width} x {image.height} pixels"
+                says = f"{column!r} holds a picture of {size} that the processor refuses: {error}"
+                return Problem(number, column, says.rstrip("."))
     return None
 
 
@@ -196,7 +192,7 @@ def good_rows(samples: Samples, processor: Any = None, progress: bool = True) ->
     if not problems:
         return samples
     path, count = samples.source.path, f"{len(problems)} of {len(samples)} rows"
-    details = "; ".join(map(str, problems[:5])) + ("; ..." if len(problems) > 5 else "")
+    details = "; ".join(map(str, problems[:3])) + ("; ..." if len(problems) > 3 else "")
     if samples.source.on_bad_row == "error":
         raise ConfigError(f"{path}: {count} cannot be used ({details}); on_bad_row: skip leaves them out.")
     bad = {problem.row for problem in problems}

@@ -25,11 +25,17 @@ ROLES = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: its column, and one sentence."""
+    """A row that cannot be used.
 
-    def __init__(self, column: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.column, self.sentence = column, sentence
+    Args:
+        column: at fault; the message begins with it.
+        says: what is wrong with it.
+        message: in place of both.
+    """
+
+    def __init__(self, column: str, says: str, message: str | None = None) -> None:
+        super().__init__(message or f"{column!r} {says}")
+        self.column = column
 
 
 @dataclass(frozen=True)

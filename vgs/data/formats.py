@@ -20,8 +20,8 @@ from .images import Folders
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
-FORMATS |= {".csv": "csv", ".tsv": "tsv", ".arrow": "arrow"}
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".arrow": "arrow"}
+FORMATS |= {".ndjson": "jsonl"}
 BUILDERS = {"jsonl": "json", "tsv": "csv"}  # where they are not called like the format
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))  # of a folder of pictures
@@ -51,7 +51,7 @@ def _load(path: str, *args: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*args, **options)
     except Exception as error:
-        raise ConfigError(f"cannot read the data {path!r}: {_sentence(error)}.") from error
+        raise ConfigError(f"data path {path!r} cannot be read: {_sentence(error)}.") from error
 
 
 def _choose_split(path: str, splits: Iterable[str], split: str | None) -> str:
@@ -80,7 +80,7 @@ def _read_saved(path: Path, split: str | None) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise ConfigError(f"cannot read the data {str(path)!r}: {_sentence(error)}.") from error
+        raise ConfigError(f"data path {str(path)!r} cannot be read: {_sentence(error)}.") from error
     if isinstance(saved, datasets.DatasetDict):
         name = _choose_split(str(path), saved, split)
         if name not in saved:
@@ -115,6 +115,8 @@ def _read_files(path: Path, splits: Mapping[str, Sequence[Path]], split: str | N
     name = _choose_split(str(path), splits, split)
     wanted = {key: files for key, files in splits.items() if name == "all" or key in _names(name)}
     kind = _format(next(iter(wanted.values()))[0])
+    if all(file.stat().st_size == 0 for files in wanted.values() for file in files):
+        raise ConfigError(f"{path} has no rows.")
     options = (
         _text_columns([file for files in wanted.values() for file in files], kind) if kind in ("csv", "tsv") else {}
     )
@@ -181,7 +183,7 @@ def _read_builder(path: Path, subset: str | None, split: str | None, *args: Any,
         builder = datasets.load_dataset_builder(*args, name=subset, **options)
         splits = list(builder.config.data_files or {})
     except Exception as error:
-        raise ConfigError(f"cannot read the data {str(path)!r}: {_sentence(error)}.") from error
+        raise ConfigError(f"data path {str(path)!r} cannot be read: {_sentence(error)}.") from error
     return _load(str(path), *args, name=subset, split=_choose_split(str(path), splits, split), **options)
 
 

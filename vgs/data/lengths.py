@@ -57,10 +57,9 @@ def _named(samples: Samples, function: Callable[[int], Any]) -> Callable[[int], 
         try:
             return function(index)
         except BadRow as error:
-            raise ConfigError(samples.describe(index, error.column, error.sentence)) from error
+            raise ConfigError(samples.describe(index, str(error).rstrip("."))) from error
         except Exception as error:
-            says = f"cannot be encoded: {error}".rstrip(".")
-            raise ConfigError(samples.describe(index, samples.columns.question, says)) from error
+            raise ConfigError(samples.describe(index, f"cannot be encoded: {error}".rstrip("."))) from error
 
     return named
 

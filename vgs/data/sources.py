@@ -45,6 +45,9 @@ class DataSource:
         system_prompt: text of a system message before every question.
         limit: use the first so many rows.
         on_bad_row: ``"error"``, or ``"skip"`` leaves rows out that cannot be used, and lists them.
+
+    Raises:
+        ConfigError: a ``limit`` that is no whole number above 0, or an unknown ``on_bad_row``.
     """
 
     path: str
@@ -59,6 +62,14 @@ class DataSource:
     system_prompt: str | None = None
     limit: int | None = None
     on_bad_row: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            raise ConfigError(f"limit of {self.path!r} must be a whole number above 0, got {self.limit!r}.")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ConfigError(
+                f"on_bad_row of {self.path!r} must be one of {', '.join(ON_BAD_ROW)}, got {self.on_bad_row!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ class Samples(torch.utils.data.Dataset):
                     sample[name] = [read(value, self.folders) for value in sample[name]]
             except Exception as error:
                 column = getattr(self.columns, name) or self.columns.question
-                raise BadRow(column, f"cannot be read: {error}") from error
+                raise BadRow(column, str(error), f"cannot read {column!r}: {error}") from error
         return sample
 
     def decoded(self, index: int) -> dict[str, Any]:
@@ -163,11 +174,11 @@ class Samples(torch.utils.data.Dataset):
         try:
             return self.decoded(index)
         except BadRow as error:
-            raise ConfigError(self.describe(index, error.column, error.sentence)) from error
+            raise ConfigError(self.describe(index, str(error).rstrip("."))) from error
 
-    def describe(self, index: int, column: str, sentence: str) -> str:
+    def describe(self, index: int, sentence: str) -> str:
         """A sentence that names the row of a sample."""
-        return f"Row {self.indices[index]} of {self.source.path}: {column!r} {sentence}."
+        return f"Row {self.indices[index]} of {self.source.path}: {sentence}."
 
     def select(self, positions: Sequence[int]) -> Samples:
         """The samples at the given positions."""
@@ -262,13 +273,9 @@ def load_samples(source: DataSource) -> Samples:
 
     Raises:
         DataNotFound (a ConfigError and a FileNotFoundError): a local path that does not exist.
-        ConfigError: files of no or several formats, a missing split or column (the message lists those that exist), no
-            rows, or an invalid ``limit`` or ``on_bad_row``.
+        ConfigError: files of no or several formats, a missing split or column (the message lists those that exist), or
+            no rows.
     """
-    if source.on_bad_row not in ON_BAD_ROW:
-        raise ConfigError(f"on_bad_row must be one of {', '.join(ON_BAD_ROW)}, got {source.on_bad_row!r}.")
-    if source.limit is not None and source.limit < 1:
-        raise ConfigError(f"limit must be >= 1, got {source.limit}.")
     rows, folders = read_rows(source.path, source.subset, source.split, source.revision)
     columns = find_columns(source, rows.features)
     rows = rows.select_columns(columns.names())
