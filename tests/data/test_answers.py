@@ -38,6 +38,8 @@ def test_final_answer(text: str, expected: str) -> None:
         ("(c)", "C", True),
         ("The answer is c.", "C", True),
         ("Answer: **B**", "B", True),
+        ("Option A is wrong, so the answer is C because of it", "C", True),
+        ("The answer is C, not option B", "C", True),
         ("a cat", "A", False),
         ("e.g. a house", "E", False),
         ("A", "(A) red", True),

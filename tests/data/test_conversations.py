@@ -139,6 +139,12 @@ def test_chat_messages_and_sharegpt(folder: Path, column: str, turns: Any) -> No
     assert (sample["prompt"], sample["answer"]) == (EXPECTED, None), "no assistant turn at the end: no gold answer"
 
 
+def test_conversations_without_a_reply_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"from": "human", "value": "red ?"}, {"from": "gpt", "value": "yes"}]
+    load(folder, [{"conversations": turns}, {"conversations": turns[:1]}, {"conversations": turns}])
+    assert "conversations in 1 of 3 rows does not end with an assistant turn: no gold answer (rows 1)." in caplog.text
+
+
 def test_chat_messages_written_as_json(folder: Path) -> None:
     turns = json.dumps([{"role": role, "content": content} for role, content in TURNS])
     (sample,) = load(folder, [{"messages": turns, "image": "1.png", "answer": "maybe"}])

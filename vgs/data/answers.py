@@ -82,8 +82,10 @@ def _choice(answer: str) -> str | None:
     for text in filter(None, (answer, _stated(answer))):
         if found := re.match(r"\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.):](?!\w)|\s*$))", text.strip("*$ ")):
             return (found[1] or found[2]).upper()
-    stated = re.search(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*(?:\(([A-J])\)|([A-J])\b)", answer)
-    return (stated[1] or stated[2]) if stated else None
+    for word in ("[Aa]nswer", "[Oo]ption|[Cc]hoice"):  # "option A is wrong: the answer is C"
+        if stated := re.findall(rf"\b(?:{word})(?:\s+is)?\s*:?\s*\(?([A-J])\b", answer):
+            return stated[-1]
+    return None
 
 
 def choice_letter(text: str) -> str | None:

@@ -94,7 +94,9 @@ def _row_problem(samples: Samples, index: int, processor: Any, tokens: Sequence[
                 _check_size(processor, image)
             except Exception as error:
                 column, size = getattr(columns, name) or columns.question, f"{image.width} x {image.height} pixels"
-                says = f"{column!r} holds a picture of {size} that the processor refuses: {error}"
+                says = (
+                    f"{column!r} holds a picture of {size} that the processor refuses: {' '.join(str(error).split())}"
+                )
                 return Problem(number, column, says.rstrip("."))
     return None
 

@@ -89,6 +89,12 @@ def _message(item: dict[str, Any], column: str) -> dict[str, Any]:
     return {"role": ROLES[role], "content": content, **rest}
 
 
+def ends_with_reply(value: Any) -> bool:
+    """Whether the last message is an assistant's."""
+    last = value[-1] if isinstance(value, list) and value else None
+    return isinstance(last, dict) and ROLES.get(last.get("role", last.get("from"))) == "assistant"
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -59,7 +59,9 @@ def _named(samples: Samples, function: Callable[[int], Any]) -> Callable[[int], 
         except BadRow as error:
             raise ConfigError(samples.describe(index, str(error).rstrip("."))) from error
         except Exception as error:
-            raise ConfigError(samples.describe(index, f"cannot be encoded: {error}".rstrip("."))) from error
+            raise ConfigError(
+                samples.describe(index, f"cannot be encoded: {' '.join(str(error).split())}".rstrip("."))
+            ) from error
 
     return named
 

@@ -11,7 +11,7 @@ import datasets
 import torch
 
 from ..errors import ConfigError
-from .conversations import BadRow, as_list, read_answer, read_question
+from .conversations import BadRow, as_list, ends_with_reply, read_answer, read_question
 from .formats import read_rows
 from .images import Folders, decode_image, image_size
 
@@ -151,7 +151,8 @@ class Samples(torch.utils.data.Dataset):
                     sample[name] = [read(value, self.folders) for value in sample[name]]
             except Exception as error:
                 column = getattr(self.columns, name) or self.columns.question
-                raise BadRow(column, str(error), f"cannot read {column!r}: {error}") from error
+                says = " ".join(str(error).split())
+                raise BadRow(column, says, f"cannot read {column!r}: {says}") from error
         return sample
 
     def decoded(self, index: int) -> dict[str, Any]:
@@ -287,6 +288,10 @@ def load_samples(source: DataSource) -> Samples:
         _say_answers(source, columns.answer, rows[columns.answer])
     elif columns.gold_replies:
         logger.info("%s: the last assistant turns of %s are the gold answers.", source.path, columns.question)
+        if "binary" not in str(rows.features[columns.question]):  # else all pictures would be read for it
+            values = enumerate(rows[columns.question])
+            without = [i for i, value in values if not ends_with_reply(value)]
+            _say(source, columns.question, len(rows), without, "does not end with an assistant turn: no gold answer")
     samples = Samples(rows, source, columns, folders)
     if source.on_bad_row == "skip":
         from .checks import good_rows  # which reads samples

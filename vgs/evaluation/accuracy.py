@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data.answers import answers_match
 from ..data.prompts import encode_prompts
+from ..errors import ConfigError
 from ..models.families import placeholder_ids
 
 
@@ -77,14 +78,21 @@ def evaluate_accuracy(
 
     Args:
         model, processor, batch_size, max_new_tokens: see ``sample_responses``.
-        samples: sequence of dicts with ``prompt``, ``images`` and ``answer``.
+        samples: sequence of dicts with ``prompt``, ``images`` and ``answer``; None: there is no gold answer, and the
+            sample does not count.
         scorer: ``scorer(response_text, gold_answer) -> bool``.
 
     Returns:
-        ``accuracy`` (fraction), ``samples`` and ``mean_length`` (tokens per response).
+        ``accuracy`` (fraction), ``samples`` (those with a gold answer) and ``mean_length`` (tokens per response).
+
+    Raises:
+        ConfigError: no sample has a gold answer.
     """
     answers = sample_responses(model, processor, samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    correct = sum(scorer(text, samples[i]["answer"]) for i, text in enumerate(texts))
+    golds = [samples[i]["answer"] for i in range(len(samples))]
+    right = [scorer(text, gold) for text, gold in zip(texts, golds, strict=True) if gold is not None]
+    if not right:
+        raise ConfigError(f"None of the {len(samples)} samples has a gold answer: there is no accuracy to compute.")
     tokens = sum(map(len, answers))
-    return {"accuracy": correct / len(samples), "samples": len(samples), "mean_length": tokens / len(samples)}
+    return {"accuracy": sum(right) / len(right), "samples": len(right), "mean_length": tokens / len(samples)}
