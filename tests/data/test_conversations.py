@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
 import pytest
 from tiny import UNKNOWN, tiny_image, tiny_processor
 
-from vgs.data.conversations import read_answer, read_question
+from vgs.data.conversations import BadRow, read_answer, read_question
 from vgs.data.prompts import encode_prompts, text_only_prompts
 from vgs.data.sources import DataSource, Samples, load_samples
 from vgs.errors import ConfigError
@@ -306,3 +308,42 @@ def test_public_functions_alone() -> None:
     question = read_question("<image> red ?", ["x"], "question")
     assert (question.prompt[0]["content"], question.images, question.reply) == ([IMAGE, text("red ?")], ["x"], None)
     assert read_answer(float("nan"), "answer") is None
+
+
+def _anything(random: Random, depth: int = 0) -> Any:
+    """A value as JSON may hold it, often nearly a conversation."""
+    plain = ["", "<image>", "red <image 1> ?", None, 7, 0.5, True, "user", "assistant", "image", "text", b"x"]
+    if depth > 4 or random.random() < 0.4:
+        return random.choice(plain)
+    if random.random() < 0.4:
+        return [_anything(random, depth + 1) for _ in range(random.randrange(4))]
+    keys = random.sample(["role", "content", "from", "value", "type", "text", "image", "image_url", "x"], 3)
+    made = {key: _anything(random, depth + 1) for key in keys}
+    for key, usual in (("role", "user"), ("from", "gpt"), ("type", "text"), ("text", "red ?")):
+        if key in made and random.random() < 0.8:
+            made[key] = usual
+    return made
+
+
+def test_whatever_a_row_holds_it_is_read_or_named() -> None:
+    random, read = Random(0), 0
+    for _ in range(20000):
+        value, images, answer = (_anything(random) for _ in range(3))
+        try:
+            question = read_question(value, images, "question", "images")
+            read += 1
+            parts = [
+                part
+                for message in question.prompt
+                if isinstance(message["content"], list)
+                for part in message["content"]
+            ]
+            places = sum(part["type"] == "image" for part in parts)
+            assert places in (0, len(question.images))
+            assert all(set(part) == {"type"} for part in parts if part["type"] == "image")
+        except BadRow as error:
+            assert str(error).startswith("'question' ")
+        with contextlib.suppress(BadRow):
+            found = read_answer(answer, "answer")
+            assert found is None or isinstance(found, (str, list))
+    assert read > 500

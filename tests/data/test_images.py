@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tiny import tiny_image
 
 from vgs.data.images import Folders, decode_image, image_size, to_rgb
@@ -65,6 +65,14 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     end = start + 12 + int.from_bytes(data[start : start + 4], "big")
     moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     assert decode_image(moved).size == image_size(moved) == (20, 40)
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", "of any kind", zip=True)
+    plain = saved(Image.new("RGB", (40, 20)), "PNG", pnginfo=notes)
+    assert decode_image(plain).size == image_size(plain) == (40, 20)
+    orientation = '<rdf:Description tiff:Orientation="6"/>'
+    notes.add_itxt("XML:com.adobe.xmp", f'<x:xmpmeta xmlns:x="adobe:ns:meta/">{orientation}</x:xmpmeta>')
+    described = saved(Image.new("RGB", (40, 20)), "PNG", pnginfo=notes)
+    assert decode_image(described).size == image_size(described) == (20, 40)
 
 
 def test_a_header_is_enough_for_the_size() -> None:

@@ -81,11 +81,13 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _message(item: dict[str, Any], column: str) -> dict[str, Any]:
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRow(column, f"has a message of the role {role!r}, expected one of {', '.join(ROLES)}")
     rest = {k: v for k, v in item.items() if k not in ("role", "from", "content", "value") and v is not None}
     if content is None and not rest.get("tool_calls"):
         raise BadRow(column, f"has a message of the role {role!r} without content")
+    if content is not None and not isinstance(content, (str, list, tuple)):
+        raise BadRow(column, f"has the content {_short(content)}, expected text or content parts")
     return {"role": ROLES[role], "content": content, **rest}
 
 
@@ -112,7 +114,7 @@ def _part(part: Any, column: str) -> tuple[dict[str, Any], Any]:
     """A content part and the picture that it holds, if it does."""
     if isinstance(part, str):
         return {"type": "text", "text": part}, None
-    given = {key: value for key, value in part.items() if value is not None}
+    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     kind = given.get("type")
     if kind == "text" and isinstance(given.get("text"), str):
         return given, None
@@ -162,8 +164,6 @@ def _place_images(message: dict[str, Any], column: str) -> tuple[dict[str, Any],
     if isinstance(content, str):
         split, numbers = _split_marks(content)
         return {**message, "content": split if numbers else content}, [_Slot(number=number) for number in numbers]
-    if not isinstance(content, (list, tuple)):
-        raise BadRow(column, f"has the content {_short(content)}, expected text or content parts")
     for given in content:
         part, held = _part(given, column)
         if part["type"] == "image":

@@ -206,8 +206,16 @@ def _may_be_turned(image: Image.Image) -> bool:
     """Whether ``getexif`` can find anything; of a PNG, it would decode the pixels to look behind them."""
     if image.format != "PNG" or image.fp is None:
         return True
-    place = image.fp.tell()
-    image.fp.seek(0)
-    data = image.fp.read()
-    image.fp.seek(place)
-    return any(mark in data for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
+    file, place = image.fp, image.fp.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:  # length and kind of the next chunk
+            length, kind, start = int.from_bytes(head[:4], "big"), head[4:], b""
+            if kind in (b"tEXt", b"zTXt", b"iTXt"):
+                start = file.read(min(length, 30))
+            if kind == b"eXIf" or start.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")):
+                return True
+            file.seek(length - len(start) + 4, io.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
