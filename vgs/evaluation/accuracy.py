@@ -25,19 +25,23 @@ def evaluate_accuracy(
 
     Args:
         model, processor, batch_size, max_new_tokens: see ``sampling.sample_responses``.
-        samples: sequence of dicts with ``prompt``, ``images`` and ``answer``.
+        samples: sequence of dicts with ``prompt``, ``images`` and ``answer``; None: there is no gold answer, and the
+            sample does not count.
         scorer: ``scorer(response_text, gold_answer) -> bool``.
 
     Returns:
-        ``accuracy`` (fraction), ``samples`` and ``mean_length`` (tokens per response).
+        ``accuracy`` (fraction), ``samples`` (those with a gold answer) and ``mean_length`` (tokens per response).
 
     Raises:
-        ConfigError: no samples, or samples without ``answer``.
+        ConfigError: no samples, or none with a gold answer.
     """
     if len(samples) == 0 or "answer" not in samples[0]:
         raise ConfigError(f"samples must have gold answers in 'answer', got {len(samples)} samples without.")
     answers = sample_responses(model, processor, samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     texts = response_texts(processor, answers)
-    correct = sum(scorer(text, samples[i]["answer"]) for i, text in enumerate(texts))
+    golds = [samples[i].get("answer") for i in range(len(samples))]
+    right = [scorer(text, gold) for text, gold in zip(texts, golds, strict=True) if gold is not None]
+    if not right:
+        raise ConfigError(f"None of the {len(samples)} samples has a gold answer: there is no accuracy to compute.")
     tokens = sum(map(len, answers))
-    return {"accuracy": correct / len(samples), "samples": len(samples), "mean_length": tokens / len(samples)}
+    return {"accuracy": sum(right) / len(right), "samples": len(right), "mean_length": tokens / len(samples)}

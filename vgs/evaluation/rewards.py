@@ -16,7 +16,7 @@ from typing import Any
 from trl.import_utils import is_math_verify_available
 from trl.rewards import accuracy_reward
 
-from ..data.answers import answers_match, choice_letter, final_answer, last_boxed
+from ..data.answers import alternatives, answers_match, choice_letter, final_answer, last_boxed
 from ..errors import ConfigError
 
 Reward = Callable[..., list[float | None]]
@@ -63,8 +63,8 @@ def choice(
     """1 where the response's final answer has the gold choice's letter, else 0; None where the gold is no choice."""
     rewards: list[float | None] = []
     for text, gold in zip(completions, _gold("choice", completions, answer, solution), strict=True):
-        letter = None if gold is None else choice_letter(gold)
-        rewards.append(None if letter is None else float(choice_letter(response_text(text)) == letter))
+        letters = {letter for answer in alternatives(gold) if (letter := choice_letter(answer)) is not None}
+        rewards.append(float(choice_letter(response_text(text)) in letters) if letters else None)
     return rewards
 
 
@@ -105,9 +105,13 @@ def math_verify(
         ImportError: math-verify is not installed.
     """
     gold = _gold("math_verify", completions, answer, solution)
-    boxed = [_boxed(response_text(completion)) for completion in completions]
-    messages = [[{"role": "assistant", "content": text}] for text in boxed]
-    return accuracy_reward(messages, ["" if text is None else _boxed(text) for text in gold])
+    rewards: list[float | None] = []
+    for completion, answers in zip(completions, gold, strict=True):
+        boxed = [{"role": "assistant", "content": _boxed(response_text(completion))}]
+        right = [_boxed(answer) for answer in alternatives(answers)]
+        found = [x for x in accuracy_reward([boxed] * len(right), right) if x is not None] if right else []
+        rewards.append(max(found, default=None))
+    return rewards
 
 
 def _boxed(text: str) -> str:
