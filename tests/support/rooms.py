@@ -1,6 +1,6 @@
 """The rooms of this project, which of them uses which, and the picture of it.
 
-A room is a folder of ``vgs``, a file or two beside the folders, or ``vgs_kernels`` as a whole. The rooms are in layers, and
+A room is a folder of ``vgs``, a file or two beside the folders, or ``vgs_kernels`` as a whole. The rooms are in layers:
 a module may import from its own room and from rooms further down, nowhere else.
 
 ``python tests/support/rooms.py`` draws docs/rooms.png again and writes the graph that it shows into it.
