@@ -70,7 +70,7 @@ def failed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     ("overrides", "message"),
     [
         (["{}.path", "none.jsonl"], "data path 'none.jsonl' does not exist"),
-        (["{}.path", "nothing"], "of one format out of .parquet, .jsonl, .json; found none"),
+        (["{}.path", "nothing"], "; found none."),
         (["{}.path", "empty.jsonl"], "empty.jsonl has no rows"),
         (["{}.path", "blank.jsonl"], "data path 'blank.jsonl' cannot be read"),
         (["{}.path", "broken.jsonl"], "data path 'broken.jsonl' cannot be read: JSON parse error"),
@@ -196,7 +196,7 @@ def test_what_is_logged(
         file.write(json.dumps({"question": "red ? " * 9, "answer": "a", "images": "0.png", "hint": "x"}) + "\n")
     arguments = ["eval", str(config), "--data.eval.path", "long.jsonl", "--max_prompt_length", "15"]
     assert cli.main(arguments) == 0
-    message = "vgs.data.lengths: WARNING: 1 of 2 prompts are longer than 15 tokens: dropped"
+    message = "vgs.data.lengths: WARNING: 1 of 2 prompts are longer than 15 tokens: dropped (rows 1)"
     assert capsys.readouterr().err.splitlines().count(message) == 1
     assert logging.getLogger("vgs").handlers == []
     for level, shown in (("error", False), ("debug", True)):
