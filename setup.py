@@ -10,8 +10,7 @@ DEMO = ["scikit-learn", "scipy", "matplotlib"]
 MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
 TRAIN = [
     "transformers>=5.17",
-    "torchvision>=0.26",  # the image processors of real families
-    "trl>=1.14,<2",  # the trainer overrides private hooks of DistillationTrainer
+    "trl>=1.16,<1.17",  # the trainer overrides private hooks of DistillationTrainer
     "accelerate>=1.15",
     "datasets>=4.0",
     "liger-kernel>=0.8",
