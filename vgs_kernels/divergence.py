@@ -43,6 +43,9 @@ class Divergence:
             absolute log-ratio, which then keeps its gradient.
         temperature: T, > 0, divides the student's logits and the composed ones.
         temperature_squared: whether values and gradients are multiplied with T^2.
+
+    Raises:
+        ValueError, TypeError: a setting of the wrong type, or outside its range; the message names it.
     """
 
     divergence: str = "reverse_kl"

@@ -40,7 +40,13 @@ class DivergenceOutput:
 class TargetRow(NamedTuple):
     """One addend of a composed target: coefficient * (softcap(logit_scale * (hidden @ weight^T + bias))).
 
-    ``coefficient`` is a number, or [N], one for each token, without gradient.
+    Attributes:
+        coefficient: a number, or [N], one for each token; without gradient.
+        hidden: [N, D] hidden states.
+        weight: [V, D] of the output head.
+        bias: [V] of the output head, or None.
+        logit_scale: factor on the logits.
+        softcap: logits are softcap * tanh(logits / softcap), > 0; None: as they are.
     """
 
     coefficient: float | Tensor

@@ -2,7 +2,7 @@
 
 import itertools
 
-from covering import covering, pairwise
+from covering import covering, on_backends, pairwise
 
 
 def pairs(cases):
@@ -23,3 +23,10 @@ def test_the_rest_is_slow():
     quick = [param.values for param in params if not param.marks]
     assert pairs(quick) == pairs([param.values for param in params])
     assert len(quick) <= 10 and params[0].id == "a-1-True"
+
+
+def test_only_the_slow_backend_is_thinned_out():
+    quick = [x.values for x in on_backends(x="abc", y=(1, 2, 3), z=(True, False)).args[1] if not x.marks]
+    apart = {name: [values[1:] for values in quick if values[0] == name] for name in ("torch", "triton")}
+    assert len(apart["torch"]) == 18 and 9 <= len(apart["triton"]) <= 10
+    assert pairs(apart["torch"]) == pairs(apart["triton"])

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from covering import pairwise
-from loss_checks import GAPS, SHAPES, strided
+from covering import on_backends
+from loss_checks import GAPS, SIZES, strided
 from oracle import vgs_oracle
 from problems import (
     TRAINABLE,
@@ -26,16 +26,16 @@ OBJECTIVES = [
 ]
 
 
-@pairwise(shape=SHAPES, objective=OBJECTIVES, gap=GAPS)
-def test_float32_gradients(shape, objective, gap):
-    backend, tokens, vocab = shape
+@on_backends(size=SIZES, objective=OBJECTIVES, gap=GAPS)
+def test_float32_gradients(backend, size, objective, gap):
+    tokens, vocab = size[backend]
     problem = make_problem(tokens, vocab, gap=gap, bias=True)
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, objective=objective)
     ours = evaluate(fused_linear_vgs_loss, problem, objective=objective, backend=backend)
     assert_gradients_close(ours, exact, rtol=float32_bars(problem, exact, vgs_oracle, objective=objective))
 
 
-@pairwise(backend=["torch", "triton"], hidden=[True, False], head=[True, False], objective=OBJECTIVES)
+@on_backends(hidden=[True, False], head=[True, False], objective=OBJECTIVES)
 def test_gradients_only_where_required(backend, hidden, head, objective):
     problem = make_problem(5, 57, bias=True)
     required = list(TRAINABLE[:2]) * hidden + list(TRAINABLE[2:]) * head

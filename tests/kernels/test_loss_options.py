@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from covering import pairwise
+from covering import on_backends
 from loss_checks import compare, weights
 from oracle import vgs_oracle
 from problems import (
@@ -210,7 +210,7 @@ def padded(problem: Problem, student_rows: int, teacher_rows: int, fill: float) 
     )
 
 
-@pairwise(backend=["torch", "triton"], extra=[(6, 11), (0, 5), (5, 0)], fill=[0.0, 3.0, math.nan])
+@on_backends(extra=[(6, 11), (0, 5), (5, 0)], fill=[0.0, 3.0, math.nan])
 def test_padded_vocabulary(backend, extra, fill):
     """Rows beyond ``vocab_size`` are never looked at, whatever they hold, and receive a zero gradient."""
     problem = make_problem(5, 57, bias=True)
@@ -240,8 +240,7 @@ def with_bias(problem: Problem, value: float, *names: str) -> Problem:
     return replace(problem, **changed)
 
 
-@pairwise(
-    backend=["torch", "triton"],
+@on_backends(
     columns=["both", "student only", "teacher only, student underflows"],
     workspace_bytes=[2**30, 2**11],
     live=[False, True],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_checks import GAPS, SHAPES
+from covering import on_backends
+from loss_checks import GAPS, SIZES
 from oracle import vgs_oracle
 from problems import (
     DEVICE,
@@ -19,10 +20,9 @@ from problems import (
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss, vgs_loss
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_float32_values(shape, gap):
-    backend, tokens, vocab = shape
+@on_backends(size=SIZES, gap=GAPS)
+def test_float32_values(backend, size, gap):
+    tokens, vocab = size[backend]
     problem = make_problem(tokens, vocab, gap=gap, bias=True)
     options = {"objective": VGSObjective(), "target_ids": problem.target_ids}
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, requires_grad=(), **options)

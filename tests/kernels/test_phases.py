@@ -1,8 +1,9 @@
 """Where the language term is formed: with the other terms or in a phase of its own, in place or in gradient blocks."""
 
+from itertools import product
+
 import pytest
 import torch
-from covering import pairwise
 from oracle import vgs_oracle
 from problems import TRAINABLE, assert_gradients_close, evaluate, float32_bars, make_problem
 
@@ -34,7 +35,8 @@ WORKSPACES = {"large": 2**30, "small": 2**19, "cut": 2**11}
 TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINABLE[1:2], "head alone": TRAINABLE[2:3]}
 
 
-@pairwise(gate=GATES, trained=TRAINED, prior=["detached", "live"])
+@pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(("gate", "trained"), product(GATES, TRAINED))
 def test_gradients_however_the_gate_is_known(gate, prior, trained):
     assert_exact_gradients("torch", gate, prior, trained)
 
@@ -87,7 +89,8 @@ def blocks_of_16_bits(monkeypatch):
         monkeypatch.setattr(module, "gradient_dtype", lambda hidden: hidden.dtype)
 
 
-@pairwise(gate=GATES, workspace=WORKSPACES, prior=["detached", "live"])
+@pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(("gate", "workspace"), product(GATES, WORKSPACES))
 def test_gradient_blocks_of_16_bits(blocks_of_16_bits, gate, prior, workspace):
     assert_gradients_of_16_bits("torch", gate, prior, workspace)
 

@@ -33,6 +33,23 @@ def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
 
     A value may be a ``pytest.param`` with an id.
     """
+    return pytest.mark.parametrize(tuple(factors), _params(factors))
+
+
+def on_backends(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """``parametrize`` with ``backend`` and the product of all factors.
+
+    On the PyTorch rows all of it is run; on Triton's, whose interpreter is slow, what ``pairwise`` takes.
+    """
+    params = [
+        pytest.param(backend, *x.values, id=f"{backend}-{x.id}", marks=x.marks if backend == "triton" else ())
+        for backend in ("torch", "triton")
+        for x in _params(factors)
+    ]
+    return pytest.mark.parametrize(("backend", *factors), params, indirect=["backend"])
+
+
+def _params(factors: Mapping[str, Sequence[Any]]) -> list[Any]:
     values = {
         name: [x if hasattr(x, "marks") else pytest.param(x) for x in choices] for name, choices in factors.items()
     }
@@ -41,11 +58,7 @@ def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
     params = []
     for case in cases:
         picked = [choices[i] for choices, i in zip(values.values(), case, strict=True)]
-        ids = [x.id or _name(x.values[0]) for x in picked]
-        marks = [mark for x in picked for mark in x.marks] + ([] if case in chosen else [pytest.mark.slow])
-        params.append(pytest.param(*(x.values[0] for x in picked), id="-".join(ids), marks=marks))
-    return pytest.mark.parametrize(tuple(values), params)
-
-
-def _name(value: Any) -> str:
-    return str(value).removeprefix("torch.")
+        name = "-".join(x.id or str(x.values[0]).removeprefix("torch.") for x in picked)
+        marks = () if case in chosen else pytest.mark.slow
+        params.append(pytest.param(*(x.values[0] for x in picked), id=name, marks=marks))
+    return params

@@ -7,26 +7,35 @@ small launch. Here they are replaced once a launch. Nothing else changes, so num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+try:
+    from triton.runtime import interpreter
+except ImportError:  # no Triton on this platform
+    interpreter = None
 
-def patch_once_a_launch() -> Callable[[], None]:
-    """Speed the interpreter up; returns what undoes it. Does nothing where Triton has no such hooks."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return lambda: None
-    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor")):
-        return lambda: None
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+#: Where Triton has these private hooks; elsewhere its interpreter stays as it is.
+_HAS_HOOKS = hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor")
+_ORIGINAL = (interpreter._patch_lang, interpreter.GridExecutor.__call__) if _HAS_HOOKS else None
+
+
+def _set(patch: Any, launch: Any) -> None:
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
+
+
+def patch_once_a_launch() -> None:
+    """Speed the interpreter up, in this process."""
+    if not _HAS_HOOKS:
+        return
+    patch, launch = _ORIGINAL
     patched: set[int] = set()  # modules whose functions this launch has called, by the address of their globals
 
     def patch_once(function: Any) -> Any:
         module = id(function.__globals__)
         if module in patched:
-            return None  # a call inside of a kernel does not look at it
+            return None  # only a launch itself looks at it
         patched.add(module)
         return patch(function)
 
@@ -37,18 +46,18 @@ def patch_once_a_launch() -> Callable[[], None]:
         finally:
             patched.clear()
 
-    def undo() -> None:
-        interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call
-    return undo
+    _set(patch_once, call)
 
 
 @contextmanager
-def original_interpreter(undo: Callable[[], None]) -> Iterator[None]:
+def original_interpreter() -> Iterator[None]:
     """Triton's own interpreter for a while."""
-    undo()
+    if not _HAS_HOOKS:
+        yield
+        return
+    quick = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    _set(*_ORIGINAL)
     try:
         yield
     finally:
-        patch_once_a_launch()
+        _set(*quick)

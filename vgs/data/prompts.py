@@ -199,8 +199,14 @@ def _check_responses(responses: Sequence[Any], forbidden: Sequence[int]) -> None
 def anchor_group(
     processor: Any, forbidden: Sequence[int], device: torch.device | str = "cpu", **template_options: Any
 ) -> PromptGroup:
-    """A prompt with a small image and one token to it, see ``vgs.models.forward.score_with_anchor``; as
-    ``encode_groups``."""
+    """A prompt with a small image and one token to it, for ``vgs.models.forward.score_with_anchor``.
+
+    Args:
+        processor, forbidden, device, template_options: as of ``encode_groups``.
+
+    Raises:
+        ValueError: a chat template that puts an image placeholder into a text-only prompt.
+    """
     side = (ANCHOR_SIDE, ANCHOR_SIDE)
     sample = {"prompt": [{"role": "user", "content": "."}], "images": [Image.new("RGB", side)]}
     response = [[processor.tokenizer.eos_token_id]]

@@ -272,6 +272,9 @@ def _say_answers(source: DataSource, column: str, answers: Iterable[Any]) -> Non
 def load_samples(source: DataSource) -> Samples:
     """Open a dataset.
 
+    Args:
+        source: where it is, and what its columns are called.
+
     Raises:
         DataNotFound (a ConfigError and a FileNotFoundError): a local path that does not exist.
         ConfigError: files of no or several formats, a missing split or column (the message lists those that exist), or

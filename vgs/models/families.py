@@ -81,7 +81,11 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
 
 
 def placeholder_ids(config: Any) -> list[int]:
-    """Ids of the image, video and vision start/end tokens that a model's config declares, sorted."""
+    """Ids of the image, video and vision start/end tokens that a model's config declares, sorted.
+
+    Args:
+        config: of the model.
+    """
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 

@@ -148,6 +148,9 @@ def score_with_anchor(
     Returns:
         Hidden states of ``groups`` alone, [N, D] each, and a zero that carries gradient to all that the anchor ran
         through, to be added to the loss; None where no anchor was needed.
+
+    Raises:
+        ValueError, TypeError: as ``score_groups``.
     """
     count = sum(response_lengths(groups))
     joined = anchor is not None and not any(group.has_images for group in groups)

@@ -69,7 +69,11 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def whole_heads(*models: nn.Module) -> AbstractContextManager[Any]:
-    """The output heads of unwrapped models are whole inside, for ``read_head`` and the loss, where ZeRO-3 cuts them."""
+    """The output heads of unwrapped models are whole inside, for ``read_head`` and the loss, where ZeRO-3 cuts them.
+
+    Args:
+        models: unwrapped (possibly PEFT) models.
+    """
     return gathered([parameter for model in models for parameter in head_parameters(model)])
 
 

@@ -14,7 +14,11 @@ HELD = ("module", "_fsdp_wrapped_module", "_orig_mod")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model that its wrappers hold, however many; a model without wrappers (FSDP2 is none) is returned as it is."""
+    """The model that its wrappers hold, however many; a model without wrappers (FSDP2 is none) is returned as it is.
+
+    Args:
+        model: as a training loop holds it.
+    """
     while held := [model._modules[name] for name in HELD if name in model._modules]:
         model = held[0]
     return model

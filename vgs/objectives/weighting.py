@@ -24,7 +24,7 @@ def token_weights(
         lengths: of the responses, in tokens; may be 0.
         reduction: ``"trajectory"``: mean over the tokens of each response, then over responses that have tokens (arXiv
             2606.00564); ``"token"``: mean over all tokens.
-        num_items: how many responses or tokens the mean is over; None: those of ``lengths``.
+        num_items: how many responses or tokens the mean is over, a number or 0-d; None: those of ``lengths``.
         device: of the weights.
 
     Raises:

@@ -51,9 +51,13 @@ class VGSGRPOConfig(VGSOptions, GRPOConfig):
 
     Args:
         alpha: weight of the distillation, in [0, 1]. 0 is GRPO and needs no teacher, 1 is distillation.
+        eta: 1, for alpha alone scales the distillation.
         rewards: names in ``vgs.evaluation.rewards``, weighted by ``reward_weights``; None is ``["exact_match"]``.
         eval_greedy: decode greedily during evaluation, one response to each prompt.
         teacher_model_init_kwargs: of ``from_pretrained``, for a teacher that is given by its id.
+
+    Raises:
+        ConfigError: as ``VGSConfig``, or a setting of TRL's that the fused loss cannot honour.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]

@@ -49,6 +49,9 @@ class SelfDistillationConfig(VGSConfig):
         privileged_mode: ``"add"`` shows the teacher the privileged images after the sample's own, ``"replace"`` in
             their place.
         privileged_control: ``"noise"`` replaces the privileged images by Gaussian noise of the same sizes.
+        learning_rate: the greatest learning rate.
+        lr_scheduler_type: how it falls, as in transformers.
+        warmup_steps: over which it rises; below 1 a share of all steps.
 
     Raises:
         ConfigError: a preset without privileged view, an unknown teacher, mode or control, or an ``ema_decay`` outside

@@ -248,6 +248,9 @@ class VGSConfig(VGSOptions, DistillationConfig):
         eval_greedy: decode greedily during evaluation.
         num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
             gradient_accumulation_steps`` counts responses and must be a multiple of it.
+
+    Raises:
+        ConfigError: an unknown name, a number outside its range, or settings that exclude each other.
     """
 
     beta: float | None = field(default=None, metadata={"help": "Of the preset gkd: 0 forward KL, 1 reverse KL."})
