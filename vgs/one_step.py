@@ -67,7 +67,8 @@ def vgs_step(
         objective: ``VGSObjective(gamma, lam, eta, ...)``; or a preset, or its name, with images and text alone.
         reduction: ``"trajectory"``: mean over the tokens of each response, then over responses (the paper's);
             ``"token"``: over all tokens. None: as the preset says, else the paper's.
-        num_items: what the sum is divided by; None: the responses with tokens (with "token": the tokens) of this call.
+        num_items: a number or 0-d, what the sum is divided by; None: the responses with tokens (with "token": the
+            tokens) of this call.
         return_terms: whether all per-token terms are wanted, also those that the loss alone does not need.
         share_prefix, kernel: of the packed forward, see ``vgs.models.forward.score_groups``.
         vocab_size, workspace_bytes, backend: of the fused loss, see ``vgs_kernels.fused_linear_vgs_loss``.
