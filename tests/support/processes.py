@@ -36,10 +36,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trainers import PLAIN_SGD, ScriptedTrainer, pair_loss
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl.models.utils import _ForwardRedirection
 
 from vgs import VGSConfig
 from vgs.models.groups import response_lengths
+from vgs.models.wrappers import run_inside
 
 HANG = 120  # seconds that a case may take until all stacks are printed and the worker ends
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -316,7 +316,7 @@ def sharded_gradients() -> dict[str, torch.Tensor]:
     """Gradients of the loss through a student sharded by FSDP2, gathered."""
     student = tiny_model(0, tie=False)
     fully_shard(student, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    loss = _ForwardRedirection()(student, student, pair_loss, student)
+    loss, _ = run_inside(student, lambda: (pair_loss(student), None))
     loss.backward()
     return {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
 
