@@ -43,6 +43,9 @@ class Divergence:
             absolute log-ratio, which then keeps its gradient.
         temperature: T, > 0, divides the student's logits and the composed ones.
         temperature_squared: whether values and gradients are multiplied with T^2.
+
+    Raises:
+        ValueError, TypeError: naming the setting, what came and what was expected.
     """
 
     divergence: str = "reverse_kl"

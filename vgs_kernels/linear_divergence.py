@@ -40,7 +40,13 @@ class DivergenceOutput:
 class TargetRow(NamedTuple):
     """One addend of a composed target: coefficient * (softcap(logit_scale * (hidden @ weight^T + bias))).
 
-    ``coefficient`` is a number, or [N], one for each token, without gradient.
+    Attributes:
+        coefficient: a number, or [N], one for each token, without gradient.
+        hidden: [N, Dk] hidden states of the row's model.
+        weight: [V, Dk] its head.
+        bias: [V], or None.
+        logit_scale: factor on the logits, > 0.
+        softcap: c in c * tanh(logits / c), > 0; None leaves them as they are.
     """
 
     coefficient: float | Tensor
