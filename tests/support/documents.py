@@ -205,8 +205,8 @@ def known_settings() -> set[str]:
     for settings in (DataSource, Divergence, *(load()[0] for load in TRAINERS.values())):
         keys |= {field.name for field in dataclasses.fields(settings)}
     for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
-        config = yaml.safe_load(path.read_text())
-        keys |= {*config, *config.get("fsdp_config", {}), *config.get("deepspeed_config", {})}
+        launch = yaml.safe_load(path.read_text())
+        keys |= {*launch, *launch.get("fsdp_config", {}), *launch.get("deepspeed_config", {})}
     return keys
 
 
