@@ -255,7 +255,9 @@ def test_a_patched_model_forward_is_not_used(student, groups) -> None:
     ],
 )
 def test_logit_scale(fields: dict, expected: float) -> None:
-    assert logit_scale(types.SimpleNamespace(**fields)) == expected
+    config = types.SimpleNamespace(**fields)
+    assert logit_scale(config, lambda name: True) == expected
+    assert logit_scale(config, lambda name: False) == 1.0
 
 
 def test_head_keeps_scale_and_softcap() -> None:
