@@ -49,7 +49,7 @@ def is_verified(model: nn.Module) -> bool:
     rope = _rope_types(getattr(text, "rope_parameters", None))
     if getattr(text, "use_bidirectional_attention", None) or not rope or rope - FIXED_ROPE:
         return False
-    return config.model_type in VERIFIED and text.model_type in VERIFIED_TEXT
+    return config.model_type in VERIFIED | VERIFIED_TEXT and text.model_type in VERIFIED_TEXT
 
 
 def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, Tensor]) -> Tensor:
