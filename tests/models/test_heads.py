@@ -167,7 +167,7 @@ TEXT_MODELS = {
     "cohere2": (transformers.Cohere2Config, {"logit_scale": 0.25}, (0.25, None)),
     "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}, (0.125, None)),
     "gemma2": (transformers.Gemma2Config, {"final_logit_softcapping": 3.0}, (1.0, 3.0)),
-    "falcon_h1": (transformers.FalconH1Config, {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32}, (0.5, None)),
+    "falcon_h1": (transformers.FalconH1Config, {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2}, (0.5, None)),
 }
 
 
@@ -191,19 +191,23 @@ def test_a_wrapper_has_the_head_that_its_own_forward_applies(family: str, checkp
     torch.testing.assert_close(head.logits(final_states(model, input_ids=IDS)), model(input_ids=IDS).logits)
 
 
+class Wrapper(transformers.Qwen3VLForConditionalGeneration):
+    """Has no body without a head, as Llama 4's wrapper."""
+
+    base_model_prefix = "none"
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
 @torch.no_grad()
 def test_states_of_a_body_that_holds_its_head() -> None:
-    """Llama 4's wrapper has no body without a head."""
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pixels = {"image_size": 32, "patch_size": 8, "vision_output_dim": 32, "projector_input_dim": 32}
-    config = transformers.Llama4Config(
-        text_config={**TEXT, "intermediate_size_mlp": 32, "num_local_experts": 2},
-        vision_config={**vision, **pixels, "projector_output_dim": 32},
-    )
-    model = transformers.Llama4ForConditionalGeneration(config).eval()
-    states = final_states(model, input_ids=IDS)
-    assert states.shape == (1, IDS.shape[1], 32)
-    torch.testing.assert_close(read_head(model, torch.float32).logits(states), model(input_ids=IDS).logits)
+    model = tiny_model(0)
+    expected = final_states(model, input_ids=IDS)
+    model.__class__ = Wrapper
+    assert model.base_model is model
+    assert torch.equal(final_states(model, input_ids=IDS), expected)
+    torch.testing.assert_close(read_head(model, torch.float32).logits(expected), model(input_ids=IDS).logits)
 
 
 def test_quantised_head() -> None:
