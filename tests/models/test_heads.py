@@ -167,7 +167,11 @@ TEXT_MODELS = {
     "cohere2": (transformers.Cohere2Config, {"logit_scale": 0.25}, (0.25, None)),
     "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}, (0.125, None)),
     "gemma2": (transformers.Gemma2Config, {"final_logit_softcapping": 3.0}, (1.0, 3.0)),
-    "falcon_h1": (transformers.FalconH1Config, {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2}, (0.5, None)),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2},
+        (0.5, None),
+    ),
 }
 
 

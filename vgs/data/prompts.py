@@ -269,13 +269,14 @@ def text_only_prompts(
 
 
 def encode_prompts(
-    processor: Any, samples: Sequence[Mapping[str, Any]], **template_options: Any
+    processor: Any, samples: Sequence[Mapping[str, Any]], *, first: int = 0, **template_options: Any
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prompts with their images as one batch, for ``generate``.
 
     Args:
         processor, template_options: as in ``encode_prompt``.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
+        first: the number of the first sample, for errors.
 
     Returns:
         ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
@@ -284,7 +285,7 @@ def encode_prompts(
         ConfigError: a sample that cannot be encoded; its number is named.
     """
     groups = []
-    for index, given in enumerate(samples):
+    for index, given in enumerate(samples, start=first):
         with _named(index):
             sample = shared_format(given)
             _check_texts(sample["prompt"], placeholder_texts(processor, ()))

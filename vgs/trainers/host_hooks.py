@@ -9,6 +9,7 @@ a method is not as recorded.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,9 +26,10 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..errors import ConfigError
+from ..evaluation.sampling import own_generation_config
 from .collapse_watch import SteeringState
 from .resume import ExactResume
-from .rollouts import Questions, greedy_decoding, own_generation_config
+from .rollouts import Questions, greedy_decoding
 
 __all__ = ["HostHooks", "check_signatures", "create_model_from_path", "prepare_deepspeed", "repeat_prompts"]
 
@@ -170,6 +172,7 @@ class HostHooks:
 
     extra_columns: tuple[str, ...] = ()
     _questions: Questions | None = None  # while the host samples
+    _evaluated: str = "eval"  # the prefix of the set at hand
 
     def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **arguments: Any) -> None:
         classes = type(self).__mro__
@@ -187,6 +190,24 @@ class HostHooks:
     def open_metrics(self) -> dict[str, list[float]]:
         """name -> values since the last log, of training or of evaluation; the host logs their means."""
         return self._metrics["train" if self.model.training else "eval"]
+
+    # ---- the log
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The host's; with several sets each has metrics of its own, such as ``eval_NAME_accuracy``."""
+        self._evaluated = metric_key_prefix
+        try:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluated = "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's, which names all metrics of evaluation ``eval_...``, whichever set they belong to."""
+        if not self.model.training and self._evaluated != "eval":
+            values = {name: [x for x in found if not math.isnan(x)] for name, found in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            logs |= {f"{self._evaluated}_{name}": sum(x) / len(x) if x else None for name, x in values.items()}
+        super().log(logs, start_time)
 
     # ---- the rollout
 

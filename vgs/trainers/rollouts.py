@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
 
 from ..data.prompts import encode_groups, fill_images, prompt_images, shared_format
 from ..data.responses import response_texts
@@ -91,25 +90,6 @@ def expand_images_once(engine: Any, image_token_id: int) -> None:
         return result
 
     engine.generate = generate
-
-
-@contextmanager
-def own_generation_config(model: nn.Module) -> Iterator[None]:
-    """Inside, a checkpoint's generation settings (``repetition_penalty``, ...) do not fill in what a call leaves open.
-
-    Args:
-        model: an unwrapped (possibly PEFT) model; its end tokens stay in force.
-    """
-    inner = getattr(getattr(model, "base_model", None), "model", None)
-    holders = [x for x in (model, inner) if isinstance(getattr(x, "generation_config", None), GenerationConfig)]
-    before = [holder.generation_config for holder in holders]
-    for holder, config in zip(holders, before, strict=True):
-        holder.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
-    try:
-        yield
-    finally:
-        for holder, config in zip(holders, before, strict=True):
-            holder.generation_config = config
 
 
 @dataclass(frozen=True)
