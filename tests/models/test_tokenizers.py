@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import transformers
 from tiny import SPECIAL, WORDS, save_tiny_checkpoint, tiny_model, tiny_processor, tiny_tokenizer, trainer_options
 
 from vgs.cli import main as cli
@@ -57,14 +56,15 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer({"path": str(tmp_path / "weights")}) is None
 
 
-def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
+def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").unlink()
     save_tiny_checkpoint(tmp_path / "teacher")
     longer = tiny_tokenizer()
     longer.add_tokens(["<reason>"])
     longer.save_pretrained(tmp_path / "teacher")
     config = {
-        "student": {"path": "no weights here"},
+        "student": {"path": str(tmp_path / "student")},
         "teacher": {"path": str(tmp_path / "teacher")},
         "data": {"train": {"path": "no data here"}},
         "training": trainer_options(tmp_path / "run"),

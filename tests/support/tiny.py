@@ -120,9 +120,14 @@ def tiny_samples(count: int = 8) -> list[dict]:
 
 
 def save_tiny_checkpoint(path: Path, **model_options) -> Path:
-    """Saves a tiny model and its tokenizer and image processor, as ``from_pretrained`` reads them."""
+    """Saves a tiny model and the real processor of its family over the tiny words, as the Auto classes read them."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    area = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
+    images, videos = Qwen2VLImageProcessor(**sizes, size=area), Qwen3VLVideoProcessor(**sizes, size=area)
     tiny_model(**model_options).save_pretrained(path)
-    tiny_processor().save_pretrained(path)
+    Qwen3VLProcessor(images, tiny_tokenizer(), videos, chat_template=CHAT_TEMPLATE).save_pretrained(path)
     return path
 
 

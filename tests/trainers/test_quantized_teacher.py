@@ -8,11 +8,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-import transformers
 import yaml
 from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny_checkpoint, tiny_image, tiny_processor, trainer_options
+from tiny import save_tiny_checkpoint, tiny_image, trainer_options
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vgs.cli import main as cli
@@ -64,8 +63,7 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
+def config(tmp_path: Path) -> Path:
     buffer = io.BytesIO()
     tiny_image(0).save(buffer, format="PNG")
     rows = [{"problem": f"<image>{word} ?", "answer": "a", "image": buffer.getvalue()} for word in ("red", "blue")]

@@ -175,6 +175,21 @@ def test_samples_without_answers_do_not_count(tmp_path: Path) -> None:
     assert "accuracy" not in trainer._metrics["train"]
 
 
+def test_long_prompts_stay_in_an_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Answered and scored, also where no pass of training could hold them."""
+    samples = tiny_samples(3)
+    samples[1]["prompt"] = [{"role": "user", "content": "what is the answer : " * 20}]
+    samples[1]["answer"] = "long"
+    options = {"max_prompt_length": 30, "max_tokens_per_pass": 80, "max_steps": 1}
+    trainer = make_trainer(tmp_path, scorer=lambda text, gold: gold == "long", **options)
+    metrics = trainer.evaluate(samples)
+    assert metrics["eval_accuracy"] == pytest.approx(1 / 3)
+    assert "1 prompts of an evaluation batch are longer than 30 tokens: answered all the same" in caplog.text
+    trainer.train_dataset = samples
+    with pytest.raises(ValueError, match="more than max_prompt_length=30"):
+        rollout(trainer)
+
+
 def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_prompt_length=20)
     with pytest.raises(ValueError, match="more than max_prompt_length=20"):

@@ -109,6 +109,8 @@ VISION_TOWERS = ("visual", "vision_tower", "vision_model")
 def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) -> None:
     """Take a student's vision tower or input embeddings (and with them a tied output head) out of training.
 
+    Input embeddings are all tables of the text stack that are looked up by token: Gemma 4 has one for all layers, too.
+
     Raises:
         ValueError: no vision tower is found under a known name.
     """
@@ -119,4 +121,9 @@ def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) 
         for tower in towers:
             tower.requires_grad_(False)
     if embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+        table = model.get_input_embeddings()
+        table.requires_grad_(False)
+        size = getattr(table, "num_embeddings", None) or len(table.weight)
+        for module in backbone(model).modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings >= size:
+                module.requires_grad_(False)

@@ -28,7 +28,12 @@ def select_responses(groups: Sequence[PromptGroup], chosen: Sequence[int]) -> li
 
 
 def plan_passes(
-    groups: Sequence[PromptGroup], max_tokens: int | None, *, text: bool = True, share_prefix: bool = True
+    groups: Sequence[PromptGroup],
+    max_tokens: int | None,
+    *,
+    text: bool = True,
+    share_prefix: bool = True,
+    strict: bool = True,
 ) -> list[list[int]]:
     """Bin packing by length: first fit, longest first. Responses to one prompt stay together where they fit.
 
@@ -37,12 +42,13 @@ def plan_passes(
         max_tokens: tokens of one pass, prompts and both views included; None puts everything into one pass.
         text: whether the text-only view runs too.
         share_prefix: whether responses in one pass share their prompt.
+        strict: with False a response that is longer than ``max_tokens`` has a pass of its own.
 
     Returns:
         For every pass the sorted numbers of its responses, counted over all groups.
 
     Raises:
-        ConfigError: one response with its prompt is longer than ``max_tokens``.
+        ConfigError: one response with its prompt is longer than ``max_tokens``, and ``strict``.
     """
     if max_tokens is None:
         count = sum(len(group.responses) for group in groups)
@@ -52,7 +58,7 @@ def plan_passes(
         part: list[int] = []
         for index in range(len(numbers)):
             alone = group.select([index]).tokens(text)
-            if alone > max_tokens:
+            if strict and alone > max_tokens:
                 raise ConfigError(
                     f"A response of {len(group.responses[index])} tokens needs {alone} tokens with its prompt"
                     f"{' in both views' if text else ''}, more than max_tokens_per_pass={max_tokens}. Raise the "

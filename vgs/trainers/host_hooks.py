@@ -194,12 +194,19 @@ class HostHooks:
     # ---- the log
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The host's; with several sets each has metrics of its own, such as ``eval_NAME_accuracy``."""
-        self._evaluated = metric_key_prefix
+        """The host's; with several sets each has metrics of its own, such as ``eval_NAME_accuracy``.
+
+        No sample is left out: prompts longer than ``max_prompt_length`` are answered too.
+
+        Args:
+            *args, **kwargs: as of the host.
+            metric_key_prefix: in front of every metric's name.
+        """
+        self._evaluated, self.step_scorer.strict = metric_key_prefix, False
         try:
             return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
-            self._evaluated = "eval"
+            self._evaluated, self.step_scorer.strict = "eval", True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The host's, which names all metrics of evaluation ``eval_...``, whichever set they belong to."""

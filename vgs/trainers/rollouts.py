@@ -3,6 +3,7 @@ batch as prompts with their responses, and which of these are right."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from ..models.image_fields import join_images
 from ..models.padding import token_fields
+
+logger = logging.getLogger(__name__)
 
 
 def forbid_tokens(trainer: Any, token_ids: Sequence[int]) -> None:
@@ -178,7 +181,7 @@ def encode_questions(trainer: Any, inputs: Sequence[dict[str, Any]], count: int)
         **options,
         **trainer.chat_template_kwargs,
     )
-    check_prompt_lengths([group.prompt_ids for group in groups], trainer.args.max_prompt_length)
+    check_prompt_lengths([group.prompt_ids for group in groups], trainer.args.max_prompt_length, trainer.model.training)
     return Questions(samples, groups, count)
 
 
@@ -200,18 +203,26 @@ def rollout(
     return output, questions.answered(output["completion_ids"], output["completion_mask"])
 
 
-def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
-    """Stop at a prompt that is too long.
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None, training: bool) -> None:
+    """Stop at a prompt that is too long. In evaluation it counts like any other, and a line says so.
 
     Args:
         prompts: token ids.
         limit: ``max_prompt_length``; None for any length.
+        training: False in evaluation.
 
     Raises:
-        ConfigError: such a prompt.
+        ConfigError: such a prompt in training.
     """
     longest = max(map(len, prompts))
-    if limit is not None and longest > limit:
+    if limit is None or longest <= limit:
+        return
+    if not training:
+        count = sum(len(prompt) > limit for prompt in prompts)
+        logger.warning(
+            "%d prompts of an evaluation batch are longer than %d tokens: answered all the same.", count, limit
+        )
+    else:
         raise ConfigError(
             f"A prompt has {longest} tokens, more than max_prompt_length={limit}. Filter the dataset "
             "(vgs.data.lengths.drop_long_prompts) or raise the limit; prompts are never truncated."

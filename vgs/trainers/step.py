@@ -42,6 +42,8 @@ class StepScorer:
         packs: whether both models' families run as packed rows.
         prior_head: the output head that the prior's rows go with, given the student; None where the prior is the
             student's own.
+        strict: whether a response that is longer than a pass may be is an error; in evaluation it has a pass of its
+            own, which without gradient takes less memory than one in training.
     """
 
     args: VGSOptions
@@ -50,6 +52,7 @@ class StepScorer:
     anchor: PromptGroup | None
     packs: bool
     prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
+    strict: bool = True
     _offload: Offload | None = None
 
     def __post_init__(self) -> None:
@@ -100,7 +103,7 @@ class StepScorer:
 
     def _plan(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
         shared = self.args.share_prefix and self.packs
-        return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared)
+        return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared, strict=self.strict)
 
     def _equal(self, passes: list[list[int]]) -> list[list[int]]:
         """As many passes on every rank, for what they do together. Those that are added are empty."""
