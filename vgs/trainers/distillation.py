@@ -37,6 +37,7 @@ from .prior import Prior
 from .rollouts import rollout, samples_of
 from .settings import VGSConfig
 from .step import StepScorer
+from .vocabulary import load_teacher, place_teacher
 
 
 class VGSTrainer(HostHooks, DistillationTrainer):
@@ -98,9 +99,10 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if teacher_model is None and "separate" in self.teachers:
             raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
         check_processor(processing_class)
+        teacher = None if teacher_model is None else load_teacher(teacher_model, args, args.world_size)
         super().__init__(
             model=model,
-            teacher_model=teacher_model,
+            teacher_model=None,  # whose check of vocabularies would refuse heads of different padding
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -116,8 +118,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
                 f"{type(self.train_dataset).__name__}."
             )
         self.scorer = scorer or answers_match
-        if teacher_model is None:
-            self.teacher_model = self.model  # it teaches itself
+        self.teacher_model = self.model if teacher is None else place_teacher(self, teacher)  # None teaches itself
         self.prior = None if args.prior == "live" else Prior(self, args.prior, args.prior_decay)
         prepare_models(self, self.teachers)
         self.step_scorer = self.make_scorer()
