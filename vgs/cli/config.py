@@ -13,8 +13,6 @@ from typing import Any
 
 from ..errors import ConfigError, config_errors
 from ..log import warn_once
-from ..objectives.definitions import SETTINGS
-from ..objectives.presets import find_preset
 from ..trainers.kinds import needs_teacher, preset_of, trainer_kind
 from .keys import DATA, SECTIONS, TOP, Key, all_keys, unknown_key
 from .typed import typed
@@ -152,6 +150,9 @@ def _part(part: str, section: Any) -> Any:
 
 def _check_effect(config: Mapping[str, Any], kind: str) -> None:
     """Stop at what would change nothing."""
+    from ..objectives.definitions import SETTINGS
+    from ..objectives.presets import find_preset
+
     digits = config.get("task") == "digits"
     for section in OF_DIGITS if digits else ("digits",):
         if section in config:

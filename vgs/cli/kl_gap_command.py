@@ -31,23 +31,22 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
 
     if trainer_kind(config) != "self":
         raise ConfigError("kl-gap needs an objective with privileged context: visual_opsd, opsd or vision_opd.")
-    model, processor, samples, _ = load_for_eval(config, options.model)
+    before = load_for_eval(config, options.model)
+    model, processor, samples, args = before.model, before.processor, before.samples, before.args
     check_columns(samples, "data.eval", "kl-gap", options.control)
     samples = [samples[i] for i in range(min(options.samples or len(samples), len(samples)))]
-    training = config.get("training", {})
-    template = training.get("chat_template_kwargs") or {}
-    sampling = {"max_new_tokens": training.get("max_completion_length", 512), **template}
+    sampling = {"max_new_tokens": args.max_completion_length, **before.template_options}
     knobs = {
-        "mode": training.get("privileged_mode", "add"),
+        "mode": args.privileged_mode,
         "control": options.control,
         "batch_size": options.batch_size,
-        "vocab_size": training.get("vocab_size"),
-        **template,
+        "vocab_size": args.vocab_size,
+        **before.template_options,
     }
     answers = on_policy(model, processor, samples, batch_size=options.batch_size, **sampling)
     result: dict[str, Any] = {"before": kl_gap(model, processor, samples, answers, **knobs)}
     if options.after is not None:
-        trained, *_ = load_for_eval(config, options.after)
+        trained = load_for_eval(config, options.after).model
         answers = on_policy(trained, processor, samples, batch_size=options.batch_size, **sampling)
         result["after"] = kl_gap(trained, processor, samples, answers, **knobs)
         result["after"]["to_before"] = kl_gap(trained, processor, samples, answers, teacher=model, **knobs)["gap"]

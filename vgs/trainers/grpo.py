@@ -22,7 +22,7 @@ from vgs_kernels import PolicyTerm, VGSObjective
 
 from ..data.answers import answers_match
 from ..errors import ConfigError
-from ..evaluation.rewards import Reward, named_rewards, needs_answers
+from ..evaluation.rewards import Reward, named_rewards, needs_answers, that_know_the_prompt
 from ..models.groups import response_lengths
 from ..objectives.weighting import token_weights
 from .batching import split_batch
@@ -125,6 +125,9 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
                 f"router_aux_loss_coef must be 0 for {type(self.model).__name__}, got {self.router_aux_loss_coef} (its "
                 "config's, unless set): the fused loss has no load-balancing term."
             )
+        self.reward_funcs = that_know_the_prompt(
+            self.reward_funcs, self.processing_class, **(args.chat_template_kwargs or {})
+        )
         # In GRPO alone the student is compared with itself and asked nothing.
         self.teacher_model = self.model
         if args.alpha > 0:

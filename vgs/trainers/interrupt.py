@@ -23,11 +23,15 @@ class StopOnSignal(TrainerCallback):
     All ranks stop after the same step, whichever of them is told: at the end of every step they ask each other, for a
     rank that saves alone would wait for the others for ever.
 
+    Args:
+        every: optimizer steps between places where a run can be resumed exactly; it stops at the next of them.
+
     Attributes:
         received: the signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -53,7 +57,7 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._anywhere(args.device):
+        if self._anywhere(args.device) and state.global_step % self.every == 0:
             control.should_save = True
             control.should_training_stop = True
 

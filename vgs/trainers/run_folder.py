@@ -88,6 +88,23 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def check_unused(self, wanted: bool = False) -> None:
+        """Stop at a folder that an earlier run has used, without touching it.
+
+        Args:
+            wanted: the folder is to be used all the same.
+
+        Raises:
+            ConfigError: it holds an earlier run, and that is not wanted.
+        """
+        left = traces(self.path)
+        if left and not wanted:
+            shown = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} holds an earlier run ({shown}); expected a new or empty folder. Go "
+                "on with that run by --resume, replace it by --overwrite, or name another folder."
+            )
+
     @contextmanager
     def claim(
         self,
@@ -118,12 +135,7 @@ class RunFolder:
             left = traces(self.path)
             if left and overwrite and not resume:
                 self._clear()
-            elif left and not resume:
-                shown = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
-                raise ConfigError(
-                    f"output_dir {str(self.path)!r} holds an earlier run ({shown}); expected a new or empty folder. Go "
-                    "on with that run by --resume, replace it by --overwrite, or name another folder."
-                )
+            self.check_unused(resume or overwrite)
             record = {"config": _plain(config), "data": _plain(data or {})}
             before = self._before() if left and resume else None
             if before is not None:
