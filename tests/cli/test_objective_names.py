@@ -198,7 +198,10 @@ def test_self_distillation_needs_no_teacher(config: Path) -> None:
         (["--objective", "['opd']"], "objective ['opd'] is not known; expected one of gkd, opd,"),
         (["--preset", "va_odp"], "training.preset 'va_odp' is not known; did you mean 'va_opd'?"),
         (["--objective", "vgs_adaptive", "--schedule", "constant"], "schedule must be 'adaptive' or left out for"),
-        (["--objective", "opd", "--beta", "0.5"], "training.beta has no effect with objective 'opd' (it belongs to 'gkd'"),
+        (
+            ["--objective", "opd", "--beta", "0.5"],
+            "training.beta has no effect with objective 'opd' (it belongs to 'gkd'",
+        ),
         (["--objective", "gkd", "--beta", "abc"], "training.beta must be a number, got 'abc'"),
         (["--objective", "gkd", "--divergence", "{beta: abc}"], "beta must be a number, got str"),
         (["--divergence", "abc"], "training.divergence must be a section of keys, got 'abc'"),

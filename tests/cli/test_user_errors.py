@@ -47,7 +47,9 @@ def config(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         "objective": "visual_opsd",
         "student": {"path": "student"},
         "data": {"train": data, "eval": data},
-        "training": trainer_options(tmp_path / "run", max_steps=1, max_completion_length=2, per_device_train_batch_size=1),
+        "training": trainer_options(
+            tmp_path / "run", max_steps=1, max_completion_length=2, per_device_train_batch_size=1
+        ),
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -76,7 +78,10 @@ def failed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
         (["{}.path", "broken.parquet"], "data path 'broken.parquet' cannot be read: Parquet file size is 1 bytes"),
         (["{}.question", "problem"], "has no column 'problem'; its columns are question, answer, images, hint"),
         (["{}.limit", "0"], "limit of 'good.jsonl' must be a whole number above 0, got 0"),
-        (["{}.path", "missing-image.jsonl", "--max_prompt_length", "99"], "missing-image.jsonl: 1 of 1 rows cannot be used (row 0: cannot read"),
+        (
+            ["{}.path", "missing-image.jsonl", "--max_prompt_length", "99"],
+            "missing-image.jsonl: 1 of 1 rows cannot be used (row 0: cannot read",
+        ),
     ],
 )
 def test_data_that_cannot_be_used(

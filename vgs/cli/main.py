@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("init", help="write a config for two models and a dataset", allow_abbrev=False)
     command.add_argument("--student", required=True, metavar="PATH", help="the model to train: a folder or a hub name")
-    command.add_argument("--teacher", metavar="PATH", help="the model to learn from (without it: self-distillation)")
+    command.add_argument("--teacher", required=True, metavar="PATH", help="the model to learn from")
     command.add_argument("--data", required=True, metavar="PATH", help="questions: a file, a folder or a hub name")
     command.add_argument("--out", type=Path, default=Path("vgs.yaml"), help="the file to write (vgs.yaml)")
 

@@ -170,9 +170,7 @@ def check_templates(student: Any, teacher: Any, **template_options: Any) -> None
     for processor in (student, teacher):
         with config_errors("The chat template cannot be rendered", Exception):
             texts.append(
-                processor.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, **template_options
-                )
+                processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_options)
             )
             opened.append(prompt_opening(processor, **template_options).strip())
     if opened[0] != opened[1]:

@@ -29,7 +29,7 @@ from ..objectives.weighting import token_weights
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
-from .host_hooks import HostHooks, repeat_prompts
+from .host_hooks import HostHooks, check_signatures, repeat_prompts
 from .micro_batch import MicroBatch
 from .passes import Outputs, loss_in_passes, means_to_log
 from .preparation import anchor_prompt, both_pack, prepare_models
@@ -99,6 +99,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if teacher_model is None and "separate" in self.teachers:
             raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
         check_processor(processing_class)
+        check_signatures(DistillationTrainer)  # before a model is loaded
         teacher = None if teacher_model is None else load_teacher(teacher_model, args, args.world_size)
         super().__init__(
             model=model,
