@@ -47,9 +47,11 @@ def test_notes_of_other_people_are_no_run(tmp_path: Path) -> None:
 def test_refuses_a_used_folder_and_leaves_it_as_it_is(tmp_path: Path, left: str) -> None:
     leave(tmp_path, left, "notes.txt")
     before = traces(tmp_path)
-    with pytest.raises(ConfigError, match=rf"output_dir .* holds an earlier run \({left}\).*--resume.*--overwrite"):
-        with RunFolder(tmp_path).claim(CONFIG):
-            pass
+    with (
+        pytest.raises(ConfigError, match=rf"output_dir .* holds an earlier run \({left}\).*--resume.*--overwrite"),
+        RunFolder(tmp_path).claim(CONFIG),
+    ):
+        pass
     assert traces(tmp_path) == before and (tmp_path / "notes.txt").exists()
 
 
@@ -85,15 +87,21 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path) -> None:
         pass
     with folder.claim(changed(logging_steps=10), DATA, resume=True):  # changes no number
         pass
-    with pytest.raises(ConfigError, match=r"training\.gamma was 2\.0, now 1\.0.*--allow-changes"):
-        with folder.claim(changed(gamma=1.0), DATA, resume=True):
-            pass
-    with pytest.raises(ConfigError, match=r"data fingerprint\.train was 'abc', now 'abd'"):
-        with folder.claim(CONFIG, {"train": "abd"}, resume=True):
-            pass
-    with pytest.raises(ConfigError, match=r"lora was None, now \{'r': 4\}"):
-        with folder.claim({**CONFIG, "lora": {"r": 4}}, DATA, resume=True):
-            pass
+    with (
+        pytest.raises(ConfigError, match=r"training\.gamma was 2\.0, now 1\.0.*--allow-changes"),
+        folder.claim(changed(gamma=1.0), DATA, resume=True),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"data fingerprint\.train was 'abc', now 'abd'"),
+        folder.claim(CONFIG, {"train": "abd"}, resume=True),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"lora was None, now \{'r': 4\}"),
+        folder.claim({**CONFIG, "lora": {"r": 4}}, DATA, resume=True),
+    ):
+        pass
     with folder.claim(changed(gamma=1.0), DATA, resume=True, allow_changes=True):
         pass
     record = json.loads((tmp_path / RECORD).read_text())
@@ -103,9 +111,11 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="output_dir must be a folder that can be written to"):
-        with RunFolder(tmp_path / "file").claim(CONFIG):
-            pass
+    with (
+        pytest.raises(ConfigError, match="output_dir must be a folder that can be written to"),
+        RunFolder(tmp_path / "file").claim(CONFIG),
+    ):
+        pass
 
 
 def test_differences_name_every_setting() -> None:

@@ -126,7 +126,7 @@ def check_disk(output_dir: str | Path, needed: int | None, args: Any, steps: Ste
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
-            f"output_dir {str(output_dir)!r} has {free / GIB:.1f} GiB free, but one checkpoint takes {needed / GIB:.1f}."
+            f"output_dir {str(output_dir)!r} has {free / GIB:.1f} GiB free, one checkpoint takes {needed / GIB:.1f}."
         )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or steps is None:
         return

@@ -1,4 +1,4 @@
-"""``vgs init``: a commented config for two models and a dataset, which ``vgs check`` and ``vgs train`` take as it is."""
+"""``vgs init``: a commented config for two models and a dataset, which ``check`` and ``train`` take as it is."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Data:
 
     Attributes:
         section: of ``data.train``. held_out: the split to evaluate on; None: there is none.
-        rows, bad: how many, of all. usable: at least so many to train on. longest: tokens of a prompt. sizes: (width, height) of the smallest and largest picture.
+        rows, bad: how many, of all. usable: at least so many to train on. longest: tokens of a prompt.
+        sizes: (width, height) of the smallest and largest picture.
         pictures: whether all rows have some.
     """
 
@@ -204,7 +205,7 @@ def write(student: str, teacher: str, data: Data, configs: tuple[Any, Any], outp
         if data.held_out is not None
         else ""
     )
-    return f"""# Written by `vgs init`. All keys, with their meanings: `vgs keys`. Next: `vgs check` and `vgs train` with this file.
+    return f"""# Written by `vgs init`. All keys, with their meanings: `vgs keys`. Next: `vgs check`, then `vgs train`.
 {objective}
 # scorer: answers_match # compares a response with the gold answer; a function of yours: module:function
 student:

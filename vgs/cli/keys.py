@@ -30,7 +30,7 @@ class Key:
     """A key of a section.
 
     Attributes:
-        name: of the key. kind: its type, as a type hint. default: its value where it is left out. meaning: one sentence.
+        name: of the key. kind: its type, as a type hint. default: its value if left out. meaning: one sentence.
     """
 
     name: str

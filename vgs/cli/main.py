@@ -187,8 +187,8 @@ def _train(config: Mapping[str, object], options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``vgs`` command; returns the exit status: 0, 2 where ``vgs check`` has found errors, or 128 and
-    a signal's number where ``vgs train`` was stopped by one and has saved a checkpoint.
+    """Entry point of the ``vgs`` command; returns the exit status: 0, 2 where ``check`` has found errors, or 128 plus a
+    signal's number where ``vgs train`` was stopped by one and has saved a checkpoint.
 
     Args:
         arguments: of the command line; None: this process's.

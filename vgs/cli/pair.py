@@ -1,4 +1,4 @@
-"""The two models of a run as their files describe them: whether the teacher can read what the student's processor makes.
+"""The two models of a run as their files describe them: whether the teacher can read the student's prompts.
 
 No weights are read here: configs, processors, tokenizers and chat templates.
 """
@@ -137,8 +137,8 @@ def _check_counts(student: Any, teacher: Any) -> None:
         if counts[0] != counts[1]:
             height, width = sides
             logger.warning(
-                "A picture of %d x %d pixels has %d image tokens by the student's processor, which makes the prompts of "
-                "both models, and %d by the teacher's own.",
+                "A picture of %d x %d pixels has %d image tokens by the student's processor, which makes the prompts "
+                "of both models, and %d by the teacher's own.",
                 *(width, height, *counts),
             )
             return

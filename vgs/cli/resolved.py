@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def _check_teacher_settings(config: Mapping[str, Any]) -> None:
 def _own_fields(settings: type) -> list[str]:
     """Settings that this project adds to its host's."""
     classes = [cls for cls in settings.__mro__ if cls.__module__.startswith("vgs.")]
-    return list(dict.fromkeys(name for cls in reversed(classes) for name in cls.__dict__.get("__annotations__", {})))
+    return list(dict.fromkeys(name for cls in reversed(classes) for name in inspect.get_annotations(cls)))
 
 
 def resolved(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
