@@ -59,12 +59,13 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
-    save_tiny_checkpoint(tmp_path / "teacher")
+    for role in ("student", "teacher"):
+        (save_tiny_checkpoint(tmp_path / role) / "model.safetensors").unlink()
     longer = tiny_tokenizer()
     longer.add_tokens(["<reason>"])
     longer.save_pretrained(tmp_path / "teacher")
     config = {
-        "student": {"path": "no weights here"},
+        "student": {"path": str(tmp_path / "student")},
         "teacher": {"path": str(tmp_path / "teacher")},
         "data": {"train": {"path": "no data here"}},
         "training": trainer_options(tmp_path / "run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def resolved(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
     unread = {name for name in SETTINGS if not preset.reads(name)} | {"teacher_model_init_kwargs", "_VALID_DICT_FIELDS"}
     if preset.name != "gkd" or kind == "grpo":
         unread.add("beta")
-    own = {name: getattr(args, name) for name in _own_fields(type(args)) if name not in unread}
+    own = {name: _plain(getattr(args, name)) for name in _own_fields(type(args)) if name not in unread}
     training = {"output_dir": args.output_dir, **{name: value for name, value in own.items() if value is not None}}
     result = {"objective": preset.name, **config, "training": {**config.get("training", {}), **training}}
     if "data" in config:
@@ -85,6 +86,10 @@ def resolved(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
     if config.get("task") == "digits":
         result["digits"] = {**_defaults(DIGITS), **config.get("digits", {})}
     return result
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _defaults(keys: Mapping[str, Any]) -> dict[str, Any]:
