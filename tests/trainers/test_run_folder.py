@@ -121,3 +121,11 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_differences_name_every_setting() -> None:
     old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5}
     assert differences(old, new) == [("b.c", 2, 4), ("b.d", 3, None), ("e", None, 5)]
+
+
+def test_a_run_that_fails_at_its_start_does_not_use_up_the_folder(tmp_path: Path) -> None:
+    for left in ([], ["checkpoint-1"]):
+        with pytest.raises(RuntimeError), RunFolder(tmp_path).claim(CONFIG):
+            leave(tmp_path, *left)
+            raise RuntimeError
+        assert traces(tmp_path) == [*left, *([RECORD] if left else [])]

@@ -141,7 +141,12 @@ class RunFolder:
             if before is not None:
                 _compare(before, record, self.path, allow_changes)
             self._write(record, before)
-            yield
+            try:
+                yield
+            except BaseException:
+                if not left and traces(self.path) == [RECORD]:  # it has failed before it left anything
+                    (self.path / RECORD).unlink()
+                raise
         finally:
             (self.path / OWNER).unlink(missing_ok=True)
             lock.release()
