@@ -60,7 +60,8 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
     for role in ("student", "teacher"):
-        (save_tiny_checkpoint(tmp_path / role) / "model.safetensors").unlink()
+        save_tiny_checkpoint(tmp_path / role)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
     longer = tiny_tokenizer()
     longer.add_tokens(["<reason>"])
     longer.save_pretrained(tmp_path / "teacher")

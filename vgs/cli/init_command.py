@@ -258,6 +258,8 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out {str(options.out)!r} exists already; name another file.")
     sections = {"student": {"path": options.student}, "teacher": {"path": options.teacher}}
     configs = tuple(pair.model_config(section, name) for name, section in sections.items())
+    for name, section in sections.items():
+        pair.check_weights(section, name)
     processor = pair.load_processor(sections)
     pair.check_pair(sections, processor, configs[0])
     data = look_at(options.data, processor)

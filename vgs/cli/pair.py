@@ -6,10 +6,13 @@ No weights are read here: configs, processors, tokenizers and chat templates.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from ..errors import ConfigError, config_errors
@@ -84,6 +87,32 @@ def model_config(section: Mapping[str, Any], name: str) -> Any:
             f"{name}.path must be a vision-language model, got {section['path']!r} of the type {found.model_type!r}."
         )
     return found
+
+
+def check_weights(section: Mapping[str, Any], name: str) -> None:
+    """See that the weights of a model on this machine are there and whole, without reading them.
+
+    Args:
+        section: of the config. name: of the section, for the message.
+
+    Raises:
+        ConfigError: a file that is missing or cut off.
+    """
+    folder = Path(section["path"]).expanduser()
+    if not folder.is_dir():
+        return  # on the hub
+    what = f"{name}.path {section['path']!r}"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{what} has no weights: expected *.safetensors files, as save_pretrained writes them.")
+    for index in folder.glob("*.safetensors.index.json"):
+        with config_errors(f"{what}: {index.name} cannot be read", ValueError, KeyError, AttributeError, OSError):
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise ConfigError(f"{what} lacks {missing[0]}, which {index.name} names.")
+    for file in files:
+        with config_errors(f"{what}: {file.name} is not whole", SafetensorError, OSError), safe_open(file, "pt"):
+            pass
 
 
 def _differences(own: Any, other: Any) -> dict[str, tuple[Any, Any]]:

@@ -103,6 +103,7 @@ class Preflight:
         if self.digits:
             return
         self.models["student"] = pair.model_config(self.config["student"], "student")
+        pair.check_weights(self.config["student"], "student")
         self.processor = pair.load_processor(self.config)
 
     def check_teacher(self) -> None:
@@ -112,6 +113,7 @@ class Preflight:
         self.config = pair.check_pair(self.config, self.processor, self.models["student"])
         self.args.vocab_size = self.config.get("training", {}).get("vocab_size")
         self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher")
+        pair.check_weights(self.config["teacher"], "teacher")
 
     def open_data(self) -> None:
         """Files and columns."""

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from ..errors import ConfigError, config_errors
 from ..trainers.kinds import TRAINERS, needs_teacher, preset_of, trainer_kind
 from .keys import DATA, DIGITS, REQUIRED
 
 #: What libraries raise where a path, a name or a setting of the user's is wrong.
-LOADING = (OSError, ValueError, TypeError, ImportError)
+LOADING = (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError, SafetensorError)
 OUTPUT_DIR = "runs/vgs"
 
 
