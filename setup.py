@@ -21,6 +21,8 @@ TRAIN = [
     "torchvision",  # the image processors of Qwen-VL
     "liger-kernel>=0.8.2",  # use_liger_kernel; as TRL
     "pyyaml",
+    "jsonargparse>=4.53",  # types of settings
+    "filelock>=3.12",  # a run's folder
 ]
 VLLM = ["vllm>=0.22,<0.31"]  # what TRL 1.14 to 1.16 take; it brings a torch of its own
 QUANT = ["bitsandbytes>=0.46.1"]  # load_in_8bit; as transformers

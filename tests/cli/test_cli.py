@@ -17,6 +17,7 @@ from tiny import save_tiny_checkpoint, tiny_image, tiny_processor, trainer_optio
 
 from vgs import VGSConfig
 from vgs.cli import main as cli
+from vgs.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -98,7 +99,9 @@ def test_a_file_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture) 
 def test_resume_finds_the_latest_checkpoint(config: Path) -> None:
     assert cli.main(["train", str(config), "--save_strategy=steps", "--save_steps=1", "--max_steps=1"]) == 0
     settings = cli.load_config(config, ["--save_strategy=steps", "--save_steps=1"])
-    trainer = cli.train(settings, resume=True)
+    with pytest.raises(ConfigError, match="max_steps was 1, now 2"):
+        cli.train(settings, resume=True)
+    trainer = cli.train(settings, resume=True, allow_changes=True)
     assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [1, 2]
 
 

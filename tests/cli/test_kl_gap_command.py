@@ -10,7 +10,7 @@ from selves import privileged_samples
 from tiny import save_tiny_checkpoint, tiny_model, tiny_processor, tiny_samples
 
 from vgs.cli import main as cli
-from vgs.cli import runs
+from vgs.cli import pair, runs
 from vgs.evaluation.kl_gap import kl_gap, on_policy
 from vgs.evaluation.sampling import Sampling
 
@@ -18,13 +18,13 @@ from vgs.evaluation.sampling import Sampling
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config whose eval data have privileged images."""
-    monkeypatch.setattr(runs, "_samples", lambda *_: privileged_samples(5))
+    monkeypatch.setattr(runs, "eval_samples", lambda *_: privileged_samples(5))
     save_tiny_checkpoint(tmp_path / "before")
-    monkeypatch.setattr(runs, "load_processor", lambda _: tiny_processor())
+    monkeypatch.setattr(pair, "load_processor", lambda _: tiny_processor())
     (tmp_path / "run.yaml").write_text(
         f"objective: visual_opsd\nstudent: {{path: {tmp_path / 'before'}}}\n"
         "data: {train: {path: x}, eval: {path: x}}\n"
-        "training: {max_completion_length: 4}\n"
+        "training: {max_completion_length: 4, bf16: false}\n"
     )
     return tmp_path / "run.yaml"
 
@@ -55,7 +55,7 @@ def test_the_command_shows_noise(config: Path, capsys: pytest.CaptureFixture) ->
 def test_the_command_needs_privileged_context(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(runs, "_samples", lambda *_: tiny_samples(2))
+    monkeypatch.setattr(runs, "eval_samples", lambda *_: tiny_samples(2))
     with pytest.raises(SystemExit):
         cli.main(["kl-gap", str(config)])
     assert "kl-gap needs privileged context in data.eval: at least one of the columns" in capsys.readouterr().err

@@ -46,9 +46,10 @@ def config(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     content = {
         "objective": "visual_opsd",
         "student": {"path": "student"},
-        "teacher": {"path": "teacher"},
         "data": {"train": data, "eval": data},
-        "training": trainer_options(tmp_path / "run", max_steps=1, max_completion_length=2),
+        "training": trainer_options(
+            tmp_path / "run", max_steps=1, max_completion_length=2, per_device_train_batch_size=1
+        ),
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -77,7 +78,10 @@ def failed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
         (["{}.path", "broken.parquet"], "data path 'broken.parquet' cannot be read: Parquet file size is 1 bytes"),
         (["{}.question", "problem"], "has no column 'problem'; its columns are question, answer, images, hint"),
         (["{}.limit", "0"], "limit of 'good.jsonl' must be a whole number above 0, got 0"),
-        (["{}.path", "missing-image.jsonl", "--max_prompt_length", "99"], "Row 0 of missing-image.jsonl: cannot read"),
+        (
+            ["{}.path", "missing-image.jsonl", "--max_prompt_length", "99"],
+            "missing-image.jsonl: 1 of 1 rows cannot be used (row 0: cannot read",
+        ),
     ],
 )
 def test_data_that_cannot_be_used(
@@ -92,8 +96,9 @@ def test_a_model_that_cannot_be_loaded(config: Path, capsys: pytest.CaptureFixtu
         failed(capsys, "eval", config, "--model", "nothing"),
         failed(capsys, "kl-gap", config, "--after", "nothing"),
         failed(capsys, "eval", config, "--student.path", "nothing"),
-        failed(capsys, "plan", config, "--teacher.path", "nothing"),
+        failed(capsys, "plan", config, "--objective", "vgs", "--teacher.path", "nothing"),
         failed(capsys, "plan", config, "--student.dtype", "float99"),
+        failed(capsys, "train", config, "--objective", "vgs", "--teacher.path", "nothing"),
         failed(capsys, "train", config, "--student.path", "nothing"),
         failed(capsys, "train", config, "--resume", "nowhere"),
     ]
@@ -102,9 +107,10 @@ def test_a_model_that_cannot_be_loaded(config: Path, capsys: pytest.CaptureFixtu
         "--model 'nothing' cannot be loaded",
         "student.path 'nothing' cannot be loaded",
         "The config of model 'nothing' cannot be loaded",
-        "dtype of 'student' must be auto or one of torch",
-        "The run cannot start",
-        "resume_from_checkpoint must be the folder of a checkpoint, got 'nowhere'",
+        "student.dtype must be auto or one of torch, such as bfloat16, got 'float99'",
+        "teacher.path 'nothing' cannot be loaded",
+        "student.path 'nothing' cannot be loaded",
+        "--resume must be the folder of a checkpoint, got 'nowhere'",
     ]
     assert [message for sentence, message in zip(found, expected, strict=True) if message not in sentence] == []
 
@@ -129,9 +135,9 @@ def test_a_model_without_a_processor(
     ("arguments", "message"),
     [
         (["eval", "--data.eval.answer", "null"], "samples must have gold answers in 'answer'"),
-        (["train", "--lora", "{rank: 3}"], "section lora: "),
+        (["train", "--lora", "{rank: 3}"], "Unknown key 'rank' in section 'lora'; did you mean 'rank_pattern'?"),
         (["train", "--lora", "{r: 3, target_modules: [nothing]}"], "The run cannot start: Target modules"),
-        (["plan", "--lora", "{rank: 3}"], "section lora: "),
+        (["plan", "--lora", "{r: three}"], "lora.r must be a whole number, got 'three'"),
         (["train", "--learning_rate", "[1"], "--learning_rate is not YAML"),
         (["train", "--training.data", "{eval: {}}"], "Unknown key 'data' in section 'training'"),
         (["eval", "--out", "nothing"], "--out must be a file, got the folder 'nothing'"),
@@ -191,13 +197,13 @@ def test_what_is_logged(
     config: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One handler while a command runs; a traceback where it is asked for."""
-    shutil.copy(folder / "good.jsonl", folder / "long.jsonl")
-    with (folder / "long.jsonl").open("a") as file:
-        file.write(json.dumps({"question": "red ? " * 9, "answer": "a", "images": "0.png", "hint": "x"}) + "\n")
-    arguments = ["eval", str(config), "--data.eval.path", "long.jsonl", "--max_prompt_length", "15"]
+    shutil.copy(folder / "good.jsonl", folder / "number.jsonl")
+    with (folder / "number.jsonl").open("w") as file:
+        file.write(json.dumps({"question": "red ?", "answer": 3, "images": "0.png", "hint": "x"}) + "\n")
+    arguments = ["eval", str(config), "--data.eval.path", "number.jsonl"]
     assert cli.main(arguments) == 0
-    message = "vgs.data.lengths: WARNING: 1 of 2 prompts are longer than 15 tokens: dropped (rows 1)"
-    assert capsys.readouterr().err.splitlines().count(message) == 1
+    message = "vgs.data.sources: WARNING: number.jsonl: answer in 1 of 1 rows is a number"
+    assert sum(line.startswith(message) for line in capsys.readouterr().err.splitlines()) == 1
     assert logging.getLogger("vgs").handlers == []
     for level, shown in (("error", False), ("debug", True)):
         monkeypatch.setenv("VGS_LOG", level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from tiny import SPECIAL, WORDS, save_tiny_checkpoint, tiny_model, tiny_processor, tiny_tokenizer, trainer_options
 
 from vgs.cli import main as cli
@@ -56,10 +57,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     assert load_tokenizer({"path": str(tmp_path / "weights")}) is None
 
 
-def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path) -> None:
-    save_tiny_checkpoint(tmp_path / "student")
-    (tmp_path / "student" / "model.safetensors").unlink()
-    save_tiny_checkpoint(tmp_path / "teacher")
+def test_training_stops_before_data_and_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for role in ("student", "teacher"):
+        save_tiny_checkpoint(tmp_path / role)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
     longer = tiny_tokenizer()
     longer.add_tokens(["<reason>"])
     longer.save_pretrained(tmp_path / "teacher")

@@ -196,12 +196,12 @@ def known_settings() -> set[str]:
     """Every key that a config may have, in any section and with any trainer, one of accelerate's included."""
     import yaml
 
-    from vgs.cli import config
+    from vgs.cli import keys as tables
     from vgs.data.sources import DataSource
     from vgs.trainers.kinds import TRAINERS
     from vgs_kernels import Divergence
 
-    keys = {*config.SECTIONS, *config.TEACHER_KEYS, *config.DIGITS_KEYS, "modules_to_save"}
+    keys = {*tables.TOP, *tables.SECTIONS, *tables.TEACHER, *tables.DIGITS, *tables.lora_keys()}
     for settings in (DataSource, Divergence, *(load()[0] for load in TRAINERS.values())):
         keys |= {field.name for field in dataclasses.fields(settings)}
     for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):

@@ -195,7 +195,12 @@ def test_the_command_line_trains_by_reward(tmp_path, capsys) -> None:
     assert "eval_rewards/boxed_format/mean" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
     del config["teacher"]
     path.write_text(yaml.safe_dump(config))
-    assert cli.main(["train", str(path), "--alpha", "0", "--eval_greedy", "false", "--num_generations_eval", "2"]) == 0
+    assert (
+        cli.main(
+            ["train", str(path), "--overwrite", "--alpha", "0", "--eval_greedy", "false", "--num_generations_eval", "2"]
+        )
+        == 0
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(["train", str(path)])

@@ -15,7 +15,7 @@ from tiny import save_tiny_checkpoint, tiny_image, trainer_options
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vgs.cli import main as cli
-from vgs.cli import runs
+from vgs.cli import resolved
 from vgs.models.heads import read_head
 from vgs.planning.memory import Lengths, Machine, predict
 
@@ -24,7 +24,7 @@ IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
 
 def load(path: Path, **options) -> torch.nn.Module:
     section = {"path": str(path), **options}
-    return AutoModelForImageTextToText.from_pretrained(path, **runs._init_options(section))
+    return AutoModelForImageTextToText.from_pretrained(path, **resolved.model_options(section))
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -1,88 +1,27 @@
-"""A run's YAML file and its overrides: read, checked against what is known, and filled in from its objective."""
+"""A run's YAML file and its overrides: read, every key checked, and filled in from its objective.
+
+In memory a config is one dict of sections (``keys.SECTIONS``) beside ``objective``, ``trainer``, ``task`` and
+``scorer``; every value in it has the type of its key, and nothing in it is without effect.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError, config_errors
-from ..trainers.kinds import TRAINERS, needs_teacher, preset_of, trainer_kind
+from ..log import warn_once
+from ..trainers.kinds import needs_teacher, preset_of, trainer_kind
+from .keys import DATA, SECTIONS, TOP, Key, all_keys, unknown_key
+from .typed import typed
+from .yaml_text import read_yaml
 
-NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads 1e-6 as text
-MODEL_KEYS = ("path", "revision", "dtype", "attn_implementation", "trust_remote_code")
-SECTIONS = ("task", "trainer", "objective", "student", "teacher", "processor", "data", "digits", "training", "lora")
-TEACHER_KEYS = (*MODEL_KEYS, "load_in_8bit")
-# Settings of the host's that `vgs` takes from another place.
-ELSEWHERE = {
-    "resume_from_checkpoint": "--resume",
-    "model_init_kwargs": "section student",
-    "teacher_model_init_kwargs": "section teacher",
-}
-DIGITS_KEYS = ("cache", "teacher_seed", "student_seed", "train_size", "eval_size", "data_seed", "context")
+logger = logging.getLogger(__name__)
 
-
-def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a misspelt key, with the nearest valid name.
-
-    Args:
-        key: as it came.
-        known: the valid keys.
-        where: they are, for the message, e.g. ``"section 'student'"``.
-    """
-    known = sorted(known)
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(known)}."
-    if key in ELSEWHERE:
-        hint = f"use {ELSEWHERE[key]}."
-    return ConfigError(f"Unknown key {key!r} in {where}; {hint}")
-
-
-def _schema(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Section -> its keys; None where there are none, or they belong to another library."""
-    from ..data.sources import DataSource
-
-    settings, _ = TRAINERS[trainer_kind(config)]()
-    source = [field.name for field in dataclasses.fields(DataSource)]
-    return {
-        "task": None,
-        "trainer": None,
-        "objective": None,
-        "student": MODEL_KEYS,
-        "teacher": TEACHER_KEYS,
-        "processor": None,
-        "data": {"train": source, "eval": source},
-        "digits": DIGITS_KEYS,
-        "training": [
-            field.name for field in dataclasses.fields(settings) if field.init and field.name not in ELSEWHERE
-        ],
-        "lora": None,
-    }
-
-
-def _check(config: Any, schema: Any, where: str) -> None:
-    if schema is None:
-        return
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{where} must be a section of keys, got {config!r}.")
-    for key, value in config.items():
-        if key not in schema:
-            raise unknown_key(key, schema, where)
-        if isinstance(schema, Mapping):
-            _check(value, schema[key], f"section {key!r}")
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+FILE_KEYS = (*TOP, *SECTIONS)
+OF_DIGITS = ("student", "teacher", "processor", "data")  # sections that the built-in task brings itself
 
 
 def _overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -97,10 +36,46 @@ def _overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
             if not pending:
                 raise ConfigError(f"--{key} needs a value.")
             value = pending.pop(0)
-        path = key.split(".") if "." in key or key in SECTIONS else ["training", key]
-        with config_errors(f"--{key} is not YAML", yaml.YAMLError):
-            result.append((path, yaml.safe_load(value) if value else ""))
+        path = key.split(".") if "." in key or key in FILE_KEYS else ["training", key]
+        result.append((path, read_yaml(value, f"--{key}") if value else ""))
     return result
+
+
+def _section(config: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{where} must be a section of keys, got {config!r}.")
+    return config
+
+
+def _checked(section: Any, keys: Mapping[str, Key], where: str) -> dict[str, Any]:
+    """A section with known keys and values of their types; null where a key takes none is as if it were left out."""
+    checked = {}
+    for name, value in _section(section, f"section {where.split('.')[-1]!r}").items():
+        if name not in keys:
+            raise unknown_key(name, keys, f"section {where.split('.')[-1]!r}")
+        value = typed(value, keys[name], f"{where}.{name}")
+        if value is not None or keys[name].takes_null:
+            checked[name] = value
+    return checked
+
+
+def _top(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The file's own keys, and which sections there are; one that is empty counts as left out."""
+    found = {}
+    for key, value in config.items():
+        if key not in FILE_KEYS:
+            raise unknown_key(key, FILE_KEYS, name)
+        if value is None:
+            continue
+        if key in SECTIONS:
+            _section(value, f"section {key!r}")
+        found[key] = value
+    for key in ("objective", "trainer"):  # each with a list of names in its message
+        if key in found and not isinstance(found[key], str):
+            trainer_kind({key: found[key]})
+    if found.get("task") not in (None, "digits"):
+        raise ConfigError(f"task must be 'digits' or left out, got {found['task']!r}.")
+    return found
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,36 +86,138 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         overrides: command-line arguments such as ``["--learning_rate", "1e-5", "--data.train.limit=64"]``.
 
     Raises:
-        ConfigError: no such file, no YAML in it, an unknown key or objective (the nearest valid one is named), or a
-            missing section.
+        ConfigError: no such file, no YAML in it, a key that stands twice, an unknown key or objective (the nearest
+            valid one is named), a value of another type than its key's, a section or key without effect, or a missing
+            one.
     """
     with config_errors(f"config {str(path)!r} cannot be read", OSError, UnicodeDecodeError):
         text = Path(path).read_text()
-    with config_errors(f"{path} is not YAML", yaml.YAMLError):
-        config = yaml.safe_load(text) or {}
+    config = read_yaml(text, str(path))
+    config = {} if config is None else config
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must hold sections of keys, got {type(config).__name__}.")
     for keys, value in _overrides(overrides):
         section = config
         for key in keys[:-1]:
-            section = section.setdefault(key, {})
+            if section.get(key) is None:
+                section[key] = {}
+            section = section[key]
             if not isinstance(section, dict):
                 raise ConfigError(f"--{'.'.join(keys)}: {key!r} is not a section of keys.")
         section[keys[-1]] = value
-    _check(config, _schema(config), str(path))
-    if config.get("task") not in (None, "digits"):
-        raise ConfigError(f"task must be 'digits' or left out, got {config['task']!r}.")
-    for part, section in (config.get("data") or {}).items():
-        if "path" not in section:
-            raise ConfigError(f"{path} needs data.{part}.path.")
-    if config.get("task") is None:
-        needed = [("student", "path"), ("teacher", "path"), ("data", "train")]
-        if not needs_teacher(config):
-            needed.remove(("teacher", "path"))
-        for section, key in needed:
-            if key not in config.get(section, {}):
-                raise ConfigError(f"{path} needs {section}.{key} (or task: digits).")
-    return _with_objective(_with_strategies(_numbers(config)))
+    return check_config(config, str(path))
+
+
+def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[str, Any]:
+    """A config in its one form, checked.
+
+    Args:
+        config: the content of a YAML file.
+        name: of it, for the messages.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    config = _top(config, name)
+    kind = trainer_kind(config)
+    keys = all_keys(kind)
+    if "rewards" in config:
+        if "rewards" in config.get("training", {}):
+            raise ConfigError("rewards and training.rewards are the same key; keep one.")
+        if kind != "grpo":
+            raise ConfigError("rewards has no effect without trainer: grpo.")
+        config["training"] = {**config.get("training", {}), "rewards": config.pop("rewards")}
+    if isinstance(rewards := config.get("training", {}).get("rewards"), str):
+        config["training"] = {**config["training"], "rewards": [rewards]}
+    for section in ("student", "teacher", "digits", "training", "lora"):
+        if section in config:
+            config[section] = _checked(config[section], keys[section], section)
+    if "data" in config:
+        config["data"] = {
+            part: _checked(_part(part, section), DATA, f"data.{part}") for part, section in config["data"].items()
+        }
+    _check_effect(config, kind)
+    _check_needed(config, name)
+    _check_names(config)
+    return _with_objective(config)
+
+
+def _part(part: str, section: Any) -> Any:
+    if part not in ("train", "eval"):
+        raise unknown_key(part, ("train", "eval"), "section 'data'")
+    return section
+
+
+def _check_effect(config: Mapping[str, Any], kind: str) -> None:
+    """Stop at what would change nothing."""
+    from ..objectives.definitions import SETTINGS
+    from ..objectives.presets import find_preset
+
+    digits = config.get("task") == "digits"
+    for section in OF_DIGITS if digits else ("digits",):
+        if section in config:
+            hint = "with task: digits, which brings its own" if digits else "without task: digits"
+            raise ConfigError(f"section {section!r} has no effect {hint}; leave it out.")
+    preset, training = preset_of(config), config.get("training", {})
+    if kind == "self" and "teacher" in config:
+        raise ConfigError(
+            f"section 'teacher' has no effect with objective {preset.name!r}, whose teacher is the student itself; "
+            "leave it out (training.teacher says how it follows the student)."
+        )
+    if kind == "grpo" and training.get("alpha") == 0 and "teacher" in config:
+        warn_once(logger, "section teacher has no effect with alpha 0: nothing is distilled.")
+    unread = [key for key in sorted(SETTINGS) if key in training and not preset.reads(key)]
+    if kind != "grpo" and preset.name != "gkd" and training.get("beta") is not None:
+        unread = ["beta", *unread]
+    if unread:
+        readers = [name for name in ("vgs", "vcsd", "gkd") if name == "gkd" or find_preset(name).reads(unread[0])]
+        reader = "gkd" if unread[0] == "beta" else readers[0]
+        raise ConfigError(
+            f"training.{unread[0]} has no effect with objective {preset.name!r} (it belongs to {reader!r}, for one); "
+            "leave it out."
+        )
+    if training.get("eval_strategy", "no") != "no" and not digits and "eval" not in config.get("data", {}):
+        raise ConfigError(f"training.eval_strategy {training['eval_strategy']!r} has no effect without data.eval.")
+    if preset.teacher == "separate":
+        for part, section in config.get("data", {}).items():
+            if named := [key for key in ("privileged_images", "privileged_text") if section.get(key) is not None]:
+                warn_once(logger, f"data.{part}.{named[0]} has no effect with objective {preset.name!r}.")
+
+
+def _check_needed(config: Mapping[str, Any], name: str) -> None:
+    for part, section in config.get("data", {}).items():
+        if section.get("path") is None:
+            raise ConfigError(f"{name} needs data.{part}.path.")
+    if config.get("task") is not None:
+        return
+    needed = [("student", "path"), ("teacher", "path"), ("data", "train")]
+    if not needs_teacher(config):
+        needed.remove(("teacher", "path"))
+    for section, key in needed:
+        if key not in config.get(section, {}):
+            raise ConfigError(f"{name} needs {section}.{key} (or task: digits).")
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Names that libraries would refuse late: dtypes, and keys of generation."""
+    import torch
+
+    for section in ("student", "teacher"):
+        dtype = config.get(section, {}).get("dtype")
+        if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"{section}.dtype must be auto or one of torch, such as bfloat16, got {dtype!r}.")
+    training = config.get("training", {})
+    options = training.get("generation_kwargs")
+    if not isinstance(options, Mapping) or training.get("use_vllm"):
+        return  # vLLM has keys of its own
+    from transformers import GenerationConfig
+
+    known = {key for key in vars(GenerationConfig()) if not key.startswith("_")}
+    for key in options:
+        if key not in known:
+            raise unknown_key(key, known, "training.generation_kwargs")
+    with config_errors("training.generation_kwargs", ValueError, TypeError):
+        GenerationConfig(**options)
 
 
 def _with_objective(config: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +228,3 @@ def _with_objective(config: dict[str, Any]) -> dict[str, Any]:
     preset = preset_of(config)
     settings = {} if trainer_kind(config) == "grpo" else preset.settings  # reinforcement has its own
     return {**config, "training": {**settings, **training, "preset": preset.name}}
-
-
-def _with_strategies(config: dict[str, Any]) -> dict[str, Any]:
-    """YAML reads a bare ``no`` as False, where ``eval_strategy`` and its like mean the word."""
-    training = config.get("training") or {}
-    words = {key: "no" for key, value in training.items() if key.endswith("_strategy") and value is False}
-    return {**config, "training": {**training, **words}} if words else config

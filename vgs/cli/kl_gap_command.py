@@ -32,23 +32,22 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
 
     if trainer_kind(config) != "self":
         raise ConfigError("kl-gap needs an objective with privileged context: visual_opsd, opsd or vision_opd.")
-    model, processor, samples, _ = load_for_eval(config, options.model)
+    before = load_for_eval(config, options.model)
+    model, processor, samples, args = before.model, before.processor, before.samples, before.args
     check_columns(samples, "data.eval", "kl-gap", options.control)
     samples = [samples[i] for i in range(min(options.samples or len(samples), len(samples)))]
-    training = config.get("training", {})
-    template = training.get("chat_template_kwargs") or {}
-    sampling = Sampling.from_settings({"max_completion_length": 512, **training}, greedy=False)
+    sampling = Sampling.from_settings(args, greedy=False)
     knobs = {
-        "mode": training.get("privileged_mode", "add"),
+        "mode": args.privileged_mode,
         "control": options.control,
         "batch_size": options.batch_size,
-        "vocab_size": training.get("vocab_size"),
-        **template,
+        "vocab_size": args.vocab_size,
+        **before.template_options,
     }
     answers = on_policy(model, processor, samples, sampling, batch_size=options.batch_size)
     result: dict[str, Any] = {"before": kl_gap(model, processor, samples, answers, **knobs)}
     if options.after is not None:
-        trained, *_ = load_for_eval(config, options.after)
+        trained = load_for_eval(config, options.after).model
         answers = on_policy(trained, processor, samples, sampling, batch_size=options.batch_size)
         result["after"] = kl_gap(trained, processor, samples, answers, **knobs)
         result["after"]["to_before"] = kl_gap(trained, processor, samples, answers, teacher=model, **knobs)["gap"]

@@ -1,10 +1,10 @@
-"""``vgs train | eval | plan | kl-gap | demo | study``: the command line."""
+"""``vgs init | check | train | eval | plan | kl-gap | keys | demo | study``: the command line."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -19,10 +19,11 @@ DESCRIPTION = "Visual Gradient Steering: on-policy distillation of vision-langua
 EPILOG = "Environment: VGS_LOG=debug, info, warning or error says how much is logged (debug: an error's traceback too)."
 OVERRIDES = (
     "Overrides: --section.key value, e.g. --data.train.limit 64; --objective, --task and --trainer; any other bare "
-    "--key is one of section `training`."
+    "--key is one of section `training`. `vgs keys` lists all keys with their types, defaults and meanings, `vgs keys "
+    "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("train", "eval", "plan", "kl-gap")
+WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap")
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,16 @@ def _memory(text: str) -> float:
     return found
 
 
+class _AllKeys(argparse.Action):
+    """``--help-all``: prints all keys and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from .keys import listing
+
+        print(listing())
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; options that it does not know are overrides of the config."""
     parser = argparse.ArgumentParser(prog="vgs", description=DESCRIPTION, epilog=EPILOG)
@@ -61,8 +72,21 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--quick", action="store_true", help="seconds, to see that everything runs")
         return command
 
+    command = commands.add_parser("init", help="write a config for two models and a dataset", allow_abbrev=False)
+    command.add_argument("--student", required=True, metavar="PATH", help="the model to train: a folder or a hub name")
+    command.add_argument("--teacher", required=True, metavar="PATH", help="the model to learn from")
+    command.add_argument("--data", required=True, metavar="PATH", help="questions: a file, a folder or a hub name")
+    command.add_argument("--out", type=Path, default=Path("vgs.yaml"), help="the file to write (vgs.yaml)")
+
+    command = with_config("check", "look at everything that can go wrong before a GPU is needed")
+    command.add_argument("--json", action="store_true", help="for machines")
+
     command = with_config("train", "distil a student")
+    command.add_argument("--help-all", action=_AllKeys, nargs=0, help="list every key of a config, as `vgs keys`")
+    command.add_argument("--print-config", action="store_true", help="print the config with its defaults, and stop")
     command.add_argument("--resume", nargs="?", const=True, help="a checkpoint; alone: the newest complete")
+    command.add_argument("--allow-changes", action="store_true", help="resume with other settings or data")
+    command.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds")
 
     command = with_config("eval", "greedy accuracy of a model")
     command.add_argument("--model", help="evaluate this model instead of the config's student")
@@ -86,6 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_count, default=8)
     command.add_argument("--out", type=Path, help="write the result to this JSON file")
 
+    command = commands.add_parser("keys", help="list the keys of a config, with type, default and meaning")
+    command.add_argument("pattern", nargs="?", default="", help="only keys that have this in name or meaning")
+
     command = on_digits("demo", "plain distillation against VGS on handwritten digits")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results.json and pictures")
 
@@ -96,25 +123,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """The command that was asked for. What only one of them needs is imported here: the help must stay cheap."""
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """The command that was asked for; returns the exit status.
+
+    What only one of the commands needs is imported here: the help must stay cheap.
+    """
     if options.command == "demo":
         from ..digits.demo import run_demo
 
         check_folder(options.out)
         run_demo(options.out, options.cache, options.quick)
-        return
+        return 0
     if options.command == "study":
         out = options.out or Path("runs") / f"study-{options.study}"
         check_folder(out)
         module = import_module(f"vgs.digits.studies.{options.study.replace('-', '_')}")
         module.run_study(out, options.cache, options.quick)
-        return
+        return 0
+    if options.command == "keys":
+        from .keys import listing
+
+        print(listing(options.pattern))
+        return 0
+    if options.command == "init":
+        from .init_command import run as write_config
+
+        check_file(options.out)
+        write_config(options)
+        return 0
     check_file(getattr(options, "out", None))
     config = load_config(options.config, overrides)
     if options.command == "train":
-        train(config, options.resume)
-    elif options.command == "eval":
+        return _train(config, options)
+    if options.command == "check":
+        from .check_command import run as check
+
+        return check(config, options.json)
+    if options.command == "eval":
         evaluate(config, options.model, options.batch_size, options.out)
     elif options.command == "plan":
         from .plan_report import show
@@ -124,10 +169,26 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         from .kl_gap_command import run
 
         run(options, config)
+    return 0
+
+
+def _train(config: Mapping[str, object], options: argparse.Namespace) -> int:
+    if options.print_config:
+        from .resolved import as_yaml, resolved, training_arguments
+
+        print(as_yaml(resolved(config, training_arguments(config))), end="")
+        return 0
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: one goes on with a run, the other deletes it.")
+    if options.allow_changes and not options.resume:
+        raise ConfigError("--allow-changes has no effect without --resume.")
+    trainer = train(config, options.resume, overwrite=options.overwrite, allow_changes=options.allow_changes)
+    return trainer.stopped.exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``vgs`` command; returns the exit status 0.
+    """Entry point of the ``vgs`` command; returns the exit status: 0, 2 where ``check`` has found errors, or 128 plus a
+    signal's number where ``vgs train`` was stopped by one and has saved a checkpoint.
 
     Args:
         arguments: of the command line; None: this process's.
@@ -142,13 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with log_to_stderr():
             try:
-                _run(options, overrides)
+                return _run(options, overrides)
             except ConfigError:
                 logger.debug("the error's traceback", exc_info=True)
                 raise
     except ConfigError as error:
         parser.exit(2, f"vgs: error: {' '.join(str(error).split())}\n")
-    return 0
+    except KeyboardInterrupt:
+        parser.exit(130, "vgs: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 from ..errors import ConfigError, config_errors
 from ..trainers.kinds import TRAINERS, needs_teacher, trainer_kind
 from .output import report
+from .resolved import LOADING, model_options, resolved, training_arguments
 
-#: What libraries raise where a path, a name or a setting of the user's is wrong.
-LOADING = (OSError, ValueError, TypeError, ImportError)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -51,111 +53,100 @@ def _digits_run(config: Mapping[str, Any], eval_split: str = "validation") -> Ru
     return Run(student, teacher, processor, train, held_out, scorer)
 
 
-def _init_options(section: Mapping[str, Any]) -> dict[str, Any]:
-    options = {key: value for key, value in section.items() if key not in ("path", "load_in_8bit")}
-    if section.get("load_in_8bit"):
-        # As keys, for the arguments of a run are also written as JSON. Output heads are left as they are.
-        options["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    return options
+def _on_main(args: Any, function: Callable[[], None]) -> None:
+    """Call a function on the main process; an error of the user's is raised on all, so that none waits for others."""
+    from accelerate.utils import broadcast_object_list
+
+    args.device  # noqa: B018  (the processes find each other)
+    problem: list[str | None] = [None]
+    if args.process_index == 0:
+        try:
+            function()
+        except ConfigError as error:
+            problem[0] = str(error)
+    if args.world_size > 1:
+        broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ConfigError(problem[0])
 
 
-def _check_teacher(config: Mapping[str, Any], processor: Any) -> None:
-    """Stop before any weights are loaded where the teacher cannot serve.
+def _stop_callback(args: Any, kind: str) -> Any:
+    """Saves a checkpoint at a signal, where a run can be resumed exactly: in GRPO after the last step on a batch."""
+    from ..trainers.interrupt import StopOnSignal
 
-    Raises:
-        ConfigError: settings that exclude each other, a missing package, or other tokens than the student's.
-    """
-    from transformers.utils import is_bitsandbytes_available
-
-    from ..models.tokenizers import check_same_tokens, load_tokenizer
-
-    training = config.get("training", {})
-    if config["teacher"].get("load_in_8bit"):
-        if training.get("teacher_offload"):
-            raise ConfigError("teacher.load_in_8bit excludes teacher_offload: 8-bit weights stay where they are.")
-        if not is_bitsandbytes_available():
-            raise ConfigError("teacher.load_in_8bit needs bitsandbytes: pip install bitsandbytes.")
-    with config_errors(f"teacher.path {config['teacher']['path']!r}", *LOADING):
-        tokenizer = load_tokenizer(config["teacher"])
-        if tokenizer is not None:
-            check_same_tokens(processor, tokenizer, training.get("vocab_size"))
+    if kind != "grpo":
+        return StopOnSignal()
+    cycle = args.steps_per_generation * args.num_iterations
+    return StopOnSignal(max(cycle // args.gradient_accumulation_steps, 1))
 
 
-def load_processor(config: Mapping[str, Any]) -> Any:
-    """The student's processor, padding on the left; the ``processor`` section (e.g. ``max_pixels``) goes to it.
-
-    Raises:
-        ConfigError: there is none, or one without an image processor.
-    """
-    from transformers import AutoProcessor, ProcessorMixin
-
-    student = config["student"]
-    options = {key: student[key] for key in ("revision", "trust_remote_code") if key in student}
-    options |= config.get("processor") or {}
-    with config_errors(f"The processor of student.path {student['path']!r} cannot be loaded", *LOADING):
-        found = AutoProcessor.from_pretrained(student["path"], padding_side="left", truncation_side="left", **options)
-    if not isinstance(found, ProcessorMixin):
-        raise ConfigError(
-            f"student.path must be a vision-language model with a processor, got {student['path']!r} with a "
-            f"{type(found).__name__}."
-        )
-    return found
-
-
-def _samples(config: Mapping[str, Any], part: str, processor: Any, limit: int | None) -> Any:
-    from ..data.lengths import drop_long_prompts
-    from ..data.sources import DataSource, load_samples
-
-    section = config["data"].get(part)
-    if section is None:
-        return None
-    samples = load_samples(DataSource(**section))
-    template = config.get("training", {}).get("chat_template_kwargs") or {}
-    return samples if limit is None else drop_long_prompts(samples, processor, limit, **template)
-
-
-def _run(config: Mapping[str, Any], limit: int | None) -> Run:
-    if config.get("task") == "digits":
-        return _digits_run(config)
-    processor = load_processor(config)
-    teacher = config["teacher"]["path"] if needs_teacher(config) else None
-    if teacher is not None:
-        _check_teacher(config, processor)
-    train, held_out = (_samples(config, part, processor, limit) for part in ("train", "eval"))
-    return Run(config["student"]["path"], teacher, processor, train, held_out, None)
-
-
-def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
+def train(
+    config: Mapping[str, Any],
+    resume: str | bool | None = None,
+    *,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+) -> Any:
     """Train as a config (from ``load_config``) says, save the student to ``output_dir``; returns the trainer.
+
+    Its attribute ``stopped`` is the ``StopOnSignal`` of the run: where it has received a signal, the last checkpoint
+    holds the run, and no model is saved beside it.
 
     Args:
         config: of ``load_config``.
         resume: folder of a checkpoint, True for the newest complete one, None to start anew.
+        overwrite: delete the checkpoints and the model that an earlier run left in ``output_dir``.
+        allow_changes: resume although settings or data differ from those that the run began with.
 
     Raises:
-        ConfigError: settings, models or data that do not fit together, found before training starts.
+        ConfigError: settings, models or data that do not fit together, a used ``output_dir``, or a run that would be
+            resumed as another, all found before a model is loaded.
     """
     from ..trainers.checkpoints import check_writable
+    from ..trainers.run_folder import RunFolder
+    from .preflight import STAGES, Preflight
 
-    options = dict(config.get("training", {}))
-    options.setdefault("output_dir", "runs/vgs")
-    kind = trainer_kind(config)
-    if config.get("task") is None:
-        options["model_init_kwargs"] = _init_options(config["student"])
-        if needs_teacher(config):
-            options["teacher_model_init_kwargs"] = _init_options(config["teacher"])
-    settings, trainer_class = TRAINERS[kind]()
-    with config_errors("section training", *LOADING):
-        args = settings(**options)
-        check_writable(args.output_dir)
-    run = _run(config, args.max_prompt_length)
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise ConfigError(f"--resume must be the folder of a checkpoint, got {resume!r}.")
+    args = training_arguments(config)
+    folder = RunFolder(args.output_dir)
+    _on_main(args, lambda: folder.check_unused(bool(resume) or overwrite))
+    check_writable(args.output_dir)
+    checks = Preflight(config, args, progress=not args.disable_tqdm)
+    stages = list(STAGES.values())
+    opening = stages.index("open_data") + 1
+    for stage in stages[:opening]:
+        getattr(checks, stage)()
+    with ExitStack() as stack:
+        claim = folder.claim(
+            resolved(checks.config, args),
+            checks.fingerprints(),
+            resume=bool(resume),
+            overwrite=overwrite,
+            allow_changes=allow_changes,
+        )
+        _on_main(args, lambda: stack.enter_context(claim))
+        with args.main_process_first(local=True, desc="checking the data"):  # the others read what it has found
+            for stage in stages[opening:]:
+                getattr(checks, stage)()
+        return _train(checks, args, resume)
+
+
+def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
+    config, kind = checks.config, trainer_kind(checks.config)
+    if checks.digits:
+        run = _digits_run(config)
+    else:
+        teacher = config["teacher"]["path"] if needs_teacher(config) else None
+        samples = checks.samples
+        run = Run(config["student"]["path"], teacher, checks.processor, samples["train"], samples.get("eval"), None)
     models = {"model": run.student} if kind == "self" else {"model": run.student, "teacher_model": run.teacher}
     peft_config = None
     if config.get("lora"):
         from peft import LoraConfig
 
-        with config_errors("section lora", *LOADING):
-            peft_config = LoraConfig(**config["lora"])
+        peft_config = LoraConfig(**config["lora"])
+    _, trainer_class = TRAINERS[kind]()
     with config_errors("The run cannot start", *LOADING):
         trainer = trainer_class(
             **models,
@@ -163,10 +154,14 @@ def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
             train_dataset=run.train_samples,
             eval_dataset=run.eval_samples,
             processing_class=run.processor,
-            scorer=run.scorer,
+            scorer=checks.scorer or run.scorer,
             peft_config=peft_config,
         )
+    trainer.stopped = _stop_callback(args, kind)
+    trainer.add_callback(trainer.stopped)
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.stopped.received is not None:
+        return trainer
     trainer.save_model()
     if run.eval_samples is not None:
         metrics = trainer.evaluate()
@@ -176,9 +171,28 @@ def train(config: Mapping[str, Any], resume: str | bool | None = None) -> Any:
     return trainer
 
 
-def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> tuple[Any, Any, Any, Any]:
-    """What a config is measured on: the model (its student, or the one at ``model_path``), processor, eval samples and
-    scorer.
+@dataclasses.dataclass
+class Measured:
+    """What a config is measured on: the model on its device, how it is asked, and what it is asked.
+
+    Attributes:
+        args: the trainer's settings, of which template, generation and lengths are the run's.
+    """
+
+    model: Any
+    processor: Any
+    samples: Any
+    scorer: Any
+    args: Any
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What goes to ``apply_chat_template``."""
+        return dict(self.args.chat_template_kwargs or {})
+
+
+def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> Measured:
+    """What a config is measured on: the model (its student, or the one at ``model_path``) and all of its eval samples.
 
     Args:
         config: of ``load_config``.
@@ -190,21 +204,39 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> t
     import torch
 
     from ..data.answers import answers_match
+    from ..evaluation.rewards import find_scorer
+    from .pair import load_processor
 
+    cuda = torch.cuda.is_available()
+    args = training_arguments(config, **({} if cuda else {"use_cpu": True}))
+    scorer = None if config.get("scorer") is None else find_scorer(config["scorer"])
     if config.get("task") == "digits":
         run = _digits_run(config, "test")
-        model, processor, samples, scorer = run.student, run.processor, run.eval_samples, run.scorer
+        model, processor, samples = run.student, run.processor, run.eval_samples
+        scorer = scorer or run.scorer
         if model_path is not None:
             model = _load_model("--model", model_path, {})
     else:
         if (config.get("data") or {}).get("eval") is None:
             raise ConfigError("The config has no data.eval to evaluate on.")
         processor = load_processor(config)
-        samples = _samples(config, "eval", processor, config.get("training", {}).get("max_prompt_length"))
+        samples = eval_samples(config, processor, not args.disable_tqdm)
         name = "student.path" if model_path is None else "--model"
-        model = _load_model(name, model_path or config["student"]["path"], _init_options(config["student"]))
-        scorer = answers_match
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, samples, scorer
+        model = _load_model(name, model_path or config["student"]["path"], model_options(config["student"]))
+        scorer = scorer or answers_match
+    return Measured(model.to("cuda" if cuda else "cpu"), processor, samples, scorer, args)
+
+
+def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> Any:
+    """The config's eval samples: all of them, but for rows that cannot be used where it says ``on_bad_row: skip``.
+
+    Raises:
+        ConfigError: data that cannot be read.
+    """
+    from ..data.checks import good_rows
+    from ..data.sources import DataSource, open_samples
+
+    return good_rows(open_samples(DataSource(**config["data"]["eval"])), processor, progress)
 
 
 def _load_model(name: str, path: str, options: Mapping[str, Any]) -> Any:
@@ -229,9 +261,8 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
     from ..evaluation.accuracy import evaluate_accuracy
     from ..evaluation.sampling import Sampling
 
-    model, processor, samples, scorer = load_for_eval(config, model_path)
-    settings = {"max_completion_length": 512, **config.get("training", {})}
-    sampling = Sampling.from_settings(settings, greedy=True)
-    result = evaluate_accuracy(model, processor, samples, scorer, batch_size, sampling)
+    found = load_for_eval(config, model_path)
+    sampling = Sampling.from_settings(found.args, greedy=True)
+    result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, sampling)
     report(result, out)
     return result

@@ -178,19 +178,24 @@ def data_fingerprint(samples: Samples) -> str:
     return Hasher.hash([*parts, dataclasses.astuple(samples.columns), list(_file_states(samples))])
 
 
-def good_rows(samples: Samples, processor: Any = None, progress: bool = True) -> Samples:
-    """The rows that can be used (``check_rows``); what was found is kept on disk for these data and this processor.
-
-    Raises:
-        ConfigError: there are bad rows and the source's ``on_bad_row`` is ``"error"``, or no good ones.
-    """
+def bad_rows(samples: Samples, processor: Any = None, progress: bool = True) -> list[Problem]:
+    """As ``check_rows``; what was found is kept on disk for these data and this processor."""
     key = data_fingerprint(samples)
     if processor is not None:
         key = Hasher.hash([key, processor_fingerprint(processor)])
     found = remembered(
         "rows", key, lambda: [dataclasses.asdict(x) for x in check_rows(samples, processor, progress=progress)]
     )
-    problems = [Problem(**fields) for fields in found]
+    return [Problem(**fields) for fields in found]
+
+
+def good_rows(samples: Samples, processor: Any = None, progress: bool = True) -> Samples:
+    """The rows that can be used: without ``bad_rows``.
+
+    Raises:
+        ConfigError: there are bad rows and the source's ``on_bad_row`` is ``"error"``, or no good ones.
+    """
+    problems = bad_rows(samples, processor, progress)
     if not problems:
         return samples
     path, count = samples.source.path, f"{len(problems)} of {len(samples)} rows"

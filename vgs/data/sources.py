@@ -269,8 +269,8 @@ def _say_answers(source: DataSource, column: str, answers: Iterable[Any]) -> Non
     _say(source, column, total, lists, "is a list: each of its answers is right")
 
 
-def load_samples(source: DataSource) -> Samples:
-    """Open a dataset.
+def open_samples(source: DataSource) -> Samples:
+    """Open a dataset, with all its rows: nobody has looked whether each can be used.
 
     Args:
         source: where it is, and what its columns are called.
@@ -295,7 +295,16 @@ def load_samples(source: DataSource) -> Samples:
             values = enumerate(rows[columns.question])
             without = [i for i, value in values if not ends_with_reply(value)]
             _say(source, columns.question, len(rows), without, "does not end with an assistant turn: no gold answer")
-    samples = Samples(rows, source, columns, folders)
+    return Samples(rows, source, columns, folders)
+
+
+def load_samples(source: DataSource) -> Samples:
+    """Open a dataset; with ``on_bad_row="skip"`` without the rows that cannot be used.
+
+    Raises:
+        ConfigError: as ``open_samples``, or no row can be used.
+    """
+    samples = open_samples(source)
     if source.on_bad_row == "skip":
         from .checks import good_rows  # which reads samples
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from trl.import_utils import is_math_verify_available
@@ -23,6 +25,7 @@ Reward = Callable[..., list[float | None]]
 Completion = str | list[dict[str, Any]]
 
 REASONING = re.compile(r"\s*<(reason|think)>(.*?)</\1>(.*)", flags=re.DOTALL)
+OPENED = re.compile(r"<(reason|think)>\s*(</\1>\s*)?$")  # at the end of a prompt
 TAGGED = re.compile(r"\s*<answer>(?:(?!</?answer>).)+</answer>\s*", flags=re.DOTALL)
 
 
@@ -76,18 +79,45 @@ def _conclusion(text: str) -> str | None:
     return match[3]
 
 
-def boxed_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+def prompt_opening(processor: Any, **template_options: Any) -> str:
+    """What a chat template writes of the reasoning block itself, at the end of a prompt: ``"<think>\\n"``, or ``""``.
+
+    Args:
+        processor: with the template.
+        **template_options: passed to ``apply_chat_template``.
+    """
+    messages = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_options)
+    found = OPENED.search(text)
+    return found[0] if found else ""
+
+
+def _conclusions(completions: Sequence[Completion], opened: str) -> list[str | None]:
+    """What follows the reasoning block of each response, of which the prompt may have written a part."""
+    texts = [response_text(completion) for completion in completions]
+    whole = [_conclusion(opened + text) for text in texts]
+    if "</" not in opened:
+        return whole
+    # The prompt has an empty block already; the response may have one of its own.
+    return [_conclusion(text) or conclusion for text, conclusion in zip(texts, whole, strict=True)]
+
+
+def boxed_format(completions: Sequence[Completion], opened: str = "", **columns: Any) -> list[float | None]:
     r"""1 for ``<reason>...</reason>`` and then one ``\boxed{...}`` (arXiv 2606.00564, its system prompt), else 0.
 
-    The block may also be called ``<think>``; text around the box is allowed.
+    The block may also be called ``<think>``; text around the box is allowed. ``opened`` is what the prompt has written
+    of the block (``prompt_opening``), which a response does not repeat.
     """
-    conclusions = [_conclusion(response_text(completion)) for completion in completions]
+    conclusions = _conclusions(completions, opened)
     return [float(text is not None and text.count("\\boxed{") == 1 and bool(last_boxed(text))) for text in conclusions]
 
 
-def tagged_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-    """1 for ``<reason>...</reason>`` (or ``<think>``) and then ``<answer>...</answer>`` and no more, else 0."""
-    conclusions = [_conclusion(response_text(completion)) for completion in completions]
+def tagged_format(completions: Sequence[Completion], opened: str = "", **columns: Any) -> list[float | None]:
+    """1 for ``<reason>...</reason>`` (or ``<think>``) and then ``<answer>...</answer>`` and no more, else 0.
+
+    ``opened`` as of ``boxed_format``.
+    """
+    conclusions = _conclusions(completions, opened)
     return [float(text is not None and TAGGED.fullmatch(text) is not None) for text in conclusions]
 
 
@@ -128,6 +158,63 @@ REWARDS: dict[str, Reward] = {
 }
 
 
+FORMATS = (boxed_format, tagged_format)
+
+
+def same_text(response: str, gold: str) -> bool:
+    """Whether the final answer of a response is the gold text, without regard to case and white space."""
+    texts = [" ".join(text.split()).lower() for text in (final_answer(response), gold)]
+    return texts[0] == texts[1]
+
+
+#: Comparisons of a response with its gold answer, by name; the first is the default.
+SCORERS: dict[str, Callable[[str, str], bool]] = {"answers_match": answers_match, "same_text": same_text}
+
+
+def _named(key: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A function by its name among the known ones, or by ``module:function``, imported from the working directory.
+
+    Raises:
+        ConfigError: an unknown name, or a module or function that does not exist.
+    """
+    if name in known:
+        return known[name]
+    if not isinstance(name, str) or ":" not in name:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Expected one of {', '.join(known)}."
+        raise ConfigError(f"{key} has the unknown name {name!r}. {hint} A function of yours is module:function.")
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the working directory
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except Exception as error:  # whatever the user's module does
+        says = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key} {name!r}: the module {module!r} cannot be imported ({says}).") from error
+    if not callable(found):
+        raise ConfigError(f"{key} {name!r}: the module {module!r} has no function {attribute!r}.")
+    return found
+
+
+def find_scorer(name: str | None) -> Callable[[str, str], bool]:
+    """A comparison ``scorer(response_text, gold_answer) -> bool``: of ``SCORERS``, or ``module:function``.
+
+    Args:
+        name: None: ``answers_match``, the default (``vgs.data.answers``).
+
+    Raises:
+        ConfigError: an unknown name, or a module or function that does not exist.
+    """
+    if name is None or SCORERS.get(name) is answers_match:
+        return answers_match
+    scorer = _named("scorer", name, SCORERS)
+
+    def any_of(response: str, gold: str | Sequence[str]) -> bool:
+        return any(bool(scorer(response, answer)) for answer in alternatives(gold))
+
+    return any_of
+
+
 def check_rewards(names: Sequence[str]) -> None:
     """See that rewards exist and can run.
 
@@ -137,10 +224,7 @@ def check_rewards(names: Sequence[str]) -> None:
     if isinstance(names, str) or not names:
         raise ConfigError(f"rewards must be a list of names out of {', '.join(REWARDS)}, got {names!r}.")
     for name in names:
-        if name not in REWARDS:
-            nearest = difflib.get_close_matches(str(name), REWARDS, n=1, cutoff=0.5)
-            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Expected one of {', '.join(REWARDS)}."
-            raise ConfigError(f"rewards has the unknown name {name!r}. {hint}")
+        _named("rewards", name, REWARDS)
         if list(names).count(name) > 1:
             raise ConfigError(f"rewards must have every name once, got {name!r} {list(names).count(name)} times.")
     if "math_verify" in names and not is_math_verify_available():
@@ -153,11 +237,20 @@ def needs_answers(names: Sequence[str]) -> bool:
 
 
 def named_rewards(names: Sequence[str], scorer: Callable[[str, str], bool] | None = None) -> list[Reward]:
-    """The rewards of ``REWARDS`` by name; ``scorer`` replaces the comparison of ``exact_match``.
+    """Rewards by name (``REWARDS``) or ``module:function``; ``scorer`` replaces the comparison of ``exact_match``.
 
     Raises:
         ConfigError: as ``check_rewards``.
     """
     check_rewards(names)
     own = {} if scorer is None else {"exact_match": functools.partial(exact_match, scorer=scorer)}
-    return [own.get(name, REWARDS[name]) for name in names]
+    return [own.get(name) or _named("rewards", name, REWARDS) for name in names]
+
+
+def that_know_the_prompt(rewards: Iterable[Any], processor: Any, **template_options: Any) -> list[Any]:
+    """The rewards, of which those of the format know what the chat template opens (``prompt_opening``)."""
+    rewards = list(rewards)
+    if not any(reward in FORMATS for reward in rewards):
+        return rewards
+    opened = prompt_opening(processor, **template_options)
+    return [functools.partial(x, opened=opened) if x in FORMATS and opened else x for x in rewards]

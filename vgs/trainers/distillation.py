@@ -29,7 +29,7 @@ from ..objectives.weighting import token_weights
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
-from .host_hooks import HostHooks, repeat_prompts
+from .host_hooks import HostHooks, check_signatures, repeat_prompts
 from .micro_batch import MicroBatch
 from .passes import Outputs, loss_in_passes, means_to_log
 from .preparation import anchor_prompt, both_pack, prepare_models
@@ -37,6 +37,7 @@ from .prior import Prior
 from .rollouts import rollout, samples_of
 from .settings import VGSConfig
 from .step import StepScorer
+from .vocabulary import load_teacher, place_teacher
 
 
 class VGSTrainer(HostHooks, DistillationTrainer):
@@ -98,9 +99,11 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if teacher_model is None and "separate" in self.teachers:
             raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
         check_processor(processing_class)
+        check_signatures(DistillationTrainer)  # before a model is loaded
+        teacher = None if teacher_model is None else load_teacher(teacher_model, args, args.world_size)
         super().__init__(
             model=model,
-            teacher_model=teacher_model,
+            teacher_model=None,  # whose check of vocabularies would refuse heads of different padding
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -116,8 +119,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
                 f"{type(self.train_dataset).__name__}."
             )
         self.scorer = scorer or answers_match
-        if teacher_model is None:
-            self.teacher_model = self.model  # it teaches itself
+        self.teacher_model = self.model if teacher is None else place_teacher(self, teacher)  # None teaches itself
         self.prior = None if args.prior == "live" else Prior(self, args.prior, args.prior_decay)
         prepare_models(self, self.teachers)
         self.step_scorer = self.make_scorer()

@@ -22,19 +22,20 @@ from vgs_kernels import PolicyTerm, VGSObjective
 
 from ..data.answers import answers_match
 from ..errors import ConfigError
-from ..evaluation.rewards import Reward, named_rewards, needs_answers
+from ..evaluation.rewards import Reward, named_rewards, needs_answers, that_know_the_prompt
 from ..models.groups import PromptGroup, response_lengths
 from ..objectives.weighting import token_weights
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
-from .host_hooks import HostHooks, create_model_from_path, prepare_deepspeed
+from .host_hooks import HostHooks
 from .micro_batch import MicroBatch, mean_terms
 from .passes import Outputs, loss_in_passes, means_to_log
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
 from .preparation import anchor_prompt, both_pack, prepare_models
 from .rollouts import rollout
+from .vocabulary import load_teacher, place_teacher
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -124,30 +125,17 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
                 f"router_aux_loss_coef must be 0 for {type(self.model).__name__}, got {self.router_aux_loss_coef} (its "
                 "config's, unless set): the fused loss has no load-balancing term."
             )
+        self.reward_funcs = that_know_the_prompt(
+            self.reward_funcs, self.processing_class, **(args.chat_template_kwargs or {})
+        )
         # In GRPO alone the student is compared with itself and asked nothing.
-        self.teacher_model = self.model if args.alpha == 0 else self._prepare_teacher(teacher_model)
+        self.teacher_model = self.model
+        if args.alpha > 0:
+            self.teacher_model = place_teacher(self, load_teacher(teacher_model, args, args.world_size))
         if self.use_vllm:  # without it the host has them
             self.generation_kwargs, self.generation_config = {}, GenerationConfig()
         prepare_models(self, ("separate",))
         self.step_scorer = self.make_scorer()
-
-    def _prepare_teacher(self, teacher: str | nn.Module) -> nn.Module:
-        """As TRL's distillation trainer does."""
-        options = dict(self.args.teacher_model_init_kwargs or {})
-        if isinstance(teacher, str):
-            options.setdefault("dtype", None)
-            if self.accelerator.num_processes > 1:
-                options["device_map"] = None
-            options.setdefault("trust_remote_code", self.args.trust_remote_code)
-            teacher = create_model_from_path(teacher, **options)
-        elif options:
-            raise ConfigError("teacher_model_init_kwargs must be left out for a teacher_model that is loaded already.")
-        sizes = [x.config.get_text_config().vocab_size for x in (self.model, teacher)]
-        if sizes[0] != sizes[1]:
-            raise ConfigError(f"teacher_model has a vocabulary of {sizes[1]}, the student of {sizes[0]}; expected one.")
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def make_scorer(self) -> PolicyScorer:
         """What runs student and teacher."""

@@ -30,6 +30,8 @@ from ..evaluation.sampling import own_generation_config
 from .collapse_watch import SteeringState
 from .resume import ExactResume
 from .rollouts import Questions, greedy_decoding
+from .step import UNSHARDED
+from .weights import load_renamed_weights
 
 __all__ = ["HostHooks", "check_signatures", "create_model_from_path", "prepare_deepspeed", "repeat_prompts"]
 
@@ -43,6 +45,8 @@ _LOOP = {
     "_save_checkpoint": ("self, model, trial",),
     "_save_rng_state": ("self, output_dir",),
     "_load_rng_state": ("self, checkpoint",),
+    "_load_from_checkpoint": ("self, resume_from_checkpoint, model",),
+    "_load_best_model": ("self",),
     "_load_callback_state": ("self",),
     "_init_training_state": (
         "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
@@ -296,6 +300,19 @@ class HostHooks:
     ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, checkpoint, trial)
         return self.resume.begin(checkpoint, position, max_steps, steps_per_epoch, num_train_epochs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.load_renamed_weights(self.state.best_model_checkpoint)
+
+    def load_renamed_weights(self, checkpoint: str) -> None:
+        """Load what the host has left out of a checkpoint, whose names are those of published files."""
+        if self.accelerator.distributed_type in UNSHARDED:
+            load_renamed_weights(self.student, checkpoint)
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()  # may put other instances in the callbacks' place

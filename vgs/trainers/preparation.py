@@ -11,6 +11,7 @@ from ..models.families import freeze, is_verified, placeholder_ids
 from ..models.groups import PromptGroup
 from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
 from .rollouts import expand_images_once, forbid_tokens
+from .vocabulary import unknown_to_teacher
 
 
 def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
@@ -33,7 +34,7 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
     check_columns_for(preset, trainer.train_dataset, compares)
     check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
     check_engine(args, teacher, trainer.accelerator.distributed_type)
-    forbid_tokens(trainer, trainer.placeholder_ids)
+    forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown_to_teacher(student.config, teacher.config)])
     if trainer.use_vllm and trainer.vllm_mode == "colocate" and trainer.placeholder_ids:
         expand_images_once(trainer.vllm_generation, trainer.model.config.image_token_id)
     words, _ = encode_prompt(

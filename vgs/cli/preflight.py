@@ -1,0 +1,175 @@
+"""What is looked at before any model is loaded: by ``vgs check`` in a report, by ``vgs train`` at its start.
+
+One method a stage, in the order of ``STAGES``; each keeps what the next ones need. A stage stops at what makes a run
+impossible (``ConfigError``) and logs a warning for what only looks wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..data.checks import data_fingerprint, good_rows
+from ..data.lengths import drop_long_prompts, prompt_lengths
+from ..data.privileged import check_columns
+from ..data.sources import DataSource, Samples, open_samples
+from ..errors import ConfigError, config_errors
+from ..evaluation.rewards import check_rewards, find_scorer
+from ..trainers.checks import check_columns_for, check_teacher_kind
+from ..trainers.kinds import needs_teacher, trainer_kind
+from . import budgets, pair
+from .keys import DIGITS
+from .resolved import LOADING
+from .steps import Steps, plan_steps, processes, say_steps
+
+#: Name of a stage -> the method.
+STAGES = {
+    "packages": "check_packages",
+    "scorer and rewards": "find_scoring",
+    "student": "open_student",
+    "teacher": "check_teacher",
+    "data": "open_data",
+    "rows": "check_data_rows",
+    "prompts": "measure_prompts",
+    "steps": "count_steps",
+    "lengths": "check_budgets",
+    "disk": "check_room",
+}
+
+
+@dataclasses.dataclass
+class Preflight:
+    """A run before its models.
+
+    Attributes:
+        config: of ``load_config``; a vocabulary that both models have is filled in.
+        args: the trainer's settings.
+        progress: show bars.
+        processor: the student's. models: ``"student"`` and ``"teacher"``, their transformers configs.
+        samples: of ``"train"`` and ``"eval"``, where the config has them.
+        longest: tokens of the longest prompt. steps: of the run. scorer: None for the task's own.
+    """
+
+    config: Mapping[str, Any]
+    args: Any
+    progress: bool = True
+    processor: Any = None
+    models: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Samples] = dataclasses.field(default_factory=dict)
+    longest: int | None = None
+    steps: Steps | None = None
+    scorer: Any = None
+
+    @property
+    def digits(self) -> bool:
+        """Whether the run is the built-in task, which brings models and data."""
+        return self.config.get("task") == "digits"
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What goes to ``apply_chat_template``, wherever a model of this run is asked."""
+        return dict(self.args.chat_template_kwargs or {})
+
+    def run_all(self) -> None:
+        """All stages.
+
+        Raises:
+            ConfigError: the run cannot work.
+        """
+        for method in STAGES.values():
+            getattr(self, method)()
+
+    # ---- stages
+
+    def check_packages(self) -> None:
+        """Packages that the settings ask for."""
+        budgets.check_versions(self.args)
+
+    def find_scoring(self) -> None:
+        """The comparison of answers, the rewards, and the adapter's settings."""
+        if self.config.get("scorer") is not None:
+            self.scorer = find_scorer(self.config["scorer"])
+        if rewards := getattr(self.args, "rewards", None):
+            check_rewards(rewards)
+        if self.config.get("lora"):
+            from peft import LoraConfig
+
+            with config_errors("section lora", *LOADING):
+                LoraConfig(**self.config["lora"])
+
+    def open_student(self) -> None:
+        """The student's config and processor."""
+        if self.digits:
+            return
+        self.models["student"] = pair.model_config(self.config["student"], "student")
+        pair.check_weights(self.config["student"], "student")
+        self.processor = pair.load_processor(self.config)
+
+    def check_teacher(self) -> None:
+        """Whether the teacher can read the student's prompts and pictures, and has its tokens."""
+        if self.digits or not needs_teacher(self.config) or self.processor is None:
+            return
+        self.config = pair.check_pair(self.config, self.processor, self.models["student"])
+        self.args.vocab_size = self.config.get("training", {}).get("vocab_size")
+        self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher")
+        pair.check_weights(self.config["teacher"], "teacher")
+
+    def open_data(self) -> None:
+        """Files and columns."""
+        for part, section in self.config.get("data", {}).items():
+            with config_errors(f"data.{part}", TypeError):
+                self.samples[part] = open_samples(DataSource(**section))
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each part of the data, as it was opened."""
+        return {part: data_fingerprint(samples) for part, samples in self.samples.items()}
+
+    def check_data_rows(self) -> None:
+        """Every row; what was found is kept on the disk, and each later start reads it there."""
+        for part, samples in self.samples.items():
+            self.samples[part] = samples = good_rows(samples, self.processor, self.progress)
+            if trainer_kind(self.config) == "self":
+                control = self.args.privileged_control
+                check_columns(samples, f"data.{part}", f"preset={self.args.preset!r}", control)
+        if "train" in self.samples and trainer_kind(self.config) != "self":
+            preset = self.args.preset_in_force
+            check_teacher_kind(preset, ("separate",), "this trainer")
+            compares = needs_teacher(self.config) and preset.needs_text(self.args.objective(1.0))
+            check_columns_for(preset, self.samples["train"], compares)
+
+    def measure_prompts(self) -> None:
+        """Prompts that are longer than ``max_prompt_length`` are dropped; the longest of the others is known then."""
+        if self.processor is None:
+            return
+        limit = self.args.max_prompt_length
+        for part, samples in self.samples.items():
+            lengths = prompt_lengths(samples, self.processor, **self.template_options)
+            if limit is not None:
+                samples = drop_long_prompts(samples, self.processor, limit, **self.template_options)
+                self.samples[part] = samples
+            self.longest = max([self.longest or 0, *(x for x in lengths if limit is None or x <= limit)])
+
+    def count_steps(self) -> None:
+        """Steps of the run, and rows that they leave out."""
+        sizes = {**{name: key.default for name, key in DIGITS.items()}, **self.config.get("digits", {})}
+        if self.digits:
+            for name in ("train_size", "eval_size"):
+                if sizes[name] < 1:
+                    raise ConfigError(f"digits.{name} must be at least 1, got {sizes[name]}.")
+        elif "train" not in self.samples:
+            return
+        rows = sizes["train_size"] if self.digits else len(self.samples["train"])
+        self.steps = plan_steps(rows, self.args, processes())
+        say_steps(self.steps, rows)
+
+    def check_budgets(self) -> None:
+        """Prompt and response against the models' contexts, vLLM's, and the tokens of a pass."""
+        if not self.digits:
+            budgets.check_lengths(self.args, self.longest, self.models)
+
+    def check_room(self) -> None:
+        """Room for checkpoints."""
+        if "student" in self.models:
+            needed = budgets.checkpoint_bytes(self.models["student"], self.args, self.config.get("lora"))
+            budgets.check_disk(self.args.output_dir, needed, self.args, self.steps)
