@@ -17,7 +17,7 @@ from torch import nn
 from trainers import make_trainer
 from transformers import Qwen3VLForConditionalGeneration
 
-from vgs import VGSConfig, VGSTrainer
+from vgs import VGSConfig, VGSGRPOConfig, VGSGRPOTrainer, VGSTrainer
 from vgs.errors import ConfigError
 from vgs.trainers.checks import check_engine, check_pair, has_column
 from vgs.trainers.teacher import Offload
@@ -121,6 +121,18 @@ def test_a_text_only_student_trains_where_no_image_is_needed(tmp_path: Path, pre
     trainer = text_trainer(tmp_path, preset=preset)
     trainer.train()
     assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in trainer.state.log_history[:2])
+
+
+def test_reinforcement_learning_alone_needs_no_images(tmp_path: Path) -> None:
+    trainer = VGSGRPOTrainer(
+        model=tiny_model(0),
+        args=VGSGRPOConfig(**trainer_options(tmp_path, alpha=0.0, num_generations=2, max_steps=2)),
+        reward_funcs=[lambda completions, **columns: [float(len(x[-1]["content"])) for x in completions]],
+        train_dataset=text_samples(),
+        processing_class=tiny_processor(),
+    )
+    trainer.train()
+    assert len([x for x in trainer.state.log_history if "loss" in x]) == 2
 
 
 def test_a_text_only_student_is_refused_where_images_are_needed(tmp_path: Path) -> None:

@@ -44,12 +44,13 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     """On-policy distillation with Visual Gradient Steering (arXiv 2606.00564).
 
     Args:
-        model: the student, a vision-language model or its id.
+        model: the student, a vision-language model (of presets that compare nothing with it: also a text-only one) or
+            its id.
         teacher_model: the teacher, with the student's vocabulary and image tokens, or its id.
         args: a ``VGSConfig``.
-        train_dataset, eval_dataset: samples with ``prompt`` (chat messages), ``images`` (list of PIL images) and, for
-            the accuracy, ``answer`` (str).
-        processing_class: the student's processor; None loads it.
+        train_dataset, eval_dataset: samples with ``prompt`` (chat messages), ``images`` (list of PIL images; or TRL's
+            ``image``) and, for the accuracy, ``answer`` (str); several evaluation sets as a dict by name.
+        processing_class: the student's processor (a text-only model's tokenizer); None loads it.
         scorer: ``scorer(response_text, gold_answer) -> bool``; None compares the final answers
             (``vgs.data.answers.answers_match``).
         callbacks, optimizers, quantization_config, peft_config: as in TRL.
@@ -63,7 +64,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         steering, resume: see ``HostHooks``.
 
     Raises:
-        TypeError: ``args`` is not a ``VGSConfig``, or ``processing_class`` is not a processor with images.
+        TypeError: ``args`` is not a ``VGSConfig``, or ``processing_class`` is no processor.
         ConfigError: ``tools`` given, no teacher, different image tokens, a text-only model, ``eta="measure"`` with
             sharded parameters, or versions of TRL and transformers that do not fit.
     """
