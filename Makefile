@@ -1,20 +1,37 @@
 # `make demo` and `make test` work on a fresh machine: they create .venv and install the pinned versions first.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
+OLDEST := .venv-oldest
 RESULTS ?= benchmarks/results
+# Neighbouring tests stay in one process, which sets up once what they share.
+PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
+NEWEST_TESTS := CONSTRAINTS=constraints.txt OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+# What meets the libraries: exactness on both backends, torch.compile, models, one trainer of each kind, the command.
+OLDEST_TESTS := tests/test_environment.py \
+	$(addprefix tests/kernels/test_,divergence_family.py integration_torch.py loss_gradients.py loss_values.py rows_triton.py) \
+	tests/models tests/cli \
+	$(addprefix tests/trainers/test_,trainer.py self_distillation.py grpo.py)
 
-.PHONY: demo test gate lint bench bench-gpu bench-step clean
+.PHONY: demo test test-slow test-all test-oldest gate lint bench bench-gpu bench-step clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
 
-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
-	$(MAKE) gate
+test: $(INSTALLED)  # what to run while working: at most eight minutes on two cores
+	$(NEWEST_TESTS) -m "not slow"
+
+test-slow: $(INSTALLED)  # the rest
+	$(NEWEST_TESTS) -m slow
+
+test-all: test test-slow gate
 
 gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, within bounds
 	$(BIN)/python -m pytest benchmarks/test_gate.py -q
+
+test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
+	CONSTRAINTS=constraints-oldest.txt OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,5 +53,10 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(OLDEST)/installed: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv $(OLDEST) runs build *.egg-info

@@ -6,19 +6,28 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vgs_kernels" / "__init__.py").read_text()).group(1)
 
-DEMO = ["scikit-learn", "scipy", "matplotlib"]
-MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
-TRAIN = [
-    "transformers>=5.17",
-    "trl>=1.16,<1.17",  # the trainer overrides private hooks of DistillationTrainer
-    "accelerate>=1.15",
-    "datasets>=4.0",
-    "liger-kernel>=0.8",
-    "peft>=0.18",
+# Scoring and vgs_step: for a loop of one's own, or for a host with its own trainer.
+CORE = [
+    "transformers>=5.16.1",  # the oldest whose families pass the tests; 5.9 fails them
     "pillow",
+]
+# The trainers, the data and the command line.
+TRAIN = [
+    *CORE,
+    "trl>=1.14,<2",  # the oldest that passes; the private hooks in use are checked when a trainer starts
+    "accelerate>=1.15",  # the oldest that was run under FSDP2
+    "datasets>=4.7",  # as TRL
+    "peft>=0.18",  # ensure_weight_tying, for students whose head is their embedding
+    "torchvision",  # the image processors of Qwen-VL
+    "liger-kernel>=0.8.2",  # use_liger_kernel; as TRL
     "pyyaml",
 ]
-DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "bitsandbytes>=0.46.1"]
+VLLM = ["vllm>=0.22,<0.31"]  # what TRL 1.14 to 1.16 take; it brings a torch of its own
+QUANT = ["bitsandbytes>=0.46.1"]  # load_in_8bit; as transformers
+MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
+DEMO = ["scikit-learn", "scipy", "matplotlib"]
+# num2words: SmolVLM's processor is not built without it.
+DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "num2words"]
 
 setup(
     name="vgs-kernels",
@@ -30,6 +39,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "math": MATH, "demo": TRAIN + DEMO, "dev": TRAIN + DEMO + MATH + DEV},
+    extras_require={
+        "core": CORE,
+        "train": TRAIN,
+        "vllm": TRAIN + VLLM,
+        "quant": QUANT,
+        "math": MATH,
+        "demo": TRAIN + DEMO,
+        "dev": TRAIN + QUANT + MATH + DEMO + DEV,
+    },
     entry_points={"console_scripts": ["vgs=vgs.cli.main:main"]},
 )

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels import entries_triton, rows_triton
+from vgs_kernels import entries_triton, rows_triton, triton_launch
 from vgs_kernels.rows import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -215,15 +215,15 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
     kernel, sweep, _ = KERNELS[name]
     options, logits, gradient = variant
     backend = TARGETS[target].backend
-    warps, layout, block = 1, {"LANES": rows_triton.MEETING_LANES}, 0
+    warps, layout, block = 1, {"LANES": triton_launch.MEETING_LANES}, 0
     if sweep == "read":
         warps, layout = (
-            rows_triton.STATISTICS_WARPS[backend],
-            rows_triton.statistics_layout(backend, _ITEMSIZE[logits], aligned),
+            triton_launch.STATISTICS_WARPS[backend],
+            triton_launch.statistics_layout(backend, _ITEMSIZE[logits], aligned),
         )
         block = layout["LANES"] * layout["WIDTH"]
     elif sweep == "write":
-        warps, block = rows_triton.GRADIENT_WARPS[backend], rows_triton.GRADIENT_BLOCK
+        warps, block = triton_launch.GRADIENT_WARPS[backend], triton_launch.GRADIENT_BLOCK
         layout = {"BLOCK": block}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
@@ -257,8 +257,8 @@ def _held(sweep: str, variant: Variant) -> bool:
     return sweep != "none" and options["MASKED"] and not options["STUDENT_CAP"] and logits in ("bf16", gradient)
 
 
-def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
-    """Resources of every variant on every target, as dictionaries; for logits that a caller holds, also unaligned.
+def launches(targets: list[str] | None = None) -> list[tuple[str, Variant, str, bool]]:
+    """Arguments of ``compile_kernel``: every variant on every target; of a caller's logits, also unaligned.
 
     Raises:
         ValueError: for an unknown target.
@@ -267,12 +267,21 @@ def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
         if target not in TARGETS:
             raise ValueError(f"targets must be among {', '.join(TARGETS)}, got {target!r}.")
     return [
-        asdict(compile_kernel(name, variant, target, aligned))
+        (name, variant, target, aligned)
         for target in targets or TARGETS
         for name, kernel in KERNELS.items()
         for variant in kernel.variants
         for aligned in ((True, False) if _held(kernel.sweep, variant) else (True,))
     ]
+
+
+def report(targets: list[str] | None = None) -> list[dict[str, Any]]:
+    """Resources of all ``launches``, as dictionaries.
+
+    Raises:
+        ValueError: for an unknown target.
+    """
+    return [asdict(compile_kernel(*launch)) for launch in launches(targets)]
 
 
 def _named(option: str, value: int) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from vgs.models.forward import fused_loss, padded_states, score_groups
 from vgs.models.groups import PromptGroup, response_lengths
-from vgs.models.heads import read_head
+from vgs.models.heads import read_head, visual_dependency
 from vgs.models.padding import pad_groups
-from vgs.trainers.teacher import visual_dependency
 from vgs_kernels import VGSObjective
 from vgs_kernels.gating import thresholds
 

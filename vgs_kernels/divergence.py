@@ -43,6 +43,9 @@ class Divergence:
             absolute log-ratio, which then keeps its gradient.
         temperature: T, > 0, divides the student's logits and the composed ones.
         temperature_squared: whether values and gradients are multiplied with T^2.
+
+    Raises:
+        ValueError, TypeError: a setting of the wrong type, or outside its range; the message names it.
     """
 
     divergence: str = "reverse_kl"
@@ -93,6 +96,13 @@ class Divergence:
                 "divergence='sampled_reverse_kl' looks at the sampled token alone and takes support='full' and "
                 f"clip=None, got support={self.support!r} and clip={self.clip}."
             )
+
+    def values(self) -> tuple[str | float | int | bool | None, ...]:
+        """The fields in their order, as operators take them (``astuple`` cannot be traced before torch 2.12)."""
+        return (
+            *(self.divergence, self.beta, self.support, self.top_k, self.plausibility, self.clip, self.token_clip),
+            *(self.temperature, self.temperature_squared),
+        )
 
     @property
     def kind(self) -> str:

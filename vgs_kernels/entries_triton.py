@@ -10,22 +10,17 @@ from torch import Tensor
 from .divergence import Divergence
 from .entries import SUMS, TAILS, EntryCoefficients, log_sums
 from .rows import RowTile
-from .rows_triton import (
+from .triton_launch import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
-    NOTHING,
     STATISTICS_WARPS,
     VENDOR,
-    anchored,
-    cap_slope,
-    exp,
-    lane_sum,
     row_arguments,
     statistics_launch,
     tile_columns,
-    transform,
     transform_arguments,
 )
+from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}

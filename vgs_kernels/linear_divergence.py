@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,13 @@ class DivergenceOutput:
 class TargetRow(NamedTuple):
     """One addend of a composed target: coefficient * (softcap(logit_scale * (hidden @ weight^T + bias))).
 
-    ``coefficient`` is a number, or [N], one for each token, without gradient.
+    Attributes:
+        coefficient: a number, or [N], one for each token; without gradient.
+        hidden: [N, D] hidden states.
+        weight: [V, D] of the output head.
+        bias: [V] of the output head, or None.
+        logit_scale: factor on the logits.
+        softcap: logits are softcap * tanh(logits / softcap), > 0; None: as they are.
     """
 
     coefficient: float | Tensor
@@ -199,7 +205,7 @@ def divergence_loss(
     operator = ops_divergence.dense_divergence if factor is None else ops_divergence.dense_divergence_values
     value, terms, *_ = operator(
         student_logits, [logits.detach() for _, logits in target], of_tokens, weights, target_ids,
-        *_policy(policy, knobs, reduction, target_ids, student_logits), numbers, *astuple(knobs), vocab,
+        *_policy(policy, knobs, reduction, target_ids, student_logits), numbers, *knobs.values(), vocab,
         checks.backend(backend, student_logits), arguments.needs(student_logits),
     )  # fmt: skip
     return _output(value, terms, factor, target_ids)
@@ -232,7 +238,7 @@ def linear_divergence(
     value, terms, *_ = operator(
         student.hidden, student.weight, student.bias, [row.hidden.detach() for row in rows], of_tokens,
         [head.weight.detach() for head in heads], [arguments.detached(head.bias) for head in heads],
-        token_weights, target_ids, *policy, numbers, [len(group) for group in groups], *astuple(divergence),
+        token_weights, target_ids, *policy, numbers, [len(group) for group in groups], *divergence.values(),
         decides_last, vocab, arguments.group(vocab_group),
         [float(row.logit_scale) for row in (student, *heads)], [row.softcap or 0.0 for row in (student, *heads)],
         workspace_bytes, backend, checks.compute_dtype(student.hidden),

@@ -13,7 +13,12 @@ from .objective import VGSObjective
 
 
 class FusedLinearVGSLoss(nn.Module):
-    """:func:`fused_linear_vgs_loss` with its objective and keyword options held; a call may add or override options."""
+    """:func:`fused_linear_vgs_loss` with its objective and keyword options held; a call may add or override options.
+
+    Args:
+        objective: gamma, lam, eta and the rest; None: the defaults.
+        options: keyword options of the function, for every call.
+    """
 
     def __init__(self, objective: VGSObjective | None = None, **options: Any) -> None:
         super().__init__()
@@ -40,7 +45,11 @@ class FusedLinearVGSLoss(nn.Module):
 
 
 class FusedLinearDivergence(nn.Module):
-    """:func:`fused_linear_divergence` with its keyword options held; a call may add or override options."""
+    """:func:`fused_linear_divergence` with its keyword options held; a call may add or override options.
+
+    Args:
+        options: keyword options of the function, for every call.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

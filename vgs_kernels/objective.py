@@ -36,6 +36,9 @@ class VGSObjective:
         vds_scope: tokens over which the quantiles are taken: this ``"call"``, all data-parallel ``"ranks"``, or each
             ``"trajectory"``.
         divergence: ``"reverse_kl"``, the only one of the paper's method.
+
+    Raises:
+        ValueError, TypeError: a setting of the wrong type, or outside its range; the message names it.
     """
 
     gamma: float = 2.0

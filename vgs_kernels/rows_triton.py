@@ -12,56 +12,24 @@ softmax weight is 0, the gap that it multiplies does not count. Elsewhere all nu
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .rows import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
-
-#: Warps by vendor, and columns of a block of gradients: 16-byte loads, and no spills. A block of statistics has as many
-#: columns as its threads can load at once: more of them for each thread take registers and save few instructions.
-STATISTICS_WARPS = {"cuda": 8, "hip": 4}
-GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
-_THREADS = {"cuda": 32, "hip": 64}  # of a warp
-VENDOR = "cuda" if torch.version.hip is None else "hip"
-#: A row is cut until there are this many programs for each multiprocessor, twice what runs there at a time; stretches
-#: keep so many blocks that their start and their meeting are small beside them. Whatever their number, they meet in one
-#: compilation.
-_PROGRAMS_PER_PROCESSOR, _MIN_STRETCH_BLOCKS, MEETING_LANES = 8, 8, 32
-_LOAD_COLUMNS = 16  # what Triton takes for aligned is a multiple of this
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-#: A logit that has no weight beside any other, but is finite, so that differences of such logits are.
-NOTHING = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def exp(x):
-    # tl.exp spends three more instructions on results below 2^-126; these become 0.
-    return tl.exp2(x * _LOG2_E)
-
-
-@triton.jit
-def _tanh(x):
-    # 1 - 2 / (e^2x + 1) cancels near zero; there, the odd series.
-    x2 = x * x
-    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    return tl.where(x2 < 0.0625, series, 1 - 2 / (exp(2 * x) + 1))
-
-
-@triton.jit
-def transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """rows.LogitTransform of logits as they lie in a tile; nothing behind its end."""
-    if HAS_CAP:
-        capped = _tanh(x * (scale / softcap)) * (softcap * inv_temperature)
-        x = tl.where(x == float("-inf"), x, capped) if MASKED else capped
-    else:
-        x *= scale * inv_temperature
-    return tl.where(columns < n_columns, x, float("-inf") if MASKED else NOTHING)
+from .triton_launch import (
+    GRADIENT_BLOCK,
+    GRADIENT_WARPS,
+    MEETING_LANES,
+    STATISTICS_WARPS,
+    VENDOR,
+    row_arguments,
+    statistics_launch,
+    tile_columns,
+    transform_arguments,
+)
+from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 
 @triton.jit
@@ -70,18 +38,6 @@ def _load(
 ):
     x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
     return transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP, MASKED)
-
-
-@triton.jit
-def anchored(maximum, MASKED: tl.constexpr):
-    """What a row is centred at: its maximum, or 0 as long as all columns are masked."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum) if MASKED else maximum
-
-
-@triton.jit
-def lane_sum(x):
-    """[LANES, WIDTH] -> [LANES]: a thread's own elements."""
-    return tl.sum(x, axis=1)
 
 
 @triton.jit
@@ -298,13 +254,6 @@ def meet_kernel(
         _meet_pair(state_ptr, state_stride, t_sum, s_shift, t_shift, t_discount, t_gap, True)
 
 
-@triton.jit
-def cap_slope(z, softcap, inv_temperature):
-    """Derivative of the soft-cap; the linear gain is already in the token weights."""
-    capped = z * (1 / (softcap * inv_temperature))
-    return tl.maximum(1 - capped * capped, 0.0)  # 0 where z is no logit but a mask, or lies behind the tile's end
-
-
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
@@ -379,66 +328,9 @@ def gradient_kernel(
             tl.store(out_text_ptr + text_row * out_text_stride + at, d_a, mask=stored)
 
 
-def row_arguments(tile: RowTile) -> list[Tensor]:
-    """A tile's rows as kernels take them: two, or four."""
-    rows = [tile.student, tile.target, *([tile.student_text, tile.teacher_text] if tile.four else ())]
-    if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
-        raise ValueError("rows must be contiguous along the vocabulary.")
-    return rows
-
-
 def _four(rows: list[Tensor]) -> list[Tensor]:
     """A pair has no text rows: its own rows stand in for them and are never read."""
     return rows if len(rows) == 4 else 2 * rows
-
-
-def tile_columns(tile: RowTile) -> tuple[int, int]:
-    """The tile's columns, and how many of them to load."""
-    n_columns = tile.student.shape[1]
-    aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
-    return n_columns, aligned if aligned <= tile.readable else n_columns
-
-
-def transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
-    student, target = tile.student_transform, tile.target_transform
-    scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
-    caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
-    return scalars, {**caps, "MASKED": tile.may_be_masked}
-
-
-def statistics_layout(vendor: str, itemsize: int, aligned: bool) -> dict[str, int | bool]:
-    """How a block's columns are dealt out: 16 contiguous bytes to every thread; of unaligned rows, every LANES-th one.
-
-    Each keeps a thread's columns its own: else threads would have to meet in every block.
-    """
-    lanes = STATISTICS_WARPS[vendor] * _THREADS[vendor]
-    return {"LANES": lanes, "WIDTH": 16 // itemsize if aligned else 4, "INTERLEAVED": not aligned}
-
-
-def _aligned(rows: Sequence[Tensor], n_loaded: int) -> bool:
-    """Whether Triton can load these rows, each at its own pitch, 16 bytes at a time."""
-    pitches = [row.stride(0) for row in rows]
-    return all(x % _LOAD_COLUMNS == 0 for x in (n_loaded, *pitches)) and all(x.data_ptr() % 16 == 0 for x in rows)
-
-
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def stretches(n_rows: int, n_blocks: int, multiprocessors: int) -> tuple[int, int]:
-    """Into how many stretches to cut each of ``n_rows`` rows of ``n_blocks`` column blocks; blocks of a stretch."""
-    wanted = max(1, _PROGRAMS_PER_PROCESSOR * multiprocessors // n_rows)
-    count = max(1, min(wanted, n_blocks // _MIN_STRETCH_BLOCKS, MEETING_LANES - 1))
-    blocks = triton.cdiv(n_blocks, count)
-    return triton.cdiv(n_blocks, blocks), blocks
-
-
-def statistics_launch(rows: Sequence[Tensor], n_columns: int, n_loaded: int) -> tuple[dict[str, int | bool], int, int]:
-    """Layout of a sweep that only reads, number of stretches of a row, and blocks of a stretch."""
-    layout = statistics_layout(VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
-    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
-    return layout, *stretches(len(rows[0]), n_blocks, _multiprocessors(rows[0].device))
 
 
 def statistics(tile: RowTile, state: Tensor) -> None:

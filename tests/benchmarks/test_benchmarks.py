@@ -180,9 +180,13 @@ def test_everyone_means_the_same_divergence(name, beta):
         assert (getattr(leaves, leaf).grad - expected).norm() < 1e-4 * expected.norm(), leaf
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].compiles])
-@pytest.mark.parametrize("job", BETAS)
+COMPILED = [(name, job) for name in METHODS if METHODS[name].compiles for job in BETAS]
+
+
+@pytest.mark.parametrize(
+    ("name", "job"),  # each compiles on its first call, which takes long: one job each by default
+    [pytest.param(name, job, marks=() if job == "jsd" else pytest.mark.slow) for name, job in COMPILED],
+)
 def test_compiled_peers_agree_with_float64(problem, job, name):
     row = measured(problem, job, (name,))[1]
     assert row["status"] == "ok" and max(row["gradient_errors"].values()) < 1e-3
@@ -310,7 +314,7 @@ def results(tmp_path_factory) -> Results:
 def test_results_come_back(results):
     again = Results.load(results.path)
     assert again.rows == results.rows
-    assert again.environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(again.environment["packages"]["torch"])  # a build's may have "+cu130" behind it
     assert not list(results.path.parent.glob("*.tmp"))
 
 
@@ -358,28 +362,28 @@ def test_committed_results_can_be_read(path):
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_commands(results):
-    assert "19,456" in command("counts").stdout
-    assert "x floor" in command("report", str(results.path)).stdout
-    assert "+0.0 %" in command("--compare", str(results.path), str(results.path)).stdout
+def test_commands(results, command):
+    assert "19,456" in command("counts").out
+    assert "x floor" in command("report", str(results.path)).out
+    assert "+0.0 %" in command("--compare", str(results.path), str(results.path)).out
     missing = command("report", "no-such-file.json")
-    assert missing.returncode == 1 and "no-such-file.json is not a result file" in missing.stderr
-    assert command().returncode == 2
+    assert missing.code == 1 and "no-such-file.json is not a result file" in missing.err
 
 
-@pytest.mark.slow
-def test_loss_command_writes_a_result_file(tmp_path):
+def test_the_module_is_a_command():
+    run = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "name a command" in run.stderr
+
+
+def test_loss_command_writes_a_result_file(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(loss, "ceilings", lambda device, dtype: {"flops": 1e11, "bytes_per_second": 1e10})
     path = tmp_path / "r.json"
     run = command(
         *("loss", "--shape", "gate", "--tokens", "16", "--jobs", "reverse-kl", "--methods", "ours", "trl"),
         *("--rounds", "3", "--out", str(path)),
     )
-    assert run.returncode == 0, run.stderr
-    assert "| gate | 16 | reverse-kl |" in run.stdout
+    assert run.code == 0, run.err
+    assert "| gate | 16 | reverse-kl |" in run.out
     rows = {row["method"]: row for row in Results.load(path).rows}
     assert set(rows) == {FLOOR, "ours", "trl"}
     assert rows["ours"]["dtype"] == "float32" and rows["ours"]["gradient_errors"]["student"] < 1e-4

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step, step_counts, step_methods, step_report
-from benchmarks.__main__ import main
 from benchmarks.jobs import JOBS
 from benchmarks.methods import METHODS as LOSSES
 from benchmarks.methods import Context
@@ -286,28 +285,17 @@ def test_an_offloaded_teacher_is_whole_in_its_own_phase():
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def command(monkeypatch, capsys, *arguments: str) -> str:
-    """What the command prints."""
-    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
-    assert main() == 0
-    return capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_counts_say_that_nothing_was_measured(monkeypatch, capsys):
-    text = command(monkeypatch, capsys, "step", "--count", "--pairs", "8b-2b")
+def test_counts_say_that_nothing_was_measured(command):
+    text = command("step", "--count", "--pairs", "8b-2b").out
     assert text.startswith("**Computed, not measured.**")
     assert text.count("TFLOP by phase") == 2 and "**Longest response that fits**" in text
     assert "does not fit" in text
 
 
-@pytest.mark.slow
-def test_small_command_and_report(tmp_path, monkeypatch, capsys):
+def test_small_command_and_report(tmp_path, command):
     path = tmp_path / "r.json"
-    text = command(
-        monkeypatch, capsys, "step", "--small", "--rounds", "1", "--out", str(path), "--plots", str(tmp_path)
-    )
+    text = command("step", "--small", "--rounds", "1", "--out", str(path), "--plots", str(tmp_path)).out
     assert {row["status"] for row in Results.load(path).rows} == {"ok"} and (tmp_path / "step.png").exists()
-    report = command(monkeypatch, capsys, "report", str(path))
+    report = command("report", str(path)).out
     for table in (text, report):
         assert table.count("| VGS, packed, prefix shared |") == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import SPECIAL, VISION_START, tiny_image, tiny_model, tiny_processor, tiny_samples
 
-from vgs.data.prompts import encode_groups, remove_images, text_only_prompts
+from vgs.data.prompts import anchor_group, encode_groups, fill_images, remove_images, text_only_prompts
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import response_lengths, trajectory_ids
 from vgs.models.padding import pad_groups
@@ -88,3 +90,48 @@ def test_padded_views_share_columns() -> None:
     alone = pad_groups(groups, ("text",), "cpu")
     assert alone.images == {}
     assert alone.attention_mask[:, 0].any(), "no column of padding only"
+
+
+PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "red ?"}
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], int]] = {
+    "strings": ([{"role": "system", "content": "answer"}, {"role": "user", "content": "red ?"}], 2),
+    "turns": (
+        [
+            {"role": "user", "content": "red ?"},
+            {"role": "assistant", "content": "blue"},
+            {"role": "user", "content": "a b or c ?"},
+        ],
+        1,
+    ),
+    "places": ([{"role": "user", "content": [PLACE, TEXT, PLACE]}, {"role": "assistant", "content": [PLACE]}], 3),
+    "filled": ([{"role": "user", "content": [{"type": "image", "image": "here"}, TEXT, PLACE]}], 1),
+    "calls": ([{"role": "user", "content": "red ?"}, {"role": "assistant", "tool_calls": []}], 0),
+    "tools": ([{"role": "user", "content": "red ?"}, {"role": "tool", "content": [PLACE, TEXT]}], 1),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_images_go_where_the_host_puts_them(name: str) -> None:
+    """Sampled prompts are rendered by TRL, scored ones by us."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    messages, count = CONVERSATIONS[name]
+    images = [f"image {index}" for index in range(count)]
+    before = repr(messages)
+    assert fill_images(messages, images) == data_utils.prepare_multimodal_messages(messages, images=images)
+    assert repr(messages) == before, "the sample itself must not change"
+
+
+def test_images_without_a_place() -> None:
+    with pytest.raises(ValueError, match="images has 2 entries, but the prompt has places for 1"):
+        fill_images([{"role": "user", "content": [PLACE, TEXT]}], ["one", "two"])
+    with pytest.raises(ValueError, match="the role 'human'; expected one of system, user, assistant, tool"):
+        fill_images([{"role": "human", "content": "red ?"}], [])
+
+
+def test_an_anchor_is_one_image_and_one_token() -> None:
+    group = anchor_group(PROCESSOR, FORBIDDEN)
+    assert group.has_images and group.response_lengths == [1]
+
+
+def test_no_samples_are_no_groups() -> None:
+    assert encode_groups(PROCESSOR, [], [], FORBIDDEN) == []

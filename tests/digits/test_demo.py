@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 from vgs.digits import demo
 from vgs.digits.plots import AnswerSheet, ColouredAnswer, answer_sheets, learning_curves
+from vgs.digits.short_runs import smooth
 
 TIMES = ("seconds", "seconds_per_step")
 
@@ -82,7 +83,7 @@ def test_table_gives_mean_and_spread():
 
 
 def test_smooth_is_a_trailing_mean():
-    assert demo.smooth([1, 2, 3, 4], window=2) == [1, 1.5, 2.5, 3.5]
+    assert smooth([1, 2, 3, 4], window=2) == [1, 1.5, 2.5, 3.5]
 
 
 def test_learning_curves_draw_every_panel(tmp_path):

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from vgs.digits import task as digits
+from vgs.digits.grading import grade, greedy_answers
 from vgs.digits.models import IMAGE, VIDEO, VISION_END, VISION_START, Shape, build_model, build_processor
 from vgs.digits.pictures import (
     CELL,
@@ -31,7 +32,7 @@ from vgs.digits.pictures import (
     split_indices,
     take,
 )
-from vgs.digits.pretraining import IGNORED, Phase, Recipe, answer_greedily, encode, grade, pretrained, train_supervised
+from vgs.digits.pretraining import IGNORED, Phase, Recipe, encode, lesson, pretrained, train_supervised
 
 TINY = Shape(layers=1, width=32, heads=2, vision_layers=1)
 
@@ -181,12 +182,12 @@ def test_text_only_view_has_no_placeholder(processor):
 
 def test_encode_labels_the_answer_only(processor):
     examples = take("train", 4, seed=0)
-    pictures = [None, examples[1].image, examples[2].image, None]
-    batch = encode(processor, examples, pictures)
-    for row, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
+    shown = [False, True, True, False]
+    batch = encode(processor, [lesson(example, seen) for example, seen in zip(examples, shown, strict=True)])
+    for row, (example, seen) in enumerate(zip(examples, shown, strict=True)):
         labelled = batch["labels"][row][batch["labels"][row] != IGNORED]
         assert processor.tokenizer.decode(labelled) == f"{example.target} {processor.tokenizer.eos_token}"
-        expected = 0 if picture is None else len(example.source)
+        expected = len(example.source) if seen else 0
         assert (batch["input_ids"][row] == processor.image_token_id).sum() == expected
 
 
@@ -201,7 +202,7 @@ def test_supervised_training_lowers_the_loss(processor):
 
 def test_answers_end_and_hold_no_placeholder(processor, model):
     examples = take("test", 6, seed=0)
-    answers = answer_greedily(model, processor, examples, batch_size=4, max_new_tokens=12)
+    answers = greedy_answers(model, processor, examples, max_new_tokens=12)
     assert len(answers) == 6
     end = processor.tokenizer.eos_token_id
     assert all(end not in answer[:-1] and len(answer) <= 12 for answer in answers)
@@ -215,30 +216,6 @@ def test_grade_counts_answers_and_digits(processor):
     wrong = phrase("sum", ["left", "right"], [example.read[0], (example.read[1] + 1) % 10], 0, 0)
     ids = [processor.tokenizer(text)["input_ids"] for text in (example.target, wrong)]
     assert grade(processor, [example, example], ids) == {"answers": 0.5, "digits": 0.75}
-
-
-def test_pretrained_is_cached_and_reproducible(tmp_path, monkeypatch):
-    recipe = Recipe(TINY, (Phase(steps=2, batch_size=4),), Habits())
-    trained, _ = pretrained("student", tmp_path / "a", seed=3, recipe=recipe)
-    again, _ = pretrained("student", tmp_path / "b", seed=3, recipe=recipe)
-    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
-    monkeypatch.setattr("vgs.digits.pretraining.train_supervised", None)  # calling it again would fail
-    cached, processor = pretrained("student", tmp_path / "a", seed=3, recipe=recipe)
-    assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), cached.parameters(), strict=True))
-    assert [entry.name for entry in (tmp_path / "a").iterdir()] == [f"digits-student-{recipe.key(3)}"]
-    assert cached.generation_config.suppress_tokens == trained.generation_config.suppress_tokens
-    assert cached.config.text_config.vocab_size == len(processor.tokenizer)
-
-
-def test_recipe_key_depends_on_every_setting():
-    base = Recipe(TINY, (Phase(steps=2),), Habits())
-    others = [
-        Recipe(Shape(layers=2, width=32), (Phase(steps=2),), Habits()),
-        Recipe(TINY, (Phase(steps=3),), Habits()),
-        Recipe(TINY, (Phase(steps=2),), Habits(readings=(1, 2, 3, 4))),
-    ]
-    keys = [base.key(0), base.key(1), *(other.key(0) for other in others)]
-    assert len(set(keys)) == len(keys)
 
 
 def test_unknown_role_is_named(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vgs.cli import main as cli
 from vgs.digits.pictures import NUMBERS, handwritten, number_words, take, vocabulary
-from vgs.digits.privileged import CONTEXTS, Question, _batches, build, label_note, questions
+from vgs.digits.privileged import CONTEXTS, Question, build, label_note, lessons, questions
 from vgs.digits.studies import self_distillation as study
 from vgs.digits.studies.plots import gap_study
 
@@ -71,7 +71,7 @@ def test_a_shown_question_is_what_the_teacher_sees() -> None:
 
 def test_the_reader_never_learns_faint_pictures() -> None:
     """It sees the task's own without context, and very noisy ones with context."""
-    batch = next(_batches(study.quick_study().recipe, 0))
+    batch = next(lessons(study.quick_study().recipe, 0))
     seen = []
     for record, target in batch:
         content, pictures = record["prompt"][0]["content"], record["images"]
@@ -91,7 +91,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, json.loads((folder / "out" / "results.json").read_text())
 
 
-@pytest.mark.slow
 def test_the_quick_study_writes_results_and_a_picture(quick: tuple[Path, dict]) -> None:
     folder, results = quick
     assert [run["arm"] for run in results["runs"]] == list(study.ARMS)
@@ -107,7 +106,6 @@ def test_the_quick_study_writes_results_and_a_picture(quick: tuple[Path, dict]) 
         assert min(picture.size) > 400 and len(picture.convert("L").resize((64, 64)).getcolors()) > 10
 
 
-@pytest.mark.slow
 def test_the_config_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vgs.digits import privileged as digits_privileged
 

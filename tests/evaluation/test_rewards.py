@@ -106,3 +106,14 @@ def test_missing_gold_answers_are_named(reward) -> None:
         reward(["a"])
     with pytest.raises(ValueError, match="2 gold answers for 1 completions"):
         reward(["a"], answer=["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["exact_match", "choice", "math_verify"])
+def test_alternatives_and_missing_gold_answers(name: str) -> None:
+    """Any of several answers is right; no answer is no reward."""
+    gold = [["A", "B"], ["A", "B"], None, []] if name == "choice" else [["1/2", "7"], ["1/2", "7"], None]
+    texts = (
+        ["\\boxed{B}", "\\boxed{C}", "\\boxed{B}", "None"] if name == "choice" else ["\\boxed{7}", "\\boxed{8}", "None"]
+    )
+    expected = [1.0, 0.0, None, None] if name == "choice" else [1.0, 0.0, None]
+    assert REWARDS[name]([chat(text) for text in texts], answer=gold) == expected

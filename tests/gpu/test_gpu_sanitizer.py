@@ -16,17 +16,17 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
 
-#: Every variant of the kernels, on aligned rows and on others, launched alone: racecheck is not to judge cuBLAS.
+#: Every variant of the row kernels, on aligned rows and on others, launched alone: racecheck is not to judge cuBLAS.
 KERNELS_SCRIPT = """
 import itertools
 import torch
-from benchmarks.kernels import VARIANTS
+from benchmarks.kernels import KERNELS
 from vgs_kernels import rows_triton
 from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V = 33, 1003
-cases = [(kernel, *variant) for kernel, variants in VARIANTS.items() for variant in variants]
+cases = [(kernel, *x) for kernel in ("statistics_kernel", "gradient_kernel") for x in KERNELS[kernel].variants]
 for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1024)):
     rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
     rows = [row[:, :V] for row in rows]
@@ -38,8 +38,9 @@ for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1
         out = torch.zeros(N, width, dtype=DTYPES[gradient], device=DEVICE)[:, :V]
         wanted = options["PRIOR"] or options["LANGUAGE"]
         text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if wanted else None
-        language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else ()
-        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language)
+        language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else (None, None)
+        policy = (torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)) if options["POLICY"] else ()
+        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language, *policy)
         text_rows = torch.arange(N, device=DEVICE) // 2 if options["COMPACT"] else None
         if text_rows is not None:
             text_rows[::2] = -1

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from divergence_checks import TRAINED, on_rows
 from oracle import divergence_oracle, vgs_oracle
 from problems import (
     DEVICE,
@@ -29,27 +30,6 @@ from vgs_kernels import (
     fused_linear_vgs_loss,
 )
 
-TRAINED = ("student_hidden", "student_weight", "student_bias")
-
-
-def on_problem(function, compose):
-    """Adapts a divergence to ``evaluate``: the target is composed from the problem's rows."""
-
-    def run(s, a, student, t, w, teacher, *, student_bias=None, teacher_bias=None, **options):
-        rows = {
-            "s": (s, student, student_bias),
-            "a": (a, student, student_bias),
-            "t": (t, teacher, teacher_bias),
-            "w": (w, teacher, teacher_bias),
-        }
-        target = [
-            (c, *(x.detach() for x in rows[name] if x is not None)) for name, c in compose.items() if name in rows
-        ]
-        return function(s, student, target, student_bias=student_bias, **options)
-
-    return run
-
-
 TARGETS = {
     "teacher": {"t": 1.0},
     "visual gradient steering": {"t": 1.0, "a": 2 / 3, "w": -2 / 3},
@@ -63,10 +43,10 @@ TARGETS = {
 def compare(problem: Problem, compose: dict[str, float], *, rtol: float, floor: float, backend: str, **options) -> None:
     kernel = {k: options.pop(k) for k in list(options) if k == "workspace_bytes"}
     exact = evaluate(
-        on_problem(divergence_oracle, compose), problem, dtype=torch.float64, requires_grad=TRAINED, **options
+        on_rows(divergence_oracle, compose), problem, dtype=torch.float64, requires_grad=TRAINED, **options
     )
     ours = evaluate(
-        on_problem(fused_linear_divergence, compose),
+        on_rows(fused_linear_divergence, compose),
         problem,
         requires_grad=TRAINED,
         backend=backend,
@@ -75,7 +55,7 @@ def compare(problem: Problem, compose: dict[str, float], *, rtol: float, floor: 
     )
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=rtol, atol=floor)
     double = problem.student_hidden.dtype == torch.float64
-    bars = rtol if double else float32_bars(problem, exact, on_problem(divergence_oracle, compose), **options)
+    bars = rtol if double else float32_bars(problem, exact, on_rows(divergence_oracle, compose), **options)
     assert_gradients_close(ours, exact, rtol=bars)
     for name in ("divergence", "entropy", "target_logps"):
         actual, expected = getattr(ours.output, name), getattr(exact.output, name)
@@ -145,10 +125,10 @@ def test_target_row_carries_scale_and_softcap(backend):
 def test_bfloat16_against_plain_pytorch(backend):
     problem = make_problem(7, 257, bias=True, dtype=torch.bfloat16)
     compose = TARGETS["visual gradient steering"]
-    exact = evaluate(on_problem(divergence_oracle, compose), problem, dtype=torch.float64, requires_grad=TRAINED)
-    eager = evaluate(on_problem(divergence_oracle, compose), problem, requires_grad=TRAINED)
+    exact = evaluate(on_rows(divergence_oracle, compose), problem, dtype=torch.float64, requires_grad=TRAINED)
+    eager = evaluate(on_rows(divergence_oracle, compose), problem, requires_grad=TRAINED)
     # The eager one has no combined rows, whose sum is rounded.
-    run = on_problem(fused_linear_divergence, compose)
+    run = on_rows(fused_linear_divergence, compose)
     ours = evaluate(run, problem, requires_grad=TRAINED, backend=backend, fold=False)
     bars = {name: 2 * relative_error(g, exact.gradients[name]) for name, g in eager.gradients.items()}
     assert_gradients_close(ours, exact, rtol=bars)
@@ -171,7 +151,7 @@ def test_vgs_is_distillation_to_a_composed_target(backend, gamma):
         backend=backend,
     )
     composed = evaluate(
-        on_problem(fused_linear_divergence, compose),
+        on_rows(fused_linear_divergence, compose),
         problem,
         requires_grad=TRAINED,
         grad_output=1 + gamma,
@@ -189,9 +169,7 @@ def test_plain_objective_is_the_divergence_to_the_teacher(backend):
         requires_grad=TRAINED,
         backend=backend,
     )
-    divergence = evaluate(
-        on_problem(fused_linear_divergence, {"t": 1.0}), problem, requires_grad=TRAINED, backend=backend
-    )
+    divergence = evaluate(on_rows(fused_linear_divergence, {"t": 1.0}), problem, requires_grad=TRAINED, backend=backend)
     floor = value_floor(problem)
     torch.testing.assert_close(divergence.loss, plain.loss, rtol=1e-5, atol=floor)
     torch.testing.assert_close(divergence.output.divergence, plain.output.standard, rtol=1e-5, atol=floor)
@@ -236,7 +214,7 @@ def test_padded_vocabulary_and_masked_columns(backend):
 
 def test_no_tokens(backend):
     problem = make_problem(0, 57, bias=True)
-    out = evaluate(on_problem(fused_linear_divergence, {"t": 1.0}), problem, requires_grad=TRAINED, backend=backend)
+    out = evaluate(on_rows(fused_linear_divergence, {"t": 1.0}), problem, requires_grad=TRAINED, backend=backend)
     assert out.loss == 0
     assert all(gradient is not None and not gradient.any() for gradient in out.gradients.values())
 
@@ -244,10 +222,10 @@ def test_no_tokens(backend):
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradient_only_where_required(backend, name):
     problem = make_problem(5, 57, bias=True)
-    run = on_problem(divergence_oracle, TARGETS["contrastive"])
+    run = on_rows(divergence_oracle, TARGETS["contrastive"])
     exact = evaluate(run, problem, dtype=torch.float64, requires_grad=[name])
     ours = evaluate(
-        on_problem(fused_linear_divergence, TARGETS["contrastive"]), problem, requires_grad=[name], backend=backend
+        on_rows(fused_linear_divergence, TARGETS["contrastive"]), problem, requires_grad=[name], backend=backend
     )
     assert_gradients_close(ours, exact, rtol=float32_bars(problem, exact, run))
 

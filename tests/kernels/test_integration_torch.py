@@ -9,7 +9,14 @@ import torch
 from problems import DEVICE, TRAINABLE, assert_gradients_close, evaluate, make_problem, relative_error
 from torch.utils.checkpoint import checkpoint
 
-from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
+from vgs_kernels import (
+    PolicyTerm,
+    VGSObjective,
+    divergence_loss,
+    fused_linear_divergence,
+    fused_linear_vgs_loss,
+    vgs_loss,
+)
 
 SETTING = VGSObjective(lam=0.1)
 
@@ -177,3 +184,51 @@ class TestCompile:
 
         args = (problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_weight)
         torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*args))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"divergence": "jsd", "support": "plausible", "plausibility": 0.01, "clip": 0.1},
+            {"support": "student_top_k", "top_k": 9, "temperature_squared": True},
+            {"divergence": "sampled_reverse_kl", "token_clip": 1.0, "reduction": "none"},
+        ],
+        ids=["plausible", "student top-k", "sampled"],
+    )
+    @pytest.mark.parametrize("hidden", [True, False], ids=["hidden states", "logits"])
+    def test_options_of_a_divergence(self, options, hidden):
+        """What the public function does with its arguments can be traced, in every version that is supported."""
+        problem = make_problem(7, 57, bias=True)
+        ids, options = problem.target_ids, {"backend": "torch", **options}
+
+        def step(student, weight, t, w, teacher, advantages):
+            given = {"target_ids": ids, **options}
+            if "reduction" not in options:
+                given["policy"] = PolicyTerm(advantages, advantages.abs())
+            if hidden:
+                rows = [(1.0, t, teacher), (0.5, student, weight), (advantages, w, teacher)]
+                out = fused_linear_divergence(student, weight, rows, **given)
+            else:
+                out = divergence_loss(student @ weight.T, [(1.0, t @ teacher.T), (advantages, w @ teacher.T)], **given)
+            return out.loss.sum() + out.entropy.sum()
+
+        args = (problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_text_hidden)
+        args = (*args, problem.teacher_weight, torch.linspace(-1, 1, 7, device=DEVICE))
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args), step(*args))
+
+    def test_options_of_the_vgs_loss(self):
+        problem = make_problem(7, 57)
+
+        def step(*args):
+            ids = torch.arange(7, device=DEVICE)
+            adaptive = VGSObjective(lam=0.5, schedule="adaptive", vds_scope="trajectory")
+            out = fused_linear_vgs_loss(*args, objective=adaptive, trajectory_ids=ids % 3, backend="torch")
+            plain = VGSObjective(lam=0.0)
+            policy = PolicyTerm(torch.ones(7, device=DEVICE), torch.ones(7, device=DEVICE))
+            options = {"target_ids": ids, "policy": policy, "backend": "torch", "return_terms": False}
+            folded = fused_linear_vgs_loss(*args, objective=plain, **options)
+            return out.loss + folded.loss
+
+        torch.testing.assert_close(
+            torch.compile(step, fullgraph=True, backend="aot_eager")(*problem.args()), step(*problem.args())
+        )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_checks import weights
 from oracle import divergence_oracle, vgs_oracle
 from problems import TRAINABLE, assert_gradients_close, evaluate, float32_bars, make_problem, relative_error
-from test_loss_options import weights
 
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covering import on_backends
+from loss_checks import GAPS, SIZES, strided
 from oracle import vgs_oracle
 from problems import (
     TRAINABLE,
@@ -14,7 +16,6 @@ from problems import (
     float32_bars,
     make_problem,
 )
-from test_loss_values import GAPS, SHAPES
 
 from vgs_kernels import FusedLinearVGSLoss, VGSObjective, fused_linear_vgs_loss
 
@@ -25,19 +26,16 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("backend", "tokens", "vocab"), SHAPES)
-def test_float32_gradients(backend, tokens, vocab, objective, gap):
+@on_backends(size=SIZES, objective=OBJECTIVES, gap=GAPS)
+def test_float32_gradients(backend, size, objective, gap):
+    tokens, vocab = size[backend]
     problem = make_problem(tokens, vocab, gap=gap, bias=True)
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, objective=objective)
     ours = evaluate(fused_linear_vgs_loss, problem, objective=objective, backend=backend)
     assert_gradients_close(ours, exact, rtol=float32_bars(problem, exact, vgs_oracle, objective=objective))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("hidden", [True, False])
-@pytest.mark.parametrize("head", [True, False])
+@on_backends(hidden=[True, False], head=[True, False], objective=OBJECTIVES)
 def test_gradients_only_where_required(backend, hidden, head, objective):
     problem = make_problem(5, 57, bias=True)
     required = list(TRAINABLE[:2]) * hidden + list(TRAINABLE[2:]) * head
@@ -120,13 +118,6 @@ def test_gradients_are_no_part_of_a_graph():
     for name, gradient in zip(TRAINABLE, gradients, strict=False):
         assert not gradient.requires_grad and gradient.grad_fn is None
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
-
-
-def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as every second column of a wider tensor."""
-    wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
 
 
 @pytest.mark.parametrize(

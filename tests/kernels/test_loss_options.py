@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from covering import on_backends
+from loss_checks import compare, weights
 from oracle import vgs_oracle
 from problems import (
     DEVICE,
@@ -17,7 +19,6 @@ from problems import (
     assert_gradients_close,
     assert_terms_close,
     evaluate,
-    float32_bars,
     make_problem,
     value_floor,
 )
@@ -36,14 +37,6 @@ def call(**options: Any) -> Callable[[Problem], Options]:
     """Options, of which callables are given the problem."""
     setting = VGSObjective(**STRONG)
     return lambda problem: {"objective": setting, **{k: v(problem) if callable(v) else v for k, v in options.items()}}
-
-
-def weights(problem: Problem) -> torch.Tensor:
-    """Unequal weights, a third of them zero, one negative (policy-gradient users have those)."""
-    values = torch.linspace(0.1, 2.0, problem.tokens, device=DEVICE)
-    values[::3] = 0
-    values[1] = -0.5
-    return values
 
 
 def trajectories(problem: Problem) -> torch.Tensor:
@@ -116,18 +109,6 @@ OPTIONS = {
         objective=lambda _: VGSObjective(temperature=0.8, **STRONG),
     ),
 }
-
-
-def compare(problem: Problem, options: Options, **kernel: Any) -> None:
-    """Values and gradients of the fused loss against the oracle in float64, as close as the problem's dtype allows."""
-    double = problem.student_hidden.dtype == torch.float64
-    rtol, floor = (1e-9, 1e-11) if double else (1e-5, value_floor(problem, options["objective"].temperature))
-    options = {"target_ids": problem.target_ids, **options}
-    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
-    ours = evaluate(fused_linear_vgs_loss, problem, **kernel, **options)
-    assert_terms_close(ours.output, exact.output, rtol=rtol, floor=floor)
-    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=rtol, atol=10 * floor)
-    assert_gradients_close(ours, exact, rtol=rtol if double else float32_bars(problem, exact, vgs_oracle, **options))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -229,8 +210,7 @@ def padded(problem: Problem, student_rows: int, teacher_rows: int, fill: float) 
     )
 
 
-@pytest.mark.parametrize("fill", [0.0, 3.0, math.nan])
-@pytest.mark.parametrize("extra", [(6, 11), (0, 5), (5, 0)])
+@on_backends(extra=[(6, 11), (0, 5), (5, 0)], fill=[0.0, 3.0, math.nan])
 def test_padded_vocabulary(backend, extra, fill):
     """Rows beyond ``vocab_size`` are never looked at, whatever they hold, and receive a zero gradient."""
     problem = make_problem(5, 57, bias=True)
@@ -260,9 +240,11 @@ def with_bias(problem: Problem, value: float, *names: str) -> Problem:
     return replace(problem, **changed)
 
 
-@pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("workspace_bytes", [2**30, 2**11])
-@pytest.mark.parametrize("columns", ["both", "student only", "teacher only, student underflows"])
+@on_backends(
+    columns=["both", "student only", "teacher only, student underflows"],
+    workspace_bytes=[2**30, 2**11],
+    live=[False, True],
+)
 def test_columns_masked_to_minus_infinity(backend, columns, workspace_bytes, live):
     """0 * inf is 0: finite wherever the oracle is, in every term and every gradient."""
     problem = make_problem(5, 57, bias=True)

@@ -62,7 +62,6 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_processes(results, split, name):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import on_backends
+from loss_checks import GAPS, SIZES
 from oracle import vgs_oracle
 from problems import (
     DEVICE,
-    FAR,
-    NEAR,
     TERMS,
     assert_terms_close,
     evaluate,
@@ -19,21 +19,10 @@ from problems import (
 
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss, vgs_loss
 
-# (tokens, vocabulary): neither is a multiple of any block; the interpreter gets the small ones.
-SHAPES = [
-    pytest.param("torch", 65, 257, id="torch-65x257"),
-    pytest.param("torch", 7, 4099, id="torch-7x4099"),
-    pytest.param("torch", 1, 1000, id="torch-1x1000"),
-    pytest.param("triton", 7, 257, id="triton-7x257"),
-    pytest.param("triton", 1, 1000, id="triton-1x1000"),
-    pytest.param("triton", 3, 4099, id="triton-3x4099", marks=pytest.mark.slow),
-]
-GAPS = [pytest.param(FAR, id="far"), pytest.param(0.1, id="near"), pytest.param(NEAR, id="nearer")]
 
-
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize(("backend", "tokens", "vocab"), SHAPES)
-def test_float32_values(backend, tokens, vocab, gap):
+@on_backends(size=SIZES, gap=GAPS)
+def test_float32_values(backend, size, gap):
+    tokens, vocab = size[backend]
     problem = make_problem(tokens, vocab, gap=gap, bias=True)
     options = {"objective": VGSObjective(), "target_ids": problem.target_ids}
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, requires_grad=(), **options)

@@ -36,15 +36,30 @@ TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINAB
 
 
 @pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(("gate", "trained"), product(GATES, TRAINED))
+def test_gradients_however_the_gate_is_known(gate, prior, trained):
+    assert_exact_gradients("torch", gate, prior, trained)
+
+
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("backend", "gate", "trained"),
+    ("gate", "prior", "trained"),
     [
-        *product(["torch"], GATES, TRAINED),
-        *product(["triton"], ["threshold", "scores"], ["all"]),
-        ("triton", "exact quantile", "frozen head"),
+        ("threshold", "live", "all"),
+        ("scores", "detached", "all"),
+        ("exact quantile", "live", "frozen head"),
+        pytest.param("threshold", "detached", "all", marks=SLOW),
+        pytest.param("scores", "live", "all", marks=SLOW),
+        pytest.param("exact quantile", "detached", "frozen head", marks=SLOW),
     ],
 )
-def test_gradients_however_the_gate_is_known(backend, gate, prior, trained):
+def test_gradients_however_the_gate_is_known_in_triton(gate, prior, trained):
+    assert_exact_gradients("triton", gate, prior, trained)
+
+
+def assert_exact_gradients(backend, gate, prior, trained):
     problem = make_problem(TOKENS[backend], VOCAB, bias=trained == "all")
     objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
     options = {"objective": objective, **gates(problem.tokens)[gate]}
@@ -67,15 +82,33 @@ def test_small_tiles_fill_several_gradient_blocks(gradient_bytes):
     assert plan.gradient_rows > plan.rows
 
 
-@pytest.mark.parametrize("prior", ["detached", "live"])
-@pytest.mark.parametrize(
-    ("backend", "gate", "workspace"),
-    [*product(["torch"], GATES, WORKSPACES), *product(["triton"], ["exact quantile", "threshold"], ["small"])],
-)
-def test_gradient_blocks_of_16_bits(backend, monkeypatch, gate, prior, workspace):
+@pytest.fixture
+def blocks_of_16_bits(monkeypatch):
     """Blocks that hold several tiles, as on devices whose products take 16-bit gradients of logits."""
     for module in (plan, sinks):
         monkeypatch.setattr(module, "gradient_dtype", lambda hidden: hidden.dtype)
+
+
+@pytest.mark.parametrize("prior", ["detached", "live"])
+@pytest.mark.parametrize(("gate", "workspace"), product(GATES, WORKSPACES))
+def test_gradient_blocks_of_16_bits(blocks_of_16_bits, gate, prior, workspace):
+    assert_gradients_of_16_bits("torch", gate, prior, workspace)
+
+
+@pytest.mark.parametrize(
+    ("gate", "prior"),
+    [
+        ("exact quantile", "live"),
+        ("threshold", "detached"),
+        pytest.param("exact quantile", "detached", marks=SLOW),
+        pytest.param("threshold", "live", marks=SLOW),
+    ],
+)
+def test_gradient_blocks_of_16_bits_in_triton(blocks_of_16_bits, gate, prior):
+    assert_gradients_of_16_bits("triton", gate, prior, "small")
+
+
+def assert_gradients_of_16_bits(backend, gate, prior, workspace):
     problem = make_problem(BLOCK_TOKENS[backend], VOCAB).to(dtype=torch.bfloat16)
     objective = VGSObjective(**STRONG, detach_prior=prior == "detached")
     options = {"objective": objective, **gates(problem.tokens)[gate]}

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import vgs_oracle
 from problems import DEVICE, TERMS, TRAINABLE, Problem, evaluate, make_problem
 
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss
-
-settings.register_profile("vgs", max_examples=25, deadline=None, derandomize=True)
-settings.load_profile("vgs")
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
 

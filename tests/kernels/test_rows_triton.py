@@ -2,49 +2,35 @@
 
 import pytest
 import torch
+from covering import pairwise
+from tiles import make_tile
 
-from vgs_kernels import rows_torch, rows_triton
-from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels import rows_torch, rows_triton, triton_launch
+from vgs_kernels.rows import RowCoefficients, new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
-
-
-def make_tile(n, columns, *, width=None, dtype=torch.float32, four=True, masked=False, softcap=None) -> RowTile:
-    """Rows that are ``width`` apart; what stands between them is as large as nothing that counts."""
-    width = width or columns
-    rows = []
-    for _ in range(4 if four else 2):
-        row = 3 * torch.randn(n, width, dtype=torch.float64)
-        row[:, columns // 3] += 12
-        row[:, columns:] = 1e4
-        if masked:
-            row[:, columns // 2 : columns // 2 + 3] = -torch.inf
-        rows.append(row.to(dtype)[:, :columns])
-    transform = LogitTransform(0.7, softcap, 1.25)
-    return RowTile(*rows, *[None] * (4 - len(rows)), transform, LogitTransform(inv_temperature=1.25), masked, width)
 
 
 @pytest.fixture
 def stretches(monkeypatch):
     """Several stretches a row, the last one shorter."""
-    monkeypatch.setattr(rows_triton, "_MIN_STRETCH_BLOCKS", 1)
-    monkeypatch.setattr(rows_triton, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(triton_launch, "_MIN_STRETCH_BLOCKS", 1)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 2)
 
 
-@pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("four", [True, False])
-@pytest.mark.parametrize(
-    ("columns", "width", "dtype"),
-    [
-        (5000, None, torch.float32),
-        (5001, 5056, torch.float32),
-        (4999, None, torch.bfloat16),
-        (5000, 5056, torch.bfloat16),
-        (37, 64, torch.float32),
-    ],
-)
-def test_statistics_and_gradient_of_a_tile(stretches, columns, width, dtype, four, masked, softcap):
+#: Columns, pitch and dtype: one or several stretches, aligned or not, with and without room behind the last column.
+LAYOUTS = [
+    pytest.param((5000, None, torch.float32), id="aligned"),
+    pytest.param((5001, 5056, torch.float32), id="pitched"),
+    pytest.param((4999, None, torch.bfloat16), id="unaligned-bfloat16"),
+    pytest.param((5000, 5056, torch.bfloat16), id="pitched-bfloat16"),
+    pytest.param((37, 64, torch.float32), id="short"),
+]
+
+
+@pairwise(layout=LAYOUTS, four=[True, False], masked=[False, True], softcap=[None, 9.0])
+def test_statistics_and_gradient_of_a_tile(stretches, layout, four, masked, softcap):
+    columns, width, dtype = layout
     torch.manual_seed(columns)
     n = 3
     tile = make_tile(n, columns, width=width, dtype=dtype, four=four, masked=masked, softcap=softcap)
@@ -83,13 +69,13 @@ def test_statistics_and_gradient_of_a_tile(stretches, columns, width, dtype, fou
 def test_stretches_share_a_row_among_multiprocessors():
     for n_rows in (1, 33, 192, 5000):
         for n_blocks in (1, 7, 16, 149):
-            count, blocks = rows_triton.stretches(n_rows, n_blocks, 132)
+            count, blocks = triton_launch.stretches(n_rows, n_blocks, 132)
             assert (count - 1) * blocks < n_blocks <= count * blocks  # none is empty, all are covered
-            assert count == 1 or blocks >= rows_triton._MIN_STRETCH_BLOCKS
-    assert rows_triton.stretches(192, 149, 132)[0] * 192 >= 4 * 132
+            assert count == 1 or blocks >= triton_launch._MIN_STRETCH_BLOCKS
+    assert triton_launch.stretches(192, 149, 132)[0] * 192 >= 4 * 132
 
 
 def test_unaligned_rows_are_recognised():
-    assert rows_triton._aligned([torch.empty(3, 64)], 64)
-    assert not rows_triton._aligned([torch.empty(3, 65)], 65)
-    assert not rows_triton._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)
+    assert triton_launch._aligned([torch.empty(3, 64)], 64)
+    assert not triton_launch._aligned([torch.empty(3, 65)], 65)
+    assert not triton_launch._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from vgs.log import warn_once
 from vgs.models.families import is_verified, prompt_positions
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
@@ -156,11 +157,13 @@ def test_rotary_embeddings_of_the_longest_sequence_are_not_verified(family: str)
 
 def test_an_unverified_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("vgs.models.forward.logger.warning_once", lines.append)
+    monkeypatch.setattr("vgs.models.forward.logger.warning", lines.append)
+    warn_once.cache_clear()
     model, groups = LLAVA_NEXT.build(), LLAVA_NEXT.groups()
     assert not is_verified(model)
     oracle = separate(model, groups)
     rows = score_groups(model, groups)
+    score_groups(model, groups[:1])
     assert len(lines) == 1 and "llava_next" in lines[0]
     for actual, expected in zip(rows, oracle, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

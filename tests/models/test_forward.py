@@ -154,6 +154,11 @@ def test_a_prompt_that_lost_its_images_is_refused(student, groups) -> None:
         score_groups(student, [cut])
 
 
+def test_a_wrapped_model_is_refused(student, groups) -> None:
+    with pytest.raises(TypeError, match="model must be unwrapped, got a DataParallel: score it inside run_inside"):
+        score_groups(nn.DataParallel(student), groups)
+
+
 def test_an_unknown_kernel_is_refused(student, groups) -> None:
     with pytest.raises(ValueError, match="kernel must be one of auto, dense, flex, varlen, got 'Flex'"):
         score_groups(student, groups, kernel="Flex")

@@ -1,19 +1,13 @@
-"""Heads of PEFT students: ``read_head`` against the logits and the gradients of the model itself."""
+"""Heads of PEFT students: ``read_head`` against the logits and the gradients of the model itself (sharded ones:
+tests/test_one_step.py)."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from launch import torchrun
 from peft import LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
 from tiny import tiny_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from trl.models.utils import _ForwardRedirection
 
 from vgs.models.heads import Head, head_parameters, read_head
 
@@ -42,21 +36,6 @@ def student(name: str, tie: bool) -> nn.Module:
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-SHARDED = ("lora head", "saved head")
-
-
-def sharded_gradients(name: str) -> dict[str, Tensor]:
-    """Gradients of a student that FSDP2 has sharded over the ranks, all with the same data; gathered."""
-    model = student(name, tie=False)
-    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-
-    def loss(model: nn.Module) -> Tensor:
-        return loss_of(apply(read_head(model, torch.float32), states(model)))
-
-    _ForwardRedirection()(model, model, loss, model).backward()
-    return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
 
 
 def states(model: nn.Module) -> Tensor:
@@ -147,18 +126,6 @@ def test_adapters_injected_into_a_plain_model() -> None:
     torch.testing.assert_close(apply(read_head(model, torch.float32), rows), model(input_ids=IDS).logits)
 
 
-@pytest.mark.slow
-def test_sharded_heads_of_two_ranks(tmp_path: Path) -> None:
-    torchrun(Path(__file__), 2, str(tmp_path))
-    for name in SHARDED:
-        model = student(name, tie=False)
-        expected = gradients(model, model(input_ids=IDS).logits)
-        actual = torch.load(tmp_path / f"{name}.pt")
-        assert actual.keys() == expected.keys()
-        for key, gradient in expected.items():
-            torch.testing.assert_close(actual[key], gradient, atol=1e-4, rtol=1e-4, msg=key)
-
-
 def test_dropout_in_a_lora_head() -> None:
     model = get_peft_model(tiny_model(0), LoraConfig(**{**LORA, "target_modules": ["lm_head"]}, lora_dropout=0.1))
     with pytest.raises(ValueError, match=r"lora_dropout must be 0 for a LoRA output head, got 0\.1"):
@@ -186,12 +153,3 @@ def test_quantised_head() -> None:
     model.lm_head.weight = nn.Parameter(torch.zeros(31, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"16-bit or float32 weight, got Linear with a torch\.int8 weight"):
         read_head(model, torch.float32)
-
-
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    for run in SHARDED:
-        gathered = sharded_gradients(run)
-        if torch.distributed.get_rank() == 0:
-            torch.save(gathered, Path(sys.argv[1]) / f"{run}.pt")
-    torch.distributed.destroy_process_group()

@@ -16,6 +16,7 @@ from trainers import make_trainer
 
 from vgs import VGSTrainer
 from vgs.models.heads import read_head
+from vgs.trainers.passes import backward
 
 GAMMA, LAM, ETA = 1.5, 4.0, 0.7
 RUNS = {
@@ -135,11 +136,11 @@ def test_loss_and_gradient_of_a_step(tmp_path: Path, run: str) -> None:
     trainer = make_trainer(tmp_path, preset=name, per_device_train_batch_size=8, eta=ETA, **options)
     trainer.model.train()
     samples = [sample for sample in trainer.train_dataset[: 8 // each] for _ in range(each)]
-    batch = trainer._generate_and_score_completions(samples)
+    batch = trainer.sample(samples)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, trainer._with_teacher(batch))
-    trainer._backward(loss)
+    loss = trainer.compute_loss(trainer.model, trainer.with_teacher(batch))
+    backward(trainer.accelerator, loss)
     found = {key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None}
     prompts = [
         [Response(trainer, samples[number * each], ids) for ids in group.responses]

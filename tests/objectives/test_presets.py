@@ -8,69 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from preset_cases import TOKENS, VOCABULARY, Case, kl, softmax
 from torch import Tensor
 from trainers import make_trainer
 
-from vgs.models.heads import Head
 from vgs.objectives.presets import PRESETS, Preset
 from vgs.objectives.weighting import EvidenceContrast, VisualAdvantage, weigh
-from vgs.trainers.distillation import _part
+from vgs.trainers.batching import split_batch
+from vgs.trainers.passes import backward
 from vgs_kernels import VGSObjective
 
-TOKENS, VOCABULARY, WIDTHS = 24, 40, (16, 20)
-VIEWS = ("image", "text", "control", "privileged")
 ETA = 0.7
 # Fewer entries than published, so that the support is a part of a small vocabulary.
 SMALLER = {"visual_opsd": {"top_k": 6}, "vision_opd": {"top_k": 5}}
 
 
-class Case:
-    """Random hidden states and heads of a student and a teacher, in all views."""
-
-    def __init__(self, kind: str, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        spread = {"realistic": 3.0, "peaked": 30.0, "near": 3.0}[kind]
-        student, teacher = (spread * normal(VOCABULARY, width) / math.sqrt(width) for width in WIDTHS)
-        rows = {view: normal(TOKENS, WIDTHS[0]) for view in VIEWS}
-        teacher_rows = {view: normal(TOKENS, WIDTHS[1]) for view in VIEWS}
-        if kind == "near":  # the same logits but for a thousandth
-            teacher, teacher_rows = student, {view: x + 1e-3 * normal(*x.shape) for view, x in rows.items()}
-        self.student = Head(student.requires_grad_(), normal(VOCABULARY).requires_grad_(), 0.8, None)
-        self.teacher = Head(teacher.detach().clone(), None if kind == "near" else normal(VOCABULARY), 1.2, None)
-        if kind == "near":
-            self.teacher = Head(self.teacher.weight, self.student.bias.detach().clone(), 0.8, None)
-        self.rows = {view: x.requires_grad_() for view, x in rows.items()}
-        self.teacher_rows = teacher_rows
-        self.weights = torch.rand(TOKENS, generator=generator, dtype=torch.float64) / TOKENS
-        self.ids = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-
-    def logits(self, model: str, view: str) -> Tensor:
-        head, rows = (self.student, self.rows) if model == "student" else (self.teacher, self.teacher_rows)
-        found = (rows[view] @ head.weight.T + head.bias) * head.logit_scale
-        return found if model == "student" else found.detach()
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        return {**self.rows, "weight": self.student.weight, "bias": self.student.bias}
-
-    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True, allow_unused=True)
-        return dict(zip(self.parameters, found, strict=True))
-
-
 # ---- the papers' formulas: per-token losses [N] of a case
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p.log() - q.log())).sum(-1)
-
-
-def softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
 
 
 def rows_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -301,14 +254,14 @@ def weighed_batch(tmp_path: Path, name: str):
     trainer = make_trainer(tmp_path, preset=name, **options)
     trainer.model.train()
     doubled = [sample for sample in trainer.train_dataset[:4] for _ in range(2)]
-    return trainer, trainer._generate_and_score_completions(doubled)
+    return trainer, trainer.sample(doubled)
 
 
 def gradient_of(trainer, parts: list[dict]) -> dict[str, Tensor]:
     trainer.model.zero_grad()
     for part in parts:
         trainer.current_gradient_accumulation_steps = 1
-        trainer._backward(trainer.compute_loss(trainer.model, part))
+        backward(trainer.accelerator, trainer.compute_loss(trainer.model, part))
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -316,15 +269,15 @@ def gradient_of(trainer, parts: list[dict]) -> dict[str, Tensor]:
 def test_a_prompts_weights_survive_any_split(tmp_path: Path, name: str) -> None:
     """Passes of a budget, and micro-batches that part the responses to one prompt."""
     trainer, batch = weighed_batch(tmp_path, name)
-    scored = trainer._with_teacher(batch)
+    scored = trainer.with_teacher(batch)
     factors = [entry.factors for entry in scored["teacher"]]
     assert all(set(entry.rows) == {"image"} for entry in scored["teacher"]), "what only weighs is not kept"
     assert any(not torch.allclose(x, torch.ones_like(x)) for x in factors)
     expected = gradient_of(trainer, [scored])
-    split = [_part(scored, first, 1) for first in range(8)]
+    split = split_batch(scored, 8, ("teacher",))
     trainer.args.max_tokens_per_pass = 40
-    again = trainer._with_teacher(batch)
-    passes = trainer._micro_batch(again, 1.0, trainer.objective, terms=False).passes
+    again = trainer.with_teacher(batch)
+    passes = trainer.plan_passes(again, 1.0, trainer.objective, terms=False).passes
     assert len(passes) > 2
     for parts in ([again], split):
         for parameter, gradient in gradient_of(trainer, parts).items():

@@ -18,7 +18,7 @@ from problems import (
     value_floor,
 )
 
-from vgs_kernels import TargetRow, fused_linear_divergence
+from vgs_kernels import fused_linear_divergence
 
 TRAINED = ("student_hidden", "student_weight", "student_bias")
 TEACHER = {"t": 1.0}
@@ -47,7 +47,7 @@ def on_rows(function: Callable[..., Any], compose: dict[str, Any]) -> Callable[.
         target = []
         for name, given in compose.items():
             coefficient, *transform = given if isinstance(given, tuple) else (given,)
-            target.append(TargetRow(coefficient, *heads[name], *transform))
+            target.append((coefficient, *heads[name], *transform))
         return function(s, student, target, student_bias=student_bias, **options)
 
     return run

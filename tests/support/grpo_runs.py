@@ -1,11 +1,7 @@
-"""Short runs of TRL's GRPO trainer, of ours and of the distillation trainer on the same scripted responses.
-
-As a program: the worker that ``torchrun`` starts on two ranks.
-"""
+"""Short runs of TRL's GRPO trainer, of ours and of the distillation trainer on the same scripted responses."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +102,3 @@ RUNS = {
     "mixed": {"alpha": 0.3, "lam": 0.5, "vds_scope": "trajectory", "loss_type": "dapo", "num_iterations": 2},
     "alone": {"alpha": 0.0, "loss_type": "grpo", "max_tokens_per_pass": 75, "max_prompt_length": 30},
 }
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for run, settings in RUNS.items():
-        finished = grpo_trainer(folder / run, per_device_train_batch_size=4, **settings)
-        finished.train()
-        if finished.accelerator.is_main_process:
-            torch.save({"weights": weights(finished), "logs": finished.state.log_history}, folder / f"{run}.pt")
-    torch.distributed.destroy_process_group()

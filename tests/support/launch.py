@@ -1,11 +1,15 @@
-"""Starts a worker on several gloo ranks."""
+"""Starts workers on several gloo ranks, once for all that want their results."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 SUPPORT = Path(__file__).parent
 
@@ -27,3 +31,29 @@ def torchrun(worker: Path, ranks: int, *arguments: str, timeout: float = 300, **
         [*command, str(worker), *arguments], env=variables, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def launch_once(factory: pytest.TempPathFactory, name: str, launch: Callable[[Path], None]) -> Path:
+    """The folder of a launch's results. Of several processes of pytest, the first to come launches; the others wait.
+
+    Args:
+        factory: pytest's.
+        name: of the launch.
+        launch: leaves the results in a folder.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            launch(folder)
+            (folder / "done").touch()
+    return folder
+
+
+def wanted(request: pytest.FixtureRequest, argument: str = "name") -> list[str]:
+    """The values of a parameter in the tests of this session that use the requesting fixture, in order."""
+    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    return list(dict.fromkeys(item.callspec.params[argument] for item in items))

@@ -1,4 +1,4 @@
-"""What ``torchrun`` starts for test_processes.py: whole runs under DDP, FSDP2 and ZeRO-3, on gloo.
+"""What ``torchrun`` starts for test_processes.py: whole runs under DDP, FSDP2 and ZeRO-3, on gloo, and short others.
 
     torchrun ... tests/support/processes.py FOLDER CASE [CASE ...]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,12 +29,17 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from grpo_runs import RUNS as GRPO_RUNS
+from grpo_runs import grpo_trainer
 from tiny import save_tiny_checkpoint, tiny_model, tiny_processor, tiny_samples, trainer_options
-from trainers import PLAIN_SGD, ScriptedTrainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trainers import PLAIN_SGD, ScriptedTrainer, pair_loss
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vgs import VGSConfig
 from vgs.models.groups import response_lengths
+from vgs.models.wrappers import run_inside
 
 HANG = 120  # seconds that a case may take until all stacks are printed and the worker ends
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -93,7 +99,7 @@ PRIOR = {"split": (2, 2), "settings": {**TRAJECTORY, "prior": "ema", "prior_deca
 THREE = {**SILENCE, "ranks": 3, "split": (2, 1), "settings": {**SILENCE["settings"], "max_tokens_per_pass": 70}}
 CASES = {
     "ddp_mixed": Case("ddp", **MIXED),
-    "ddp_generations": Case("ddp", **GENERATIONS),
+    "ddp_generations": Case("ddp", **{**GENERATIONS, "settings": {**GENERATIONS["settings"], "eta": "measure"}}),
     "ddp_budget": Case("ddp", **{**BUDGET, "settings": {**BUDGET["settings"], "eta": "measure"}}),
     "ddp_silent": Case("ddp", **SILENCE),
     "ddp_weighed": Case("ddp", **WEIGHED),
@@ -114,6 +120,11 @@ CASES = {
     "ddp_three": Case("ddp", **THREE),
     "fsdp_three": Case("fsdp", **THREE),
 }
+#: One of each kind; the others are more of the same.
+QUICK = (
+    *("ddp_mixed", "ddp_generations", "ddp_budget", "ddp_silent"),
+    *("fsdp_mixed", "fsdp_budget", "fsdp_silent", "fsdp_half", "fsdp_prior"),
+)
 
 
 def make_samples(case: Case) -> list[dict]:
@@ -144,9 +155,9 @@ class ProcessTrainer(ScriptedTrainer):
         count = self.args.num_generations
         return [[8 + index % count, *response] for index, response in enumerate(responses)]
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Later than in sampling, because the host itself fails on an empty response.
-        batch = super()._generate_and_score_completions(inputs)
+        batch = super().sample(inputs)
         word = self._tokenizer.convert_tokens_to_ids(SILENT)
         groups = [
             replace(group, responses=tuple(x[:0] for x in group.responses)) if word in group.prompt_ids else group
@@ -280,21 +291,46 @@ def whole_weights(trainer: ProcessTrainer) -> dict[str, torch.Tensor]:
         return {name: getattr(x, "full_tensor", x.clone)() for name, x in weights.items()}
 
 
+def distilled(name: str, folder: Path) -> dict[str, Any]:
+    """What a rank reports of one of ``CASES``."""
+    finished = run(CASES[name], folder)
+    return {
+        "engine": (finished.accelerator.distributed_type.value, type(finished.model_wrapped).__name__),
+        "notes": finished.notes,
+        "dtypes": finished.dtypes,
+        "logs": finished.state.log_history,
+        "ratios": finished.steering.ratios,
+        "weights": whole_weights(finished),
+    }
+
+
+def reinforced(name: str, folder: Path) -> dict[str, Any]:
+    """What a rank reports of one of ``grpo_runs.RUNS``, after ``"grpo_"``."""
+    with engine("ddp"):
+        finished = grpo_trainer(folder, per_device_train_batch_size=4, **GRPO_RUNS[name.removeprefix("grpo_")])
+        finished.train()
+    return {"weights": whole_weights(finished), "logs": finished.state.log_history}
+
+
+def sharded_gradients() -> dict[str, torch.Tensor]:
+    """Gradients of the loss through a student sharded by FSDP2, gathered."""
+    student = tiny_model(0, tie=False)
+    fully_shard(student, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    loss, _ = run_inside(student, lambda: (pair_loss(student), None))
+    loss.backward()
+    return {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
+
+
 if __name__ == "__main__":
     output = Path(sys.argv[1])
+    gc.freeze()  # every training begins with a garbage collection
     dist.init_process_group("gloo")
     for chosen in sys.argv[2:]:
         faulthandler.dump_traceback_later(HANG, exit=True)  # starts anew for every case
-        finished = run(CASES[chosen], output / chosen)
-        engines = (finished.accelerator.distributed_type.value, type(finished.model_wrapped).__name__)
-        report = {
-            "engine": engines,
-            "notes": finished.notes,
-            "dtypes": finished.dtypes,
-            "logs": finished.state.log_history,
-            "ratios": finished.steering.ratios,
-            "weights": whole_weights(finished),
-        }
+        if chosen == "sharded":
+            report = sharded_gradients()
+        else:
+            report = (distilled if chosen in CASES else reinforced)(chosen, output / chosen)
         torch.save(report, output / f"{chosen}.{dist.get_rank()}.pt")
         print(f"finished {chosen}", file=sys.stderr, flush=True)
     dist.destroy_process_group()

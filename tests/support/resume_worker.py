@@ -6,6 +6,7 @@ that nobody killed, ``FOLDER/killedN-R.pt`` of the others, and ``FOLDER/events.j
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import torch
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 
 from vgs import VGSConfig, VGSTrainer
-from vgs.trainers import checkpoints
+from vgs.trainers import resume
 from vgs.trainers.checkpoints import STAGING
 
 #: Nothing divides anything: epochs of 3 steps, logs after 5, evaluations (which sample) after 4, checkpoints after 2.
@@ -115,7 +116,7 @@ def slow_down(step: str, marker: Path) -> None:
 
         torch.save = save
     else:
-        checkpoints._appear = wait
+        resume.appear = wait
 
 
 def train(output_dir: Path, result: Path, slow: str | None) -> None:
@@ -169,6 +170,7 @@ def kill(children: list[int]) -> bool:
 
 def main(folder: Path, seed: int, processes: int, kills: int, saving: list[str]) -> None:
     """Kills a run once within each step of a save that is in ``saving``, then ``kills`` times at random."""
+    gc.freeze()  # the forks share what is imported, and their garbage collections leave it alone
     events: list[str] = []
     draw = random.Random(seed)
     began = time.monotonic()

@@ -64,7 +64,7 @@ def run(name: str, folder: Path, *, single: bool = False) -> ScriptedSelfTrainer
 
 def teacher_weights(trainer: ScriptedSelfTrainer) -> dict[str, torch.Tensor]:
     """The weights that the teacher runs with, whole."""
-    with trainer.copy.in_place(trainer._student):
+    with trainer.copy.in_place(trainer.student):
         return whole_weights(trainer)
 
 
@@ -77,7 +77,7 @@ def survives(trainer: ScriptedSelfTrainer, folder: Path) -> bool:
     if not copy.taken:
         return not any(folder.iterdir())
     again = StudentCopy(copy.source, copy.decay)
-    again.load(folder, trainer._student)
+    again.load(folder, trainer.student)
     pairs = [(again._kept[name], kept) for name, kept in copy._kept.items()]
     return all(
         torch.equal(*(x.to_local() if isinstance(x, DTensor) else x for x in pair))

@@ -1,11 +1,10 @@
-"""Trainers for the tests, and the worker that ``torchrun`` starts on two ranks.
+"""Trainers for the tests.
 
 Sampling differs between ranks by design; scripted responses make runs comparable that split the same batch differently.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -13,13 +12,6 @@ from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch import nn
 
 from vgs import VGSConfig, VGSTrainer
-
-# How each of two ranks splits its 4 samples a step (batch, accumulation), and the run's settings. A quantile over
-# ranks spans one micro-batch of each, so that only a run without accumulation can equal a single process.
-RUNS = {
-    "trajectory": ((2, 2), {"loss_reduction": "trajectory", "vds_scope": "trajectory", "eta": "measure"}),
-    "token": ((4, 1), {"loss_reduction": "token", "vds_scope": "ranks", "eta": 0.5, "schedule": "adaptive"}),
-}
 
 
 def make_trainer(
@@ -41,7 +33,7 @@ def make_trainer(
 def rollout(trainer: VGSTrainer) -> dict:
     """One generated training batch with the teacher's part, before it is split."""
     trainer.model.train()
-    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)))
+    return trainer.with_teacher(trainer.sample(list(trainer.train_dataset)))
 
 
 class ScriptedTrainer(VGSTrainer):
@@ -80,19 +72,6 @@ def scripted_run(output_dir: Path, batch_size: int, accumulation: int, **options
     return trainer
 
 
-def sharded_head_gradients() -> dict[str, torch.Tensor]:
-    """Gradients of the loss through a student sharded by FSDP2, gathered."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from trl.models.utils import _ForwardRedirection
-
-    student = tiny_model(0, tie=False)
-    fully_shard(student, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    loss = _ForwardRedirection()(student, student, pair_loss, student)
-    loss.backward()
-    return {name: p.grad.full_tensor() for name, p in student.named_parameters() if p.grad is not None}
-
-
 def pair_loss(student: torch.nn.Module) -> torch.Tensor:
     """The VGS loss of two fixed responses against a fixed teacher."""
     from vgs.data.prompts import encode_groups
@@ -110,16 +89,3 @@ def pair_loss(student: torch.nn.Module) -> torch.Tensor:
         teacher_rows = score_groups(teacher, groups)
     heads = read_head(student, rows[0].dtype), read_head(teacher, rows[0].dtype)
     return fused_loss(rows, teacher_rows, *heads, VGSObjective(lam=0.5), trajectory_ids=trajectory_ids(groups)).loss
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for run, (split, settings) in RUNS.items():
-        finished = scripted_run(folder / run, *split, **settings)
-        if finished.accelerator.is_main_process:
-            weights = finished.accelerator.unwrap_model(finished.model).state_dict()
-            torch.save({"weights": weights, "logs": finished.state.log_history}, folder / f"{run}.pt")
-    gathered = sharded_head_gradients()
-    if torch.distributed.get_rank() == 0:
-        torch.save(gathered, folder / "sharded.pt")
-    torch.distributed.destroy_process_group()

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from divergence_checks import on_rows
+from interpreter import patch_once_a_launch
 from problems import FAR, NEAR, TERMS, TRAINABLE, Evaluation, Problem, evaluate, make_problem
-from test_divergence import on_problem
 
 from vgs_kernels import (
     DivergenceOutput,
@@ -34,7 +35,7 @@ RANKS = 4
 #: The ranks that share a vocabulary, by their number.
 MEMBERS = {2: [1, 3], 3: [1, 2, 3]}
 COMPOSED = {"t": 1.0, "a": 2 / 3, "w": -2 / 3}
-DIVERGENCE = on_problem(fused_linear_divergence, COMPOSED)
+DIVERGENCE = on_rows(fused_linear_divergence, COMPOSED)
 HEADED = TRAINABLE[:1] + TRAINABLE[2:]
 
 
@@ -150,7 +151,7 @@ CASES = {
     "divergence": Case(
         {},
         {"temperature": 0.8, "student_softcap": 20.0},
-        on_problem(fused_linear_divergence, COMPOSED),
+        on_rows(fused_linear_divergence, COMPOSED),
         tokens=300,
         requires_grad=TRAINABLE[:1] + TRAINABLE[2:],
     ),
@@ -220,7 +221,7 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
     mine = shard(Case(tokens=3).problem(), (1, 512), rank)
     shorter = replace(mine, teacher_weight=mine.teacher_weight[:-rank], teacher_bias=mine.teacher_bias[:-rank])
     shared = {"vocab_group": group}
-    composed = on_problem(fused_linear_divergence, COMPOSED)
+    composed = on_rows(fused_linear_divergence, COMPOSED)
     ranks = VGSObjective(vds_scope="ranks")
     calls = {
         "vocab_size": lambda: evaluate(fused_linear_vgs_loss, mine, vocab_size=514, **shared),
@@ -247,6 +248,7 @@ def errors(group: dist.ProcessGroup, rank: int) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    patch_once_a_launch()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for world, members in MEMBERS.items():

@@ -153,7 +153,7 @@ def test_a_failed_rename_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints._appear(staged, final)
+        checkpoints.appear(staged, final)
     assert (final / "shards" / "0.bin").read_text() == "old"
     assert find_damage(final) is None
 

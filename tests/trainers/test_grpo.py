@@ -7,7 +7,6 @@ import torch
 from grpo_runs import distillation_trainer, grpo_trainer, trl_trainer, weights
 from tiny import tiny_model
 
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo"]
 #: What both log, of every step.
 METRICS = ["loss", "reward", "entropy", "grad_norm", "clip_ratio/region_mean", "clip_ratio/low_min"]
 
@@ -34,29 +33,38 @@ def both(tmp_path, **changes):
     return ours, theirs
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_alpha_0_is_grpo(tmp_path, loss_type: str) -> None:
-    assert_same_run(*both(tmp_path, loss_type=loss_type), METRICS)
+#: Every loss type with and without masked responses, and every setting of the host at least once.
+HOSTS_SETTINGS = {
+    "grpo": {"loss_type": "grpo", "multi_objective_aggregation": "normalize_then_sum"},
+    "bnpo": {"loss_type": "bnpo", "temperature": 0.7},
+    "dr_grpo, truncated": {"loss_type": "dr_grpo", "mask_truncated_completions": True, "reward_weights": [1.0, 0.3]},
+    "dapo": {"loss_type": "dapo", "pad_to_multiple_of": 8},
+    "grpo, truncated": {"loss_type": "grpo", "mask_truncated_completions": True, "scale_rewards": "batch"},
+    "bnpo, truncated": {"loss_type": "bnpo", "mask_truncated_completions": True},
+    "dapo, truncated": {"loss_type": "dapo", "mask_truncated_completions": True, "scale_rewards": "none"},
+}
+#: One at a time.
+ALONE = {
+    **{loss_type: {"loss_type": loss_type} for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")},
+    "scaled by the batch": {"loss_type": "grpo", "scale_rewards": "batch"},
+    "temperature": {"loss_type": "dapo", "scale_rewards": "none", "temperature": 0.7},
+    "reward weights": {"loss_type": "dr_grpo", "reward_weights": [1.0, 0.3]},
+    "dapo, truncated": {"loss_type": "dapo", "mask_truncated_completions": True},
+}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"loss_type": "grpo", "scale_rewards": "batch"}, id="scaled by the batch"),
-        pytest.param({"loss_type": "dapo", "scale_rewards": "none", "temperature": 0.7}, id="temperature"),
-        pytest.param({"loss_type": "dr_grpo", "reward_weights": [1.0, 0.3]}, id="reward weights"),
-        pytest.param({"loss_type": "grpo", "multi_objective_aggregation": "normalize_then_sum"}, id="aggregation"),
-        pytest.param({"loss_type": "dapo", "pad_to_multiple_of": 8}, id="padding"),
-        pytest.param({"loss_type": "grpo", "mask_truncated_completions": True}, id="grpo, truncated"),
-        pytest.param({"loss_type": "bnpo", "mask_truncated_completions": True}, id="bnpo, truncated"),
-        pytest.param({"loss_type": "dapo", "mask_truncated_completions": True}, id="dapo, truncated"),
-    ],
-)
-def test_settings_of_the_host_count(tmp_path, changes: dict) -> None:
+@pytest.mark.parametrize("changes", HOSTS_SETTINGS.values(), ids=HOSTS_SETTINGS)
+def test_alpha_0_is_grpo(tmp_path, changes: dict) -> None:
     assert_same_run(*both(tmp_path, **changes), METRICS)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ALONE.values(), ids=ALONE)
+def test_each_setting_of_the_host_counts(tmp_path, changes: dict) -> None:
+    assert_same_run(*both(tmp_path, **changes), METRICS)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", pytest.param("dr_grpo", marks=pytest.mark.slow), "dapo"])
 def test_accumulated_micro_batches(tmp_path, loss_type: str) -> None:
     changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "loss_type": loss_type}
     assert_same_run(*both(tmp_path, **changes), ["grad_norm", "reward"])
@@ -103,7 +111,7 @@ def test_passes_of_bounded_size_give_the_same(tmp_path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"lam": 0.5}, id="vgs"),
+        pytest.param({"lam": 0.5}, id="vgs", marks=pytest.mark.slow),
         pytest.param({"lam": 0.5, "loss_reduction": "token", "schedule": "adaptive"}, id="adaptive, by token"),
         pytest.param({"preset": "opd"}, id="plain"),
         pytest.param(

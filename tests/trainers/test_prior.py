@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_presets import TOKENS, VOCABULARY, Case, kl, softmax
+from preset_cases import TOKENS, VOCABULARY, Case, kl, softmax
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch import Tensor
 from trainers import ScriptedTrainer, make_trainer
@@ -15,6 +15,7 @@ from vgs import VGSConfig, VGSTrainer
 from vgs.models.heads import Head
 from vgs.objectives.fixed_prior import anchored
 from vgs.objectives.presets import PRESETS
+from vgs.trainers.passes import backward
 from vgs_kernels import VGSObjective
 
 
@@ -63,7 +64,7 @@ def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float) -> N
 def gradients(trainer: VGSTrainer, batch: dict) -> dict[str, Tensor]:
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = 1
-    trainer._backward(trainer.compute_loss(trainer.model, trainer._with_teacher(batch)))
+    backward(trainer.accelerator, trainer.compute_loss(trainer.model, trainer.with_teacher(batch)))
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -80,11 +81,11 @@ def test_the_first_step_is_the_live_priors(tmp_path: Path, prior: str, options: 
     """And the split of a batch does not show."""
     live = make_trainer(tmp_path, eta=0.5, per_device_train_batch_size=8, **options)
     live.model.train()
-    batch = live._generate_and_score_completions(list(live.train_dataset))
+    batch = live.sample(list(live.train_dataset))
     expected = gradients(live, batch)
     kept = make_trainer(tmp_path, eta=0.5, per_device_train_batch_size=8, prior=prior, **options)
     kept.model.train()
-    kept.prior.take(kept.model)
+    kept.prior.copy.take(kept.model)
     assert_equal(gradients(kept, batch), expected)
     kept.args.max_tokens_per_pass = 60
     assert_equal(gradients(kept, batch), expected)
@@ -94,17 +95,17 @@ def test_later_steps_are_not(tmp_path: Path) -> None:
     """A student that has moved: the prior is the first one's, whatever the student says."""
     trainer = make_trainer(tmp_path, eta=0.5, prior="frozen", per_device_train_batch_size=8)
     trainer.model.train()
-    batch = trainer._generate_and_score_completions(list(trainer.train_dataset))
-    trainer.prior.take(trainer.model)
-    before = [entry.rows["prior"] for entry in trainer._with_teacher(batch)["teacher"]]
+    batch = trainer.sample(list(trainer.train_dataset))
+    trainer.prior.copy.take(trainer.model)
+    before = [entry.rows["prior"] for entry in trainer.with_teacher(batch)["teacher"]]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    scored = trainer._with_teacher(batch)["teacher"]
+    scored = trainer.with_teacher(batch)["teacher"]
     assert all(torch.equal(entry.rows["prior"], x) for entry, x in zip(scored, before, strict=True))
-    trainer.prior.source = "live"
-    trainer.prior._kept = None
-    moved = trainer._with_teacher(batch)["teacher"]
+    trainer.prior.copy.source = "live"
+    trainer.prior.copy._kept = None
+    moved = trainer.with_teacher(batch)["teacher"]
     assert not any(torch.allclose(entry.rows["prior"], x, atol=1e-3) for entry, x in zip(moved, before, strict=True))
 
 
@@ -136,17 +137,3 @@ def test_eta_is_measured_with_it(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eta="measure", prior="frozen", max_steps=1)
     trainer.train()
     assert 0 < trainer.steering.eta < 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prior": "old"}, "prior must be one of live, frozen, ema, got 'old'"),
-        ({"prior": "frozen", "preset": "opd"}, "prior='frozen' belongs to presets that steer; 'opd' has none"),
-        ({"prior": "ema", "detach_prior": False}, "detach_prior=False needs prior='live', got 'ema'"),
-        ({"prior_decay": 1.0}, r"prior_decay must be in \[0, 1\), got 1.0"),
-    ],
-)
-def test_refused(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        VGSConfig(**trainer_options(tmp_path, **options))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from launch import SUPPORT, torchrun
-from processes import CASES, CONFIGS, Case, launch_environment, parse_launch, run
+from grpo_runs import RUNS as GRPO_RUNS
+from grpo_runs import grpo_trainer, weights
+from launch import SUPPORT, launch_once, torchrun, wanted
+from processes import CASES, CONFIGS, QUICK, Case, launch_environment, parse_launch, run
 from tiny import tiny_model
-from trainers import make_trainer
+from trainers import make_trainer, pair_loss
 
 from vgs.models.forward import fused_loss
 
@@ -28,25 +30,33 @@ ENGINES = {
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 RUNNABLE = [name for name, case in CASES.items() if case.engine != "zero" or HAS_DEEPSPEED]
-EXACT = [name for name in RUNNABLE if not CASES[name].half]
 
 
-def launch(folder: Path, ranks: int, names: list[str]) -> None:
-    """Runs the cases on gloo ranks; a rank that hangs prints its stacks and fails."""
-    torchrun(SUPPORT / "processes.py", ranks, str(folder), *names, timeout=600, DS_ACCELERATOR="cpu")
+def cases(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; those beyond ``QUICK`` are slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """What every rank of a case reports. All cases of one number of ranks share a launch."""
-    folder = tmp_path_factory.mktemp("processes")
-    launched = set()
+def ranks_of(name: str) -> int:
+    return CASES[name].ranks if name in CASES else 2
+
+
+@pytest.fixture(scope="session")
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[dict[str, Any]]]:
+    """What every rank of a case reports. All cases of this session with the same number of ranks share a launch; a rank
+    that hangs prints its stacks and fails."""
+    names = wanted(request)
 
     def read(name: str) -> list[dict[str, Any]]:
-        ranks = CASES[name].ranks
-        if ranks not in launched:
-            launched.add(ranks)
-            launch(folder, ranks, [other for other in RUNNABLE if CASES[other].ranks == ranks])
+        ranks = ranks_of(name)
+
+        def launch(folder: Path) -> None:
+            chosen = [other for other in names if ranks_of(other) == ranks]
+            torchrun(SUPPORT / "processes.py", ranks, str(folder), *chosen, timeout=600, DS_ACCELERATOR="cpu")
+
+        folder = launch_once(tmp_path_factory, f"ranks{ranks}", launch)
         return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(ranks)]
 
     return read
@@ -67,8 +77,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Any]:
     return get
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", cases(name for name in RUNNABLE if not CASES[name].half))
 def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
     case = CASES[name]
     ranks, one = reports(name), single(case)
@@ -81,7 +90,9 @@ def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
         assert report["ratios"] == pytest.approx(one.steering.ratios, rel=1e-4)
         for key, value in report["weights"].items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
-    names = ["loss", "grad_norm"]
+    names = ["loss", "grad_norm", "eta"]
+    if case.samples != "silent":  # there a response that is not trained on is still scored
+        names.append("accuracy")
     if case.split[1] == 1:  # the host logs the mean over micro-batches
         names += ["standard", "visual", "language", "vds", "student_vds", "entropy", "vds_q40", "vds_q70"]
     for theirs, ours in zip(ranks[0]["logs"][:2], one.state.log_history[:2], strict=True):
@@ -90,8 +101,7 @@ def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
         assert {key: theirs[key] for key in logged} == pytest.approx({key: ours[key] for key in logged}, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", cases(RUNNABLE))
 def test_cases_are_what_they_say(name: str, reports: Any) -> None:
     """The ranks differ in what the case is about."""
     case = CASES[name]
@@ -112,16 +122,42 @@ def test_cases_are_what_they_say(name: str, reports: Any) -> None:
         assert all(limits == found[0] for found in measured for limits in found), "one threshold for all ranks"
 
 
-@pytest.mark.slow
-def test_mixed_precision_rounds_neither_weights_nor_thresholds(reports: Any, single: Any) -> None:
+@pytest.mark.parametrize("name", ["fsdp_half"])
+def test_mixed_precision_rounds_neither_weights_nor_thresholds(name: str, reports: Any, single: Any) -> None:
     """FSDP2 rounds what passes through the model's wrapper; the loss, its thresholds and its terms do not."""
-    ranks, one = reports("fsdp_half"), single(CASES["fsdp_half"])
+    ranks, one = reports(name), single(CASES[name])
     rounded = [torch.tensor(note["limits"]).bfloat16().tolist() for note in ranks[0]["notes"]]
     assert [note["limits"] for note in ranks[0]["notes"]] != rounded
     for report in ranks:
         assert report["dtypes"] == {torch.float32}
     for theirs, ours in zip(ranks[0]["logs"][:2], one.state.log_history[:2], strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["grpo_mixed", pytest.param("grpo_alone", marks=pytest.mark.slow)])
+def test_two_ranks_reinforce_as_one_process_does(tmp_path: Path, name: str, reports: Any) -> None:
+    one = grpo_trainer(tmp_path, **GRPO_RUNS[name.removeprefix("grpo_")])
+    one.train()
+    two = reports(name)[0]
+    for key, value in weights(one).items():
+        torch.testing.assert_close(two["weights"][key], value, rtol=1e-4, atol=2e-6, msg=key)
+    logs = [[entry for entry in x if "loss" in entry] for x in (two["logs"], one.state.log_history)]
+    names = ["reward", "reward_std", "entropy", "clip_ratio/region_mean", "clip_ratio/high_max", "policy"]
+    for entry, other in zip(*logs, strict=True):
+        expected = {key: other[key] for key in names if key in other}
+        assert {key: entry[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sharded"])
+def test_a_sharded_student_gets_the_same_gradients(name: str, reports: Any) -> None:
+    student = tiny_model(0, tie=False)
+    pair_loss(student).backward()
+    gathered = reports(name)[0]
+    assert gathered.keys() == {key for key, p in student.named_parameters() if p.grad is not None}
+    for key, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gathered[key], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert gathered["lm_head.weight"].abs().max() > 0
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -166,7 +202,7 @@ def test_zero3_gathers_both_heads_once_a_pass(tmp_path: Path, monkeypatch: pytes
         lost.append(inside[0])
         return fused_loss(*args, **options)
 
-    batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:4])
+    batch = trainer.sample(list(trainer.train_dataset)[:4])
     for parameter in (*model.parameters(), *teacher.parameters()):
         parameter.ds_status = "sharded"
     status = SimpleNamespace(AVAILABLE="whole")
@@ -193,7 +229,7 @@ def test_zero3_gathers_both_heads_once_a_pass(tmp_path: Path, monkeypatch: pytes
     trainer.model.train()
     heads = [id(module.get_output_embeddings().weight) for module in (model, teacher)]
     model.lm_head._parameters = Watched(model.lm_head._parameters)
-    inputs = trainer._with_teacher(batch)
+    inputs = trainer.with_teacher(batch)
     assert gathered and all(group == {heads[1]} for group in gathered)
     gathered.clear()
     loss = trainer.compute_loss(model, inputs)

@@ -49,10 +49,11 @@ def killed_runs(folder: Path, processes: int, kills: int, *saving: str) -> list[
     return events
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_where_the_whole_run_ends(tmp_path: Path) -> None:
-    events = killed_runs(tmp_path, 1, 4, "write", "rename")
-    assert [event.partition(":")[0] for event in events] == ["saving"] * 2 + ["random"] * 4
+@pytest.mark.parametrize("kills", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_where_the_whole_run_ends(tmp_path: Path, kills: int) -> None:
+    """Once while a checkpoint is written, once before it is renamed, and at random moments."""
+    events = killed_runs(tmp_path, 1, kills, "write", "rename")
+    assert [event.partition(":")[0] for event in events] == ["saving"] * 2 + ["random"] * kills
     left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
     # A kill between the appearance of a checkpoint and the rotation may leave one more.
     assert {"checkpoint-10", "checkpoint-12"} <= left <= {"checkpoint-8", "checkpoint-10", "checkpoint-12"}
@@ -78,7 +79,6 @@ def resumed(folder: Path, checkpoint: str | bool, **options) -> dict[str, Any]:
     return everything(trainer)
 
 
-@pytest.mark.slow
 def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
     """Within an epoch and between two, with metrics still to be logged, and after the last step."""
     options = {"save_steps": 1, "max_steps": 8, "save_total_limit": None}
@@ -91,7 +91,6 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
         assert differences(resumed(tmp_path, str(tmp_path / f"checkpoint-{step}"), **options), expected) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_an_epoch_that_ends_with_a_checkpoint_is_still_evaluated(tmp_path: Path, evaluation: int) -> None:
     """Killed in the evaluation after the last step of an epoch, of the first one or of the whole run."""

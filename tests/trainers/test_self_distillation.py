@@ -26,7 +26,7 @@ def config(tmp_path: Path, **options: Any) -> SelfDistillationConfig:
 
 def batch_of(trainer: SelfDistillationTrainer) -> dict[str, Any]:
     trainer.model.train()
-    return trainer._with_teacher(trainer._generate_and_score_completions(list(trainer.train_dataset)[:4]))
+    return trainer.with_teacher(trainer.sample(list(trainer.train_dataset)[:4]))
 
 
 def logits(model: torch.nn.Module, groups: list) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_the_teacher_gets_no_gradient(tmp_path: Path) -> None:
     trainer.compute_loss(trainer.model, batch).backward()
     actual = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    view = trainer._views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
+    view = trainer.further_views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
     with torch.no_grad():
         target = logits(trainer.model, view).detach()
     divergence_reference(
@@ -155,7 +155,7 @@ def test_the_student_sees_the_question_alone(tmp_path: Path) -> None:
     trainer = make_self_trainer(tmp_path, num_generations=2)
     inputs = [sample for sample in list(trainer.train_dataset)[:2] for _ in range(2)]
     trainer.model.train()
-    batch = trainer._generate_and_score_completions(inputs)
+    batch = trainer.sample(inputs)
     alone = encode_groups(trainer.processing_class, tiny_samples(2), [(), ()], trainer.placeholder_ids)
     for group, view, plain in zip(batch["groups"], batch["views"]["privileged"], alone, strict=True):
         assert torch.equal(group.prompt_ids, plain.prompt_ids)
@@ -224,7 +224,7 @@ def test_a_frozen_teacher_under_lora_is_the_base(tmp_path: Path) -> None:
     trainer.train()
     assert not trainer.copy.taken
     batch = batch_of(trainer)
-    view = trainer._views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
+    view = trainer.further_views(list(trainer.train_dataset)[:4], batch["groups"])["privileged"]
     with torch.no_grad():
         (expected,) = score_groups(tiny_model(0).eval(), view, text=False)
         (own,) = score_groups(trainer.model.eval(), view, text=False)
@@ -253,8 +253,9 @@ def test_an_average_under_lora_holds_the_adapter_alone(tmp_path: Path) -> None:
 # ---- resuming
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("teacher", "lora"), [("ema", False), ("frozen", False), ("ema", True)])
+@pytest.mark.parametrize(
+    ("teacher", "lora"), [pytest.param("ema", False, marks=pytest.mark.slow), ("frozen", False), ("ema", True)]
+)
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path: Path, teacher: str, lora: bool) -> None:
     """Bit for bit, with the teacher that the run had and not the resumed student."""
     options = {

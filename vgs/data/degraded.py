@@ -66,7 +66,7 @@ def control_groups(
     """The groups with degraded images; those without images stay as they are.
 
     Args:
-        processor, template_options: as in ``pairing.encode_prompts``.
+        processor, template_options: as in ``prompts.encode_prompts``.
         samples: ``prompt`` and ``images`` of each group.
         groups: prompts with their responses.
         kind, seed: see ``control_images``; all groups have the same noise.

@@ -65,7 +65,7 @@ def privileged_sample(sample: Mapping[str, Any], mode: str = "add", control: str
             whenever a sample comes.
 
     Raises:
-        ValueError: a note, but no user message to take it.
+        ConfigError: a note, but no user message to take it.
     """
     prompt = sample.get("privileged_prompt") or sample["prompt"]
     if note := sample.get("privileged_text"):
@@ -74,7 +74,34 @@ def privileged_sample(sample: Mapping[str, Any], mode: str = "add", control: str
     if control is not None and extra:
         extra = control_images(extra, control, _seed(extra))
     own = [] if mode == "replace" and extra else list(sample.get("images") or [])
-    return {"prompt": list(prompt), "images": own + extra}
+    return {"prompt": _with_places(prompt, len(own), len(extra)), "images": own + extra}
+
+
+def _with_places(prompt: Sequence[Mapping[str, Any]], own: int, extra: int) -> list[dict[str, Any]]:
+    """The prompt with places for the privileged images, where its own have places within the text.
+
+    They stand after the last of its own, or, where those are replaced, where the first of them stood.
+    """
+    messages = [dict(message) for message in prompt]
+    contents = [x["content"] if not isinstance(x.get("content"), str) else [] for x in messages]
+    places = [
+        (i, j) for i, parts in enumerate(contents) for j, part in enumerate(parts or []) if part["type"] == "image"
+    ]
+    if not places or not extra:
+        return messages
+    index, place = places[-1] if own else places[0]
+    added = [{"type": "image"}] * extra
+    for i, parts in enumerate(contents):
+        if isinstance(messages[i].get("content"), str) or not parts:
+            continue
+        kept: list[dict[str, Any]] = []
+        for j, part in enumerate(parts):
+            if own or part["type"] != "image":
+                kept.append(part)
+            if (i, j) == (index, place):
+                kept += added
+        messages[i]["content"] = kept
+    return messages
 
 
 def _seed(images: Sequence[Image.Image]) -> int:
@@ -95,7 +122,7 @@ def _with_note(prompt: Sequence[Mapping[str, Any]], note: str) -> list[dict[str,
             else:
                 message["content"] = [*content, {"type": "text", "text": f"\n{note}"}]
             return messages
-    raise ValueError("privileged_text needs a user message to be added to, but the prompt has none.")
+    raise ConfigError("privileged_text needs a user message to be added to, but the prompt has none.")
 
 
 def privileged_groups(
@@ -112,7 +139,7 @@ def privileged_groups(
     """The privileged view of prompts: other prompts and images, the same responses in the same order.
 
     Args:
-        processor, forbidden, device, template_options: see ``pairing.encode_groups``.
+        processor, forbidden, device, template_options: see ``prompts.encode_groups``.
         samples: one for each group.
         groups: prompts with their responses, as the student sees them.
         mode, control: see ``privileged_sample``.

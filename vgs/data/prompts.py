@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import MULTIMODAL_FIELDS
+
+ROLES = ("system", "user", "assistant", "tool")
+ANCHOR_SIDE = 64  # pixels: a few tokens in every family
 
 
 def remove_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,6 +34,44 @@ def remove_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             content = [{"type": "text", "text": content}]
         stripped.append({**message, "content": [part for part in content if part["type"] not in ("image", "video")]})
     return stripped
+
+
+def fill_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+    """The conversation as content blocks, with its images in their places.
+
+    Args:
+        messages: chat messages whose ``content`` is a string or a list of content blocks. Image blocks without an image
+            are places. Where the first user message is a string, all images come before its text.
+        images: as many as there are places.
+
+    Raises:
+        ValueError: another number of images, or a role that is none of system, user, assistant, tool.
+    """
+    filled, opened = [], False
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"A message has the role {role!r}; expected one of {', '.join(ROLES)}.")
+        if isinstance(content, str):
+            places = [{"type": "image"} for _ in images] if role == "user" and not opened else []
+            opened = opened or role == "user"
+            content = [*places, {"type": "text", "text": content}]
+            message = {**message, "content": content}
+        filled.append(message)
+
+    def is_place(message: dict[str, Any], part: dict[str, Any]) -> bool:
+        return message["role"] != "tool" and part["type"] == "image" and "image" not in part
+
+    count = sum(is_place(message, part) for message in filled for part in message.get("content") or ())
+    if count != len(images):
+        raise ValueError(f"images has {len(images)} entries, but the prompt has places for {count}.")
+    rest = iter(images)
+    return [
+        {**x, "content": [{**part, "image": next(rest)} if is_place(x, part) else part for part in x["content"]]}
+        if x.get("content")
+        else x
+        for x in filled
+    ]
 
 
 def text_only_prompts(
@@ -84,10 +126,8 @@ def encode_prompts(
     Returns:
         ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
     """
-    from trl.data_utils import prepare_multimodal_messages  # scoring alone does not need TRL
-
     encoded = processor.apply_chat_template(
-        conversation=[prepare_multimodal_messages(x["prompt"], images=list(x.get("images") or [])) for x in samples],
+        conversation=[fill_images(x["prompt"], list(x.get("images") or [])) for x in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -119,11 +159,19 @@ def encode_groups(
         forbidden: placeholder ids, see ``placeholder_ids``.
         device: where the image fields go.
 
+    Returns:
+        One group per sample; its tensors are on the CPU, but for the image fields.
+
     Raises:
-        ValueError: different numbers of samples and responses, or an image placeholder in a text-only view.
+        TypeError: responses that are no lists of token ids.
+        ValueError: different numbers of samples and responses, or an image placeholder in a text-only view or in a
+            response.
     """
     if len(samples) != len(responses):
         raise ValueError(f"responses holds entries for {len(responses)} samples, expected {len(samples)}.")
+    _check_responses(responses, forbidden)
+    if not samples:
+        return []
     text_prompts = text_only_prompts(processor, [x["prompt"] for x in samples], forbidden, **template_options)
     groups = []
     for sample, text_ids, answers in zip(samples, text_prompts, responses, strict=True):
@@ -132,3 +180,34 @@ def encode_groups(
         tensors = [torch.tensor(list(part), dtype=torch.int64) for part in (text_ids, *answers)]
         groups.append(PromptGroup(ids[0], tensors[0], tuple(tensors[1:]), images))
     return groups
+
+
+def _check_responses(responses: Sequence[Any], forbidden: Sequence[int]) -> None:
+    for index, answers in enumerate(responses):
+        for number, ids in enumerate(answers):
+            if not hasattr(ids, "__len__"):
+                raise TypeError(
+                    f"responses[{index}] must be a list of responses, each a list of token ids, got {ids!r} in it."
+                )
+            if found := {int(token) for token in ids} & set(forbidden):
+                raise ValueError(
+                    f"responses[{index}][{number}] contains the image or video token {min(found)}, which stands for "
+                    "pixels. Forbid it in sampling (suppress_tokens, bad_words or logit_bias)."
+                )
+
+
+def anchor_group(
+    processor: Any, forbidden: Sequence[int], device: torch.device | str = "cpu", **template_options: Any
+) -> PromptGroup:
+    """A prompt with a small image and one token to it, for ``vgs.models.forward.score_with_anchor``.
+
+    Args:
+        processor, forbidden, device, template_options: as of ``encode_groups``.
+
+    Raises:
+        ValueError: a chat template that puts an image placeholder into a text-only prompt.
+    """
+    side = (ANCHOR_SIDE, ANCHOR_SIDE)
+    sample = {"prompt": [{"role": "user", "content": "."}], "images": [Image.new("RGB", side)]}
+    response = [[processor.tokenizer.eos_token_id]]
+    return encode_groups(processor, [sample], [response], forbidden, device, **template_options)[0]

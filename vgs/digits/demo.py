@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .short_runs import short_run, short_run_options, smooth
+from .workers import line, quiet, versions, workers
 
 if TYPE_CHECKING:
     from .pictures import Example
@@ -77,20 +75,17 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         cache: folder for the trained teacher and student; None means `~/.cache/vgs`.
         quick: a budget of seconds, to see that everything runs.
     """
-    from .pretraining import RECIPES
-
     settings = quick_settings() if quick else DemoSettings()
-    settings = dataclasses.replace(settings, recipes=dict(settings.recipes or RECIPES))
     out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with workers(settings.workers) as spread:
-        spread(prepare, [(role, settings, cache) for role in ("teacher", "student")])
+    with workers(settings.workers) as spread:  # they import the libraries; this process never needs to
+        recipes = dict(spread(prepare, [(role, settings, cache) for role in ("teacher", "student")]))
         prepared = time.perf_counter() - started
         jobs = [("before", 0), *((arm, seed) for seed in settings.seeds for arm in ARMS)]
         before, *runs = spread(distil, [(*job, settings, cache, out) for job in jobs])
     results: dict[str, Any] = {
-        "settings": {**dataclasses.asdict(settings), "arms": ARMS},
+        "settings": {**dataclasses.asdict(settings), "recipes": recipes, "arms": ARMS},
         "versions": versions(),
         "teacher": before.pop("teacher"),
         "before": before,
@@ -104,79 +99,44 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
     return results
 
 
-@contextmanager
-def workers(count: int) -> Iterator[Callable[[Callable[..., Any], Sequence[tuple]], list[Any]]]:
-    """Gives a function that computes `function(*job)` for every job, in this process (1) or in `count` others."""
-    if count == 1:
-        yield lambda function, jobs: [function(*job) for job in jobs]
-        return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(count, context, start_worker, (context.RLock(),)) as pool:
-        yield lambda function, jobs: list(pool.map(function, *zip(*jobs, strict=True)))
+def prepare(role: str, settings: Any, cache: Path) -> tuple[str, dict[str, Any]]:
+    """Trains a model into the cache unless it is there; returns its role and recipe.
 
+    Args:
+        role: "teacher" or "student".
+        settings: a budget with `recipes`.
+        cache: folder for trained models.
+    """
+    from .pretraining import RECIPES, pretrained
 
-def start_worker(lock: Any) -> None:
-    """Lets the workers' progress bars take turns."""
-    from tqdm.auto import tqdm
-
-    tqdm.set_lock(lock)
-
-
-def line() -> int:
-    """This process's line for progress bars (workers count up from 1)."""
-    return max(0, sum(current_process()._identity) - 1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """One thread, and no progress bars and advice of the libraries, so that the demo's stay readable."""
-    import torch
-    from transformers.utils import logging
-
-    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-
-
-def versions() -> dict[str, str]:
-    """Versions that the numbers depend on."""
-    import torch
-    import transformers
-    import trl
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-    }
-
-
-def prepare(role: str, settings: DemoSettings, cache: Path) -> None:
-    """Trains a model into the cache unless it is there."""
-    from .pretraining import pretrained
-
+    recipe = (settings.recipes or RECIPES)[role]
     with quiet():
-        pretrained(role, cache, recipe=settings.recipes[role], line=line())
+        pretrained(role, cache, recipe=recipe, line=line())
+    return role, dataclasses.asdict(recipe)
 
 
 def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: distils the student as `arm` says ("before": not at all) and assesses it on held-out pictures."""
-    from .pictures import take
-    from .pretraining import accuracy, pretrained
+    """One run: distils the student as `arm` says ("before": not at all) and assesses it on held-out pictures.
 
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the demo.
+
+    Returns:
+        `arm`, `seed`, and what `train` and `assess` return; of "before" the accuracies of student and teacher instead
+        of a training.
+    """
+    from .grading import accuracy
+    from .pictures import take
+    from .pretraining import RECIPES, pretrained
+
+    recipes = settings.recipes or RECIPES
     with quiet():
-        teacher, processor = pretrained("teacher", cache, recipe=settings.recipes["teacher"])
-        student, _ = pretrained("student", cache, recipe=settings.recipes["student"])
+        teacher, processor = pretrained("teacher", cache, recipe=recipes["teacher"])
+        student, _ = pretrained("student", cache, recipe=recipes["student"])
         test = take("test", settings.test_size, seed=0)
         if arm == "before":
             validation = take("validation", settings.validation_size, seed=0)
@@ -192,10 +152,14 @@ def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) 
 def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
 ) -> dict[str, Any]:
-    """Distils the student in place; returns the run's logs, eta and seconds per step."""
+    """Distils the student in place; returns the run's eta and what `short_runs.short_run` returns.
+
+    Args:
+        student, teacher, processor: of the task.
+        arm, seed, settings, out: see `distil`.
+    """
     from ..trainers.distillation import VGSTrainer
     from ..trainers.settings import VGSConfig
-    from .studies.short_runs import short_run, short_run_options
     from .task import build, scorer
 
     trainer = VGSTrainer(
@@ -218,14 +182,23 @@ def train(
 
 
 def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example], shown: int) -> dict[str, Any]:
-    """Accuracy of greedy answers, the mean of every term over their tokens, and the first `shown` answers."""
+    """Accuracy of greedy answers, the mean of every term over their tokens, and the first `shown` answers.
+
+    Args:
+        model, teacher, processor: of the task.
+        questions: held-out ones.
+        shown: how many answers are kept word by word.
+
+    Returns:
+        `test` as of `grading.grade`, `terms` (nats per token) and `answers` (words, their `vds` in nats, `right`).
+    """
     from vgs_kernels import VGSObjective
 
     from ..evaluation.token_terms import score_responses
+    from .grading import grade, greedy_answers
     from .pictures import scorer
-    from .pretraining import answer_greedily, grade
 
-    answers = answer_greedily(model, processor, questions)
+    answers = greedy_answers(model, processor, questions)
     records = [example.record() for example in questions]
     tokens = score_responses(model, teacher, processor, records, answers, VGSObjective())
     terms = {term: sum(row[term].sum().item() for row in tokens) / sum(map(len, answers)) for term in TERMS}
@@ -238,7 +211,13 @@ def assess(model: Any, teacher: Any, processor: Any, questions: Sequence[Example
 
 
 def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
-    """The two pictures: learning curves, and answers coloured by the teacher's visual dependency score."""
+    """The two pictures: learning curves, and answers coloured by the teacher's visual dependency score.
+
+    Args:
+        out: folder that gets them.
+        results: of the demo.
+        settings: its budget.
+    """
     from .pictures import take
     from .plots import AnswerSheet, ColouredAnswer, answer_sheets, learning_curves
 
@@ -268,11 +247,6 @@ def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
     ]
     title = "Held-out pictures, answers before and after distillation"
     answer_sheets(out / "answers.png", sheets, title, "visual dependency of a word (nats)")
-
-
-def smooth(values: Sequence[float], window: int = 5) -> list[float]:
-    """Trailing mean, for curves of single batches."""
-    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
 def table(results: dict[str, Any]) -> str:

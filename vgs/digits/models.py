@@ -75,11 +75,13 @@ class DigitsProcessor(ProcessorMixin):
         return super().__call__(*args, return_mm_token_type_ids=return_mm_token_type_ids, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image: one for every merged patch."""
         merged = self.image_processor.merge_size**2
         return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // merged)
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of what the model takes."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
 

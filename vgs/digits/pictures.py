@@ -96,9 +96,13 @@ class Example:
         """The picture, drawn when first needed."""
         return draw_picture(handwritten()[0][list(self.source)], np.random.default_rng(self.seed))
 
+    def prompt(self) -> list[dict[str, str]]:
+        """The question as one user message."""
+        return [{"role": "user", "content": self.question}]
+
     def record(self) -> dict:
         """The row that trainers consume: prompt, images, answer."""
-        return {"prompt": [{"role": "user", "content": self.question}], "images": [self.image], "answer": self.answer}
+        return {"prompt": self.prompt(), "images": [self.image], "answer": self.answer}
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,11 @@ def handwritten() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split_indices(split: str) -> np.ndarray:
-    """Indices of the handwritten digits of a split: three quarters train, one eighth validation, one eighth test."""
+    """Indices of the handwritten digits of a split: three quarters train, one eighth validation, one eighth test.
+
+    Raises:
+        ValueError: another split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     count = len(handwritten()[1])
@@ -199,7 +207,17 @@ def caption(example: Example) -> Example:
 
 
 def take(split: str, size: int, seed: int, habits: Habits = Habits()) -> list[Example]:
-    """The first `size` examples of the stream."""
+    """The first `size` examples of the stream.
+
+    Args:
+        split: "train", "validation" or "test".
+        size: how many.
+        seed: which ones; the same seed gives the same.
+        habits: of the speaker who answers.
+
+    Raises:
+        ValueError: another split.
+    """
     return list(itertools.islice(examples(split, seed, habits), size))
 
 
@@ -218,7 +236,11 @@ def number_words(text: str) -> list[int]:
 
 
 def scorer(completion_text: str, gold_answer: str) -> bool:
-    """Whether the last number word of a completion is the gold answer (each phrasing ends with its conclusion)."""
+    """Whether the last number word of a completion is the gold answer (each phrasing ends with its conclusion).
+
+    Raises:
+        ValueError: ``gold_answer`` is no number word.
+    """
     if gold_answer not in NUMBERS:
         raise ValueError(f"gold_answer must be a number word from {NUMBERS[0]} to {NUMBERS[-1]}, got {gold_answer!r}")
     named = number_words(completion_text)

@@ -1,29 +1,26 @@
-"""Supervised training of the digits teacher and student, greedy answers, and the cache of trained models."""
+"""Supervised training of the digits task's teacher and student."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..data.prompts import encode_prompts
-from . import models as digits_models
-from . import pictures as digits_data
+from ..data.prompts import fill_images
+from .cache import key, trained_once
 from .models import DigitsProcessor, Shape, build_model, build_processor
-from .pictures import Example, Habits, caption, digits_read, examples, scorer
+from .pictures import Example, Habits, caption, examples
 
 IGNORED = -100
+
+#: A row that trainers consume (``prompt``, ``images``), and the full answer to it.
+Lesson = tuple[Mapping[str, Any], str]
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,6 @@ class Recipe:
     phases: tuple[Phase, ...]
     habits: Habits
 
-    def key(self, seed: int) -> str:
-        """A name for the model in the cache: changes with anything that can change its weights."""
-        versions = [torch.__version__, transformers.__version__, torch.get_num_threads()]
-        settings = json.dumps([dataclasses.asdict(self), seed, versions], sort_keys=True)
-        sources = [Path(module.__file__).read_bytes() for module in (digits_data, digits_models)]
-        sources.append(Path(__file__).read_bytes())
-        return hashlib.sha256(b"".join([settings.encode(), *sources])).hexdigest()[:16]
-
 
 CAPTIONS, TEXT = {"text_only": 0.0, "captions": True}, {"text_only": 1.0}
 RECIPES = {
@@ -79,45 +68,101 @@ RECIPES = {
 }
 
 
-def encode(processor: DigitsProcessor, batch: Sequence[Example], pictures: Sequence) -> dict[str, torch.Tensor]:
-    """Prompts and full answers as one right-aligned batch with labels on the answer tokens only.
+def encode(processor: DigitsProcessor, batch: Sequence[Lesson]) -> dict[str, torch.Tensor]:
+    """Prompts and full answers as a batch.
 
-    `pictures` gives each example's picture or None; without one the prompt is rendered without the image item, so that
-    no placeholder remains.
+    Args:
+        processor: of the task.
+        batch: B lessons; the prompt of one without images is rendered without an image item, so that no placeholder
+            remains.
+
+    Returns:
+        What the model takes: ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` [B, L], padded on the left,
+        the pictures, and ``labels`` [B, L], ``IGNORED`` but on the answer's tokens.
     """
     tokenizer = processor.tokenizer
-    prompts = processor.apply_chat_template(
-        [conversation(example.question, picture) for example, picture in zip(batch, pictures, strict=True)],
-        add_generation_prompt=True,
-    )
-    answers = [example.target + tokenizer.eos_token for example in batch]
-    shown = [[picture] for picture in pictures if picture is not None]
+    messages = [fill_images(record["prompt"], record["images"]) for record, _ in batch]
+    prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
+    answers = [target + tokenizer.eos_token for _, target in batch]
     inputs = processor(
         text=[prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-        images=shown or None,
+        images=[record["images"] for record, _ in batch if record["images"]] or None,
         padding=True,
         return_tensors="pt",
     )
     labels = torch.full_like(inputs["input_ids"], IGNORED)
-    for row, answer in zip(range(len(batch)), tokenizer(answers)["input_ids"], strict=True):
-        labels[row, -len(answer) :] = torch.tensor(answer)
+    for row, ids in enumerate(tokenizer(answers)["input_ids"]):
+        labels[row, -len(ids) :] = torch.tensor(ids)
     return {**inputs, "labels": labels}
 
 
-def conversation(question: str, picture: object | None) -> list[dict]:
-    """One user message, with the picture before the question if there is one."""
-    picture_part = [] if picture is None else [{"type": "image", "image": picture}]
-    return [{"role": "user", "content": [*picture_part, {"type": "text", "text": question}]}]
+def lessons(phase: Phase, habits: Habits, seed: int) -> Iterator[list[Lesson]]:
+    """Endless batches of a phase; the first of each batch have no picture.
 
-
-def batches(phase: Phase, habits: Habits, seed: int) -> Iterator[tuple[list[Example], list]]:
-    """Endless training batches: examples and, for each, its picture or None."""
+    Args:
+        phase: sizes and kinds of its batches.
+        habits: of the speaker who answers.
+        seed: of the questions.
+    """
     stream, blind = examples("train", seed, habits), round(phase.text_only * phase.batch_size)
     while True:
         batch = [next(stream) for _ in range(phase.batch_size)]
         if phase.captions:
             batch = [caption(example) for example in batch]
-        yield batch, [None] * blind + [example.image for example in batch[blind:]]
+        yield [lesson(example, shown=place >= blind) for place, example in enumerate(batch)]
+
+
+def lesson(example: Example, shown: bool = True) -> Lesson:
+    """An example with its full answer, with or without its picture."""
+    return {"prompt": example.prompt(), "images": [example.image] if shown else []}, example.target
+
+
+def fit(
+    model: Qwen3VLForConditionalGeneration,
+    processor: DigitsProcessor,
+    stream: Iterator[Sequence[Lesson]],
+    steps: int,
+    learning_rate: float,
+    rate: Callable[[int], float],
+    bar: tqdm,
+) -> list[float]:
+    """Trains a model in place on batches of lessons with AdamW, and leaves it in evaluation mode.
+
+    Args:
+        model, processor: of the task.
+        stream: at least ``steps`` batches.
+        steps: of the optimizer.
+        learning_rate, rate: the greatest learning rate, and the fraction of it at a step.
+        bar: moves on with every step.
+
+    Returns:
+        The loss of every step, in nats per token.
+    """
+    losses: list[float] = []
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    with ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),)) as beside:
+        following = beside.submit(lambda: encode(processor, next(stream)))
+        for left in reversed(range(steps)):
+            loss = model(**following.result(), use_cache=False).loss
+            if left:  # PyTorch runs the whole backward without the interpreter, which is free to draw pictures
+                following = beside.submit(lambda: encode(processor, next(stream)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+def progress_bar(steps: int, description: str, line: int) -> tqdm:
+    """A progress bar on its own line, for several processes in one terminal."""
+    return tqdm(total=steps, desc=description, unit="step", position=line, mininterval=0.5)
 
 
 def train_supervised(
@@ -128,101 +173,47 @@ def train_supervised(
     description: str = "training",
     line: int = 0,
 ) -> list[float]:
-    """Trains in place on the phases of `recipe`; returns the loss of every step.
+    """Trains in place on the phases of a recipe, each with a new optimizer.
 
-    `line` is where the progress bar stands, for several processes in one terminal.
+    Args:
+        model, processor: of the task.
+        recipe: phases and habits.
+        seed: of the questions.
+        description, line: of the progress bar.
+
+    Returns:
+        The loss of every step, in nats per token.
     """
     losses: list[float] = []
-    model.train()
-    bar = tqdm(
-        total=sum(phase.steps for phase in recipe.phases), desc=description, unit="step", position=line, mininterval=0.5
-    )
-    for number, phase in enumerate(recipe.phases):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, phase.rate)
-        stream = batches(phase, recipe.habits, 1000 * (seed + 1) + number)
-        for _ in range(phase.steps):
-            loss = model(**encode(processor, *next(stream)), use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    bar.close()
-    model.eval()
+    with progress_bar(sum(phase.steps for phase in recipe.phases), description, line) as bar:
+        for number, phase in enumerate(recipe.phases):
+            stream = lessons(phase, recipe.habits, 1000 * (seed + 1) + number)
+            losses += fit(model, processor, stream, phase.steps, phase.learning_rate, phase.rate, bar)
     return losses
-
-
-@torch.no_grad()
-def answer_greedily(
-    model: Qwen3VLForConditionalGeneration,
-    processor: DigitsProcessor,
-    questions: Sequence[Example],
-    batch_size: int = 128,
-    max_new_tokens: int = 32,
-) -> list[list[int]]:
-    """Token ids of the greedy answers, up to and including the end token."""
-    was_training, end = model.training, processor.tokenizer.eos_token_id
-    model.eval()
-    answers: list[list[int]] = []
-    for start in range(0, len(questions), batch_size):
-        part = [example.record() for example in questions[start : start + batch_size]]
-        ids, mask, fields = encode_prompts(processor, part)
-        generated = model.generate(
-            input_ids=ids, attention_mask=mask, **fields, max_new_tokens=max_new_tokens, do_sample=False
-        )
-        for row in generated[:, ids.shape[1] :].tolist():
-            answers.append(row[: row.index(end) + 1] if end in row else row)
-    model.train(was_training)
-    return answers
-
-
-def grade(
-    processor: DigitsProcessor, questions: Sequence[Example], answers: Sequence[Sequence[int]]
-) -> dict[str, float]:
-    """Fractions of right answers and of rightly read digits."""
-    texts = processor.batch_decode(answers, skip_special_tokens=True)
-    right = sum(scorer(text, example.answer) for text, example in zip(texts, questions, strict=True))
-    read = sum(digits_read(text, example) for text, example in zip(texts, questions, strict=True))
-    return {"answers": right / len(questions), "digits": read / sum(len(example.read) for example in questions)}
-
-
-def accuracy(
-    model: Qwen3VLForConditionalGeneration, processor: DigitsProcessor, questions: Sequence[Example]
-) -> dict[str, float]:
-    """`grade` of the model's greedy answers."""
-    return grade(processor, questions, answer_greedily(model, processor, questions))
 
 
 def pretrained(
     role: str, cache: Path, seed: int = 0, recipe: Recipe | None = None, line: int = 0
 ) -> tuple[Qwen3VLForConditionalGeneration, DigitsProcessor]:
-    """The trained teacher or student, from the cache or trained now (about a minute on one core).
+    """The trained teacher or student with its processor, from the cache or trained now (about a minute on one core).
 
     Args:
         role: "teacher" or "student".
-        cache: folder for trained models; a model's folder is named by a hash of its settings.
+        cache: folder for trained models, see `cache.trained_once`.
         seed: initial weights and order of the data.
         recipe: other settings than the role's own.
-        line: of the progress bar, as in `train_supervised`.
+        line: of the progress bar.
+
+    Raises:
+        ValueError: another role.
     """
     if role not in RECIPES:
         raise ValueError(f"role must be one of {sorted(RECIPES)}, got {role!r}")
-    recipe = recipe or RECIPES[role]
-    processor = build_processor()
-    folder = Path(cache).expanduser() / f"digits-{role}-{recipe.key(seed)}"
-    if not folder.exists():
+    recipe, processor = recipe or RECIPES[role], build_processor()
+
+    def train() -> Qwen3VLForConditionalGeneration:
         model = build_model(recipe.shape, processor, seed)
         train_supervised(model, processor, recipe, seed, description=f"digits {role}", line=line)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
-        model.save_pretrained(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:  # another process finished the same model first
-            shutil.rmtree(unfinished)
-    # always read back, so that a fresh and a cached model are the same to the last bit
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval(), processor
+        return model
+
+    return trained_once(cache, f"digits-{role}-{key(recipe, seed)}", train), processor

@@ -8,28 +8,23 @@ learns nothing about faint ones.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import Qwen3VLForConditionalGeneration
-from trl.data_utils import prepare_multimodal_messages
 
 from ..data.privileged import privileged_sample
-from .models import DigitsProcessor
+from ..errors import ConfigError
+from .cache import key, trained_once
+from .models import DigitsProcessor, build_processor
 from .pictures import CELL, NUMBERS, PLACES, Example, draw_picture, examples, handwritten, take
-from .pretraining import IGNORED, RECIPES, Recipe, pretrained
+from .pretraining import RECIPES, Lesson, Recipe, fit, lesson, pretrained, progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,17 +70,23 @@ class Question:
 
     @property
     def answer(self) -> str:
+        """The number word that counts."""
         return self.example.answer
 
     @property
     def read(self) -> tuple[int, ...]:
+        """The digits that the answer reads, left to right."""
         return self.example.read
 
     @cached_property
     def sample(self) -> dict[str, Any]:
-        """Prompt, faint picture, answer and a privileged column."""
+        """Prompt, faint picture, answer and a privileged column.
+
+        Raises:
+            ConfigError: an unknown context.
+        """
         if self.context not in CONTEXTS:
-            raise ValueError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}.")
+            raise ConfigError(f"context must be one of {', '.join(CONTEXTS)}, got {self.context!r}.")
         sample = {**self.example.record(), "images": [faint_picture(self.example)]}
         if self.context == "clean":
             return {**sample, "privileged_images": [clean_picture(self.example)]}
@@ -97,7 +98,13 @@ class Question:
 
 
 def questions(split: str, size: int, seed: int = 0, context: str = "clean", shown: bool = False) -> list[Question]:
-    """The task's examples (see `digits_data.take`) as questions about faint pictures."""
+    """The task's examples (see `pictures.take`) as questions about faint pictures.
+
+    Args:
+        split, size, seed: see `pictures.take`.
+        context: of `CONTEXTS`, what a teacher is shown.
+        shown: whether their `record` is the teacher's view.
+    """
     return [Question(example, context, shown) for example in take(split, size, seed)]
 
 
@@ -105,7 +112,7 @@ def build(split: str, size: int, seed: int = 0, context: str = "clean") -> Datas
     """Questions as a dataset with the columns that `SelfDistillationTrainer` consumes.
 
     Args:
-        split, size, seed: see `digits.build`.
+        split, size, seed: see `task.build`.
         context: "clean" (`privileged_images`: one clean, enlarged picture) or "labels" (`privileged_text`).
 
     Returns:
@@ -143,59 +150,22 @@ class ReaderRecipe:
         """Fraction of `learning_rate` at a step."""
         return min((step + 1) / 10, 1.05 - step / self.steps)
 
-    def key(self, seed: int) -> str:
-        """A name for the model in the cache: changes with anything that can change its weights."""
-        settings = f"{self.base.key(seed)} {self.steps} {self.batch_size} {self.learning_rate}"
-        return hashlib.sha256(settings.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 
-
-def _lesson(example: Example, context: str | None) -> dict[str, Any]:
+def lesson_with(context: str | None, example: Example) -> Lesson:
+    """An example with its full answer: the task's own, or with context beside a picture that is spoilt by noise."""
     if context is None:
-        return example.record()
+        return lesson(example)
     digits = handwritten()[0][list(example.source)]
     spoilt = draw_picture(digits, np.random.default_rng(example.seed), LESSON_NOISE)
-    return privileged_sample({**Question(example, context).sample, "images": [spoilt]})
+    return privileged_sample({**Question(example, context).sample, "images": [spoilt]}), example.target
 
 
-def _batches(recipe: ReaderRecipe, seed: int) -> Iterator[list[tuple[dict[str, Any], str]]]:
+def lessons(recipe: ReaderRecipe, seed: int) -> Iterator[list[Lesson]]:
+    """Endless batches with `KINDS` of context in turn."""
     stream = examples("train", 5000 + seed, recipe.base.habits)
     while True:
         batch = [next(stream) for _ in range(recipe.batch_size)]
-        kinds = itertools.cycle(KINDS)
-        yield [(_lesson(example, kind), example.target) for example, kind in zip(batch, kinds, strict=False)]
-
-
-def _encode(processor: DigitsProcessor, batch: Sequence[tuple[dict[str, Any], str]]) -> dict[str, torch.Tensor]:
-    tokenizer = processor.tokenizer
-    messages = [prepare_multimodal_messages(record["prompt"], images=record["images"]) for record, _ in batch]
-    prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
-    answers = [target + tokenizer.eos_token for _, target in batch]
-    inputs = processor(
-        text=[prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
-        images=[record["images"] for record, _ in batch],
-        padding=True,
-        return_tensors="pt",
-    )
-    labels = torch.full_like(inputs["input_ids"], IGNORED)
-    for row, ids in enumerate(tokenizer(answers)["input_ids"]):
-        labels[row, -len(ids) :] = torch.tensor(ids)
-    return {**inputs, "labels": labels}
-
-
-def _teach(
-    model: Qwen3VLForConditionalGeneration, processor: DigitsProcessor, recipe: ReaderRecipe, seed: int, line: int
-) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
-    stream = _batches(recipe, seed)
-    for _ in tqdm(range(recipe.steps), desc="digits reader", unit="step", position=line, mininterval=0.5):
-        model(**_encode(processor, next(stream)), use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    model.eval()
+        yield [lesson_with(kind, example) for kind, example in zip(itertools.cycle(KINDS), batch, strict=False)]
 
 
 def reader(
@@ -204,19 +174,15 @@ def reader(
     """The model that distils itself, from the cache or trained now (under a minute on one core).
 
     Args:
-        cache, seed, line: see `digits_training.pretrained`.
+        cache, seed, line: see `pretraining.pretrained`.
         recipe: other settings.
     """
-    recipe = recipe or ReaderRecipe()
-    model, processor = pretrained("teacher", cache, seed=seed, recipe=recipe.base, line=line)
-    folder = Path(cache).expanduser() / f"digits-reader-{recipe.key(seed)}"
-    if not folder.exists():
-        _teach(model, processor, recipe, seed, line)
-        unfinished = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-")
-        model.save_pretrained(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:  # another process finished the same model first
-            shutil.rmtree(unfinished)
-    # as in `pretrained`: a fresh and a cached model are the same to the last bit
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval(), processor
+    recipe, processor = recipe or ReaderRecipe(), build_processor()
+
+    def train() -> Qwen3VLForConditionalGeneration:
+        model, _ = pretrained("teacher", cache, seed=seed, recipe=recipe.base, line=line)
+        with progress_bar(recipe.steps, "digits reader", line) as bar:
+            fit(model, processor, lessons(recipe, seed), recipe.steps, recipe.learning_rate, recipe.rate, bar)
+        return model
+
+    return trained_once(cache, f"digits-reader-{key(recipe, seed)}", train), processor

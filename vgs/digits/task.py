@@ -1,8 +1,8 @@
 """The built-in task: two or three real handwritten digits in a picture, and a question about them.
 
 Everything a run needs, without downloads: ``build`` makes the questions, ``pretrained`` the teacher and the student,
-``scorer`` says whether an answer is right. The parts are in ``digits_data`` (pictures, questions, phrasings),
-``digits_models`` (tokenizer, processor, tiny Qwen3-VL models) and ``digits_training`` (supervised training, cache).
+``scorer`` says whether an answer is right. The parts are in ``pictures`` (pictures, questions, phrasings), ``models``
+(tokenizer, processor, tiny Qwen3-VL models), ``pretraining`` (supervised training) and ``cache`` (trained models).
 """
 
 from __future__ import annotations

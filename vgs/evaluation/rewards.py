@@ -1,7 +1,8 @@
 """Verifiable rewards in TRL's signature: ``reward(completions, answer=..., **columns) -> list[float | None]``.
 
 A completion is a string, or a conversation whose last message is the response. The gold answers are the data's column
-``answer``, or TRL's name for it, ``solution``. ``None`` means that a reward does not apply to a sample.
+``answer``, or TRL's name for it, ``solution``; a reward that needs them raises a ``ConfigError`` where neither is there
+or their number differs. ``None`` means that a reward does not apply to a sample.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 from trl.import_utils import is_math_verify_available
 from trl.rewards import accuracy_reward
 
-from ..data.answers import answers_match, choice_letter, final_answer, last_boxed
+from ..data.answers import alternatives, answers_match, choice_letter, final_answer, last_boxed
+from ..errors import ConfigError
 
 Reward = Callable[..., list[float | None]]
 Completion = str | list[dict[str, Any]]
@@ -34,9 +36,9 @@ def _gold(
 ) -> Sequence[str | None]:
     gold = solution if answer is None else answer
     if gold is None:
-        raise ValueError(f"The reward {reward} needs a column 'answer' or 'solution' with the gold answers.")
+        raise ConfigError(f"The reward {reward} needs a column 'answer' or 'solution' with the gold answers.")
     if len(gold) != len(completions):
-        raise ValueError(f"The reward {reward} got {len(gold)} gold answers for {len(completions)} completions.")
+        raise ConfigError(f"The reward {reward} got {len(gold)} gold answers for {len(completions)} completions.")
     return gold
 
 
@@ -61,8 +63,8 @@ def choice(
     """1 where the response's final answer has the gold choice's letter, else 0; None where the gold is no choice."""
     rewards: list[float | None] = []
     for text, gold in zip(completions, _gold("choice", completions, answer, solution), strict=True):
-        letter = None if gold is None else choice_letter(gold)
-        rewards.append(None if letter is None else float(choice_letter(response_text(text)) == letter))
+        letters = {letter for answer in alternatives(gold) if (letter := choice_letter(answer)) is not None}
+        rewards.append(float(choice_letter(response_text(text)) in letters) if letters else None)
     return rewards
 
 
@@ -103,9 +105,13 @@ def math_verify(
         ImportError: math-verify is not installed.
     """
     gold = _gold("math_verify", completions, answer, solution)
-    boxed = [_boxed(response_text(completion)) for completion in completions]
-    messages = [[{"role": "assistant", "content": text}] for text in boxed]
-    return accuracy_reward(messages, ["" if text is None else _boxed(text) for text in gold])
+    rewards: list[float | None] = []
+    for completion, answers in zip(completions, gold, strict=True):
+        boxed = [{"role": "assistant", "content": _boxed(response_text(completion))}]
+        right = [_boxed(answer) for answer in alternatives(answers)]
+        found = [x for x in accuracy_reward([boxed] * len(right), right) if x is not None] if right else []
+        rewards.append(max(found, default=None))
+    return rewards
 
 
 def _boxed(text: str) -> str:
@@ -126,19 +132,19 @@ def check_rewards(names: Sequence[str]) -> None:
     """See that rewards exist and can run.
 
     Raises:
-        ValueError: no name, an unknown one, one given twice, or one whose package is missing.
+        ConfigError: no name, an unknown one, one given twice, or one whose package is missing.
     """
     if isinstance(names, str) or not names:
-        raise ValueError(f"rewards must be a list of names out of {', '.join(REWARDS)}, got {names!r}.")
+        raise ConfigError(f"rewards must be a list of names out of {', '.join(REWARDS)}, got {names!r}.")
     for name in names:
         if name not in REWARDS:
             nearest = difflib.get_close_matches(str(name), REWARDS, n=1, cutoff=0.5)
             hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Expected one of {', '.join(REWARDS)}."
-            raise ValueError(f"rewards has the unknown name {name!r}. {hint}")
+            raise ConfigError(f"rewards has the unknown name {name!r}. {hint}")
         if list(names).count(name) > 1:
-            raise ValueError(f"rewards must have every name once, got {name!r} {list(names).count(name)} times.")
+            raise ConfigError(f"rewards must have every name once, got {name!r} {list(names).count(name)} times.")
     if "math_verify" in names and not is_math_verify_available():
-        raise ValueError("rewards: math_verify needs a package that is not installed: pip install math-verify.")
+        raise ConfigError("rewards: math_verify needs a package that is not installed: pip install math-verify.")
 
 
 def needs_answers(names: Sequence[str]) -> bool:
@@ -150,7 +156,7 @@ def named_rewards(names: Sequence[str], scorer: Callable[[str, str], bool] | Non
     """The rewards of ``REWARDS`` by name; ``scorer`` replaces the comparison of ``exact_match``.
 
     Raises:
-        ValueError: as ``check_rewards``.
+        ConfigError: as ``check_rewards``.
     """
     check_rewards(names)
     own = {} if scorer is None else {"exact_match": functools.partial(exact_match, scorer=scorer)}

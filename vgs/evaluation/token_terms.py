@@ -38,6 +38,10 @@ def score_responses(
     Returns:
         One dict per sample: ``token_ids`` [T] int64 and ``standard``, ``visual``, ``language``, ``vds``, ``entropy``,
         ``student_vds`` (KL(p_I || p_x)) [T] float, in nats, on the CPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument: different numbers of samples and responses, an image placeholder in
+            a text-only view, heads of different devices or vocabularies, or one that cannot be read.
     """
     device = student.get_output_embeddings().weight.device
     responses = [[ids] for ids in completion_ids]

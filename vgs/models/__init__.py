@@ -1,4 +1,4 @@
-"""Vision-language models from outside: their families, heads and tokenizers, and the forward of prompts with responses.
+"""Vision-language models from outside: families, heads, tokenizers, wrappers, the forward of prompts with responses.
 
 It turns token ids and images into the hidden states that the losses take, packed without padding where that is exact.
 """

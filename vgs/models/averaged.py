@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigError
+from .adapters import is_peft_layer, is_peft_model
 from .heads import Head, read_head
 
 SOURCES = ("live", "frozen", "ema")
@@ -59,7 +57,7 @@ class StudentCopy:
         return self.source != "live" and not self._is_base(model)
 
     def _is_base(self, model: nn.Module) -> bool:
-        return self.source == "frozen" and isinstance(model, PeftModel)
+        return self.source == "frozen" and is_peft_model(model)
 
     @property
     def taken(self) -> bool:
@@ -237,7 +235,7 @@ class StudentCopy:
 
 
 def _adapted(layer: nn.Module) -> bool:
-    return any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in layer.modules())
+    return any(is_peft_layer(module) for module in layer.modules())
 
 
 def _local(value: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
+
+from .adapters import is_peft_model
 
 #: Families with one position each for time, height and width (mRoPE).
 MROPE = frozenset({"qwen2_5_vl", "qwen3_vl"})
@@ -33,7 +34,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
-    if isinstance(model, PeftModel):
+    if is_peft_model(model):
         model = model.base_model.model
     return model.base_model  # `get_decoder()` would be the text stack alone
 
@@ -80,7 +81,11 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
 
 
 def placeholder_ids(config: Any) -> list[int]:
-    """Ids of the image, video and vision start/end tokens that a model's config declares, sorted."""
+    """Ids of the image, video and vision start/end tokens that a model's config declares, sorted.
+
+    Args:
+        config: of the model.
+    """
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 

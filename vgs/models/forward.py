@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from vgs_kernels import (
     DivergenceOutput,
@@ -17,6 +17,7 @@ from vgs_kernels import (
     fused_linear_vgs_loss,
 )
 
+from ..log import warn_once
 from .attention import use_packed_attention
 from .families import backbone, is_verified, prompt_positions
 from .groups import PromptGroup, response_lengths
@@ -24,7 +25,7 @@ from .heads import Head
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .padding import PaddedViews, pad_groups
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
@@ -67,7 +68,8 @@ def score_groups(
     positions are not verified there (``vgs.models.families``) run as padded batches.
 
     Args:
-        model: an unwrapped vision-language model, or a PEFT model around one.
+        model: an unwrapped vision-language model, or a PEFT model around one. To train one inside DDP, FSDP or
+            DeepSpeed, call this inside ``vgs.models.wrappers.run_inside``.
         groups: prompts with their responses.
         text: whether to score the text-only view too.
         text_gradient: whether the text-only rows may carry gradient, for all responses or for each in the order of the
@@ -79,8 +81,14 @@ def score_groups(
         ([N, D] multimodal,) or ([N, D] multimodal, [N, D] text-only); order: group, response, token.
 
     Raises:
+        TypeError: the model is wrapped.
         ValueError: ``text_gradient`` does not have one entry per response.
     """
+    if "module" in model._modules:
+        raise TypeError(
+            f"model must be unwrapped, got a {type(model).__name__}: score it inside run_inside(wrapped, task), where "
+            "the wrapper knows of it."
+        )
     lengths = response_lengths(groups)
     wanted = [text_gradient] * len(lengths) if isinstance(text_gradient, bool) else list(text_gradient)
     if len(wanted) != len(lengths):
@@ -116,6 +124,45 @@ def score_groups(
     return rows, text_rows
 
 
+def score_with_anchor(
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    anchor: PromptGroup | None,
+    *,
+    text: bool = True,
+    text_gradient: bool | Sequence[bool] = True,
+    share_prefix: bool = True,
+    kernel: str = "auto",
+) -> tuple[list[Tensor], Tensor | None]:
+    """As ``score_groups``, but prompts without any image are joined by one with an image.
+
+    Ranks that train one model together must all run the same layers, in the forward and in the backward: one that has
+    no image, or nothing at all, in its batch would leave the others waiting at the vision tower.
+
+    Args:
+        model, text, text_gradient, share_prefix, kernel: as in ``score_groups``.
+        groups: prompts with their responses; may be empty where there is an anchor.
+        anchor: a prompt with an image and one response, such as ``vgs.data.prompts.anchor_group`` makes; None joins
+            nothing.
+
+    Returns:
+        Hidden states of ``groups`` alone, [N, D] each, and a zero that carries gradient to all that the anchor ran
+        through, to be added to the loss; None where no anchor was needed.
+
+    Raises:
+        ValueError, TypeError: as ``score_groups``.
+    """
+    count = sum(response_lengths(groups))
+    joined = anchor is not None and not any(group.has_images for group in groups)
+    if joined:
+        groups = [*groups, anchor]
+        if not isinstance(text_gradient, bool):
+            text_gradient = [*text_gradient, False]
+    rows = score_groups(model, groups, text=text, text_gradient=text_gradient, share_prefix=share_prefix, kernel=kernel)
+    zero = 0.0 * sum(x[count:].float().sum() for x in rows) if joined else None
+    return [x[:count] for x in rows], zero
+
+
 def _original_order(lengths: Sequence[int], first: Sequence[bool]) -> Tensor:
     """[N] places, in rows sorted by ``not first``, of the tokens of responses with these lengths."""
     marks = torch.tensor(first).repeat_interleave(torch.tensor(lengths))
@@ -126,9 +173,10 @@ def _score_padded(
     model: nn.Module, groups: Sequence[PromptGroup], text: bool, wanted: Sequence[bool], device: torch.device
 ) -> tuple[Tensor, ...]:
     """As ``score_groups``; text-only rows all carry gradient if one does."""
-    logger.warning_once(
+    warn_once(
+        logger,
         f"{type(model).__name__} ({model.config.model_type}) is not verified in packed rows; its views are padded "
-        "batches instead, which takes longer."
+        "batches instead, which takes longer.",
     )
     # Without image grids, a family may batch its pixels by row, where text-only rows do not fit in.
     stackable = all("image_grid_thw" in group.images or not group.has_images for group in groups)

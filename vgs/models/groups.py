@@ -53,11 +53,25 @@ class PromptGroup:
 
 
 def response_lengths(groups: Sequence[PromptGroup]) -> list[int]:
-    """Lengths of all responses, in the order in which their tokens are compacted."""
+    """Lengths of all responses, in the order in which their tokens are compacted.
+
+    Args:
+        groups: prompts with their responses.
+    """
     return [length for group in groups for length in group.response_lengths]
 
 
 def trajectory_ids(groups: Sequence[PromptGroup]) -> Tensor:
-    """[N] int64: the response (0, 1, ...) that each compacted token belongs to."""
+    """[N] int64: the response (0, 1, ...) that each compacted token belongs to.
+
+    Args:
+        groups: prompts with their responses, N response tokens in all.
+    """
     lengths = torch.tensor(response_lengths(groups), dtype=torch.int64)
     return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def response_ids(groups: Sequence[PromptGroup]) -> Tensor:
+    """[N] int64 on the CPU: the compacted response tokens."""
+    responses = [response for group in groups for response in group.responses]
+    return torch.cat(responses) if responses else torch.zeros(0, dtype=torch.int64)

@@ -1,18 +1,21 @@
-"""The output heads of plain, PEFT-wrapped and sharded models, as the fused loss takes them."""
+"""The output heads of plain, PEFT-wrapped and sharded models, as the fused losses take them, and what a head says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import Partial
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 
-from vgs_kernels import TargetRow
+from vgs_kernels import TargetRow, fused_linear_divergence
+
+from .adapters import is_adapter_layer
+from .wrappers import gathered
 
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,6 +68,15 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [getattr(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
 
 
+def whole_heads(*models: nn.Module) -> AbstractContextManager[Any]:
+    """The output heads of unwrapped models are whole inside, for ``read_head`` and the loss, where ZeRO-3 cuts them.
+
+    Args:
+        models: unwrapped (possibly PEFT) models.
+    """
+    return gathered([parameter for model in models for parameter in head_parameters(model)])
+
+
 def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
     """The output head of an unwrapped (possibly PEFT) model, as the model itself would apply it now.
 
@@ -73,8 +85,7 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
     ``trainable_token_indices`` replace rows of W. Disabled and merged adapters count as in the model's forward.
 
     An FSDP2 head is a DTensor: it is gathered once, here, and cast from its float32 master copy to ``dtype``. A ZeRO-3
-    head must be gathered around this call and the loss (``trl.trainer.utils.maybe_gather_lm_head_ctx`` with
-    ``head_parameters``).
+    head must be gathered around this call and the loss (``whole_heads``).
 
     Args:
         model: an unwrapped model with output embeddings.
@@ -85,19 +96,23 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
         ValueError: a LoRA head with dropout, in training.
     """
     layer = model.get_output_embeddings()
-    if isinstance(layer, BaseTunerLayer):
+    if is_adapter_layer(layer):
         weight, bias = _adapted(layer, dtype)
     else:  # PEFT's wrappers (modules_to_save, trainable_token_indices) show the weight in force
         weight, bias = _weight(layer), getattr(layer, "bias", None)
-    if hasattr(weight, "full_tensor"):
-        weight = _gathered(weight).to(dtype)
-        bias = None if bias is None else _gathered(bias)
+    if isinstance(weight, DTensor):
+        weight, bias = _whole(weight).to(dtype), None if bias is None else _whole(bias)
     config = model.config.get_text_config()
     return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 
-def _gathered(parameter: Tensor) -> Tensor:
-    """A DTensor in full. Every rank has its own loss; their gradients are averaged, as FSDP2 averages others."""
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter in full: of FSDP2's DTensors the ranks' parts together, others as they are.
+
+    Every rank has its own loss; their gradients are averaged, as FSDP2 averages others.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
     ranks = parameter.device_mesh.size()
     whole = parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
     if whole.requires_grad:
@@ -116,8 +131,11 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _adapted(layer: BaseTunerLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a head that is an adapter layer."""
+def _adapted(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head that is an adapter layer (``peft.tuners.tuners_utils.BaseTunerLayer``)."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as the layer's own forward does
     base = layer.get_base_layer()
@@ -128,9 +146,13 @@ def _adapted(layer: BaseTunerLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor 
         return weight, bias
     if isinstance(layer, TrainableTokensLayer):
         return layer.get_merged_weights(active), None
-    if type(layer) is not LoraLinear or any(name in layer.lora_variant for name in active):
-        kind = type(layer).__name__
-        raise TypeError(f"The output head has an adapter of type {kind}; only plain LoRA can be read. Merge it.")
+    # FSDP2 makes a class of its own of a layer that it shards by itself.
+    kind = next(part for part in type(layer).__mro__ if not issubclass(part, FSDPModule))
+    if kind is not LoraLinear or any(name in layer.lora_variant for name in active):
+        raise TypeError(
+            f"The output head has an adapter of type {kind.__name__}; only plain LoRA can be read. Merge it."
+        )
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     for name in active:
         rate = getattr(layer.lora_dropout[name], "p", 0.0)
         if rate > 0 and layer.training:
@@ -138,9 +160,47 @@ def _adapted(layer: BaseTunerLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor 
                 f"lora_dropout must be 0 for a LoRA output head, got {rate}: the head is one matrix for all tokens. "
                 'Or train the head in full with modules_to_save=["lm_head"].'
             )
+        down, up = (_whole(part[name].weight) for part in (layer.lora_A, layer.lora_B))
+        wide = torch.promote_types(up.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):  # B A in 16 bit would lose most of a small update
-            weight = weight + layer.get_delta_weight(name)
+            weight = weight + ((up.to(wide) @ down.to(wide)) * layer.scaling[name]).to(up.dtype)
             if layer.lora_bias[name]:
-                shift = layer.scaling[name] * layer.lora_B[name].bias
+                shift = layer.scaling[name] * _whole(layer.lora_B[name].bias)
                 bias = shift if bias is None else bias + shift
     return weight.to(dtype), bias
+
+
+def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **options: Any) -> Tensor:
+    """[N] KL(q_I || q_x) in nats (arXiv 2606.00564, Eq. 12).
+
+    Args:
+        rows: [N, D] hidden states with and without the image.
+        head: the model's.
+        temperature: divides the logits.
+        **options: vocab_size, workspace_bytes and backend of ``fused_linear_divergence``.
+    """
+    output = fused_linear_divergence(
+        rows[0], head.weight, [head.target(rows[1])], temperature=temperature, **head.student_options, **options
+    )
+    return output.divergence
+
+
+def token_logps(rows: Tensor, token_ids: Tensor, head: Head, temperature: float, **options: Any) -> Tensor:
+    """[N] log-probabilities of sampled tokens.
+
+    Args:
+        rows: [N, D] hidden states.
+        token_ids: [N] int64.
+        head, temperature, options: as in ``visual_dependency``.
+    """
+    # A divergence from itself: of what the fused losses return, this is the only part that is wanted.
+    output = fused_linear_divergence(
+        rows,
+        head.weight,
+        [head.target(rows)],
+        target_ids=token_ids,
+        temperature=temperature,
+        **head.student_options,
+        **options,
+    )
+    return output.target_logps

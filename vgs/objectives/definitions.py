@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vgs_kernels import (
@@ -25,6 +26,7 @@ from vgs_kernels import (
     fused_linear_divergence,
 )
 from vgs_kernels.gating import thresholds
+from vgs_kernels.parallel import group_name
 
 from ..models.forward import fused_loss
 from ..models.heads import Head
@@ -286,6 +288,26 @@ class WithPrior(Preset):
         """The sum over tokens of weights [N] * KL(p_x || q_x)."""
         text = row(teacher_head, teacher_rows["text"], 1.0)
         return self.divergence_loss(student_rows["text"], student_head, [text], token_weights=weights, **options)
+
+
+def shared_limits(vds: Tensor, objective: VGSObjective, trajectory_ids: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """The VDS thresholds of known scores; collective for the scope ``"ranks"``.
+
+    Args:
+        vds: [N] visual dependency scores, nats; N may be 0.
+        objective: gives the quantiles and their scope.
+        trajectory_ids: [N] int64, see ``groups.trajectory_ids``.
+
+    Returns:
+        One [N] tensor for each of the K ``objective.quantiles``; and [K], to be given to the loss of any part of these
+        tokens, or None where every trajectory has its own.
+    """
+    name = group_name(None) if objective.vds_scope == "ranks" else None
+    limits = thresholds(vds, objective, trajectory_ids, name)
+    if objective.vds_scope == "trajectory":
+        return limits, None
+    # A rank without tokens needs no threshold, but the loss must not ask the others for theirs.
+    return limits, torch.stack([limit[0] if len(limit) else limit.new_zeros(()) for limit in limits])
 
 
 def limits_of(

@@ -115,11 +115,11 @@ def find_preset(name: str, key: str = "preset") -> Preset:
         key: what the error calls it.
 
     Raises:
-        ValueError: there is none; the nearest name is given.
+        ConfigError: there is none; the nearest name is given.
     """
     folded = str(name).casefold()
     if folded in PRESETS:
         return PRESETS[folded]
     nearest = difflib.get_close_matches(folded, PRESETS, n=1, cutoff=0.5) if isinstance(name, str) else []
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(PRESETS)}."
-    raise ValueError(f"{key} {name!r} is not known; {hint}")
+    raise ConfigError(f"{key} {name!r} is not known; {hint}")

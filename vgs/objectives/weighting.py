@@ -1,4 +1,4 @@
-"""Detached weights that some relatives put on responses and tokens, from log-probabilities of the sampled tokens."""
+"""What a token counts: the mean over a batch, and the factors that some relatives put on responses and tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,35 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LOSS_REDUCTIONS = ("trajectory", "token")
+
+
+def token_weights(
+    lengths: Sequence[int],
+    reduction: str,
+    num_items: Tensor | float | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """[T] float32 for every response: weights whose sum over tokens makes the loss a mean.
+
+    Args:
+        lengths: of the responses, in tokens; may be 0.
+        reduction: ``"trajectory"``: mean over the tokens of each response, then over responses that have tokens (arXiv
+            2606.00564); ``"token"``: mean over all tokens.
+        num_items: how many responses or tokens the mean is over, a number or 0-d; None: those of ``lengths``.
+        device: of the weights.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    if reduction not in LOSS_REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(LOSS_REDUCTIONS)}, got {reduction!r}.")
+    by_token = reduction == "token"
+    if num_items is None:
+        num_items = max(sum(lengths) if by_token else sum(length > 0 for length in lengths), 1)
+    items = torch.as_tensor(num_items, dtype=torch.float32, device=device)
+    return [(1.0 / (items if by_token else items * max(length, 1))).expand(length) for length in lengths]
 
 
 def standardised(scores: Tensor) -> Tensor:

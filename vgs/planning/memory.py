@@ -23,8 +23,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
+from ..errors import ConfigError, config_errors
 from ..models.families import freeze
 from ..trainers.kinds import TRAINERS, trainer_kind
 from ..trainers.settings import least_pass, view_count
@@ -66,7 +67,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of the run, how the student is spread over them, and the memory of one in bytes (None: not known)."""
+    """GPUs of the run, how the student is spread over them, and the memory of one in bytes (None: not known).
+
+    Raises:
+        ConfigError: no GPU, or an unknown way of sharding.
+    """
 
     gpus: int = 1
     sharding: str = "ddp"
@@ -74,12 +79,13 @@ class Machine:
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
-            raise ValueError(f"gpus must be >= 1, got {self.gpus}.")
+            raise ConfigError(f"gpus must be >= 1, got {self.gpus}.")
         if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}.")
+            raise ConfigError(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}.")
 
     @property
     def shards(self) -> int:
+        """Among how many GPUs the student's parameters are divided."""
         return self.gpus if self.sharding == "fsdp2" else 1
 
 
@@ -125,21 +131,25 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
+        """The phase that takes most."""
         return max(PHASES, key=self.total)
 
     @property
     def peak(self) -> int:
+        """Its bytes."""
         return self.total(self.peak_phase)
 
 
 @lru_cache
 def _model_config(path: str, revision: str | None, trust: bool) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
+    with config_errors(f"The config of model {path!r} cannot be loaded", OSError, ValueError, KeyError):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust)
 
 
 @lru_cache
 def _size(path: str, revision: str | None, trust: bool) -> ModelSize:
-    return ModelSize.of(_model_config(path, revision, trust))
+    with config_errors(f"Model {path!r} cannot be planned", ValueError):
+        return ModelSize.of(_model_config(path, revision, trust))
 
 
 def _key(section: Mapping[str, Any]) -> tuple[str, str | None, bool]:
@@ -153,7 +163,8 @@ def _student(
     model: nn.Module = build_on_meta(_model_config(*key)).to(dtype)
     options = json.loads(lora)
     if options:
-        model = get_peft_model(model, LoraConfig(**options))
+        with config_errors("section lora", TypeError, ValueError):
+            model = get_peft_model(model, LoraConfig(**options))
     freeze(model, vision=vision, embeddings=embeddings)
     head = model.get_output_embeddings()
     plain = model.get_base_model() if options else model
@@ -172,7 +183,10 @@ def _student(
 def _dtype(section: Mapping[str, Any], default: str) -> torch.dtype:
     """The dtype of a model section's weights; ``auto`` is the checkpoint's."""
     name = section.get("dtype") or default
-    return _model_config(*_key(section)).dtype or torch.float32 if name == "auto" else getattr(torch, str(name))
+    found = _model_config(*_key(section)).dtype or torch.float32 if name == "auto" else getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype of {section['path']!r} must be auto or one of torch, such as bfloat16, got {name!r}.")
+    return found
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -205,6 +219,21 @@ def optimizer_bytes(name: str, parameters: Sequence[torch.Tensor]) -> int | None
     return STATE_BYTES[name] * sum(p.numel() for p in parameters) if name in STATE_BYTES else None
 
 
+@lru_cache
+def value_bytes(key_item: int, value_item: int) -> int:
+    """Bytes of a cached value's element, as the installed transformers keeps it.
+
+    Up to 5.17 at least, its cache is made in the keys' dtype, to which values are then promoted; later, at the latest
+    from 5.24 on, both keep their own.
+
+    Args:
+        key_item, value_item: bytes of an element as the attention layer makes it: 2, 4 or 8.
+    """
+    dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+    key, value = (torch.empty(1, 1, 1, 1, dtype=dtypes[item]) for item in (key_item, value_item))
+    return DynamicCache().update(key, value, 0)[1].element_size()
+
+
 def _matrices(size: ModelSize) -> int:
     """Elements of the linear layers before the head."""
     return size.text.weights + size.tower.weights + size.mergers
@@ -219,12 +248,12 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
         lengths: of the samples.
 
     Raises:
-        ValueError: the config names no models (``task: digits``), or a model that ``ModelSize`` cannot count.
+        ConfigError: the config names no models (``task: digits``), or one that cannot be loaded or counted.
     """
     if config.get("task") is not None:
-        raise ValueError("plan needs student.path and teacher.path; the models of task digits take a few megabytes.")
+        raise ConfigError("plan needs student.path and teacher.path; the models of task digits take a few megabytes.")
     if "teacher" not in config:
-        raise ValueError("plan needs teacher.path; runs in which the student is its own teacher are not planned.")
+        raise ConfigError("plan needs teacher.path; runs in which the student is its own teacher are not planned.")
     options = training_options(config)
     student, teacher = _size(*_key(config["student"])), _size(*_key(config["teacher"]))
     dtype, shards = _dtype(config["student"], "float32"), machine.shards
@@ -329,8 +358,9 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
     # ---- rollouts
     if not options.use_vllm:
         cached = responses * (lengths.image + lengths.prompt + response)
-        # Float32 weights make float32 keys (their norm is not autocast), and the cache keeps values like keys.
-        add("rollout: keys and values", student.kv_cache_bytes(cached, own), "rollout")
+        # Float32 weights make float32 keys (neither norm nor rotation is autocast), but values of 16 bit.
+        values = value_bytes(own, 2 if autocast else own)
+        add("rollout: keys and values", student.kv_cache_bytes(cached, own, values), "rollout")
         prefill = responses * (lengths.image + lengths.prompt) * student.text.working_bytes(autocast)
         add("temporary buffers", prefill, "rollout")
         add("rollout: logits", 3 * 4 * responses * student.vocabulary, "rollout")

@@ -268,9 +268,14 @@ class ModelSize:
         """FLOPs of one output projection of ``tokens`` rows to the whole vocabulary."""
         return work.matrices * 2 * self.vocabulary * self.text.hidden * tokens
 
-    def kv_cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
-        """Bytes of the keys and values of ``tokens`` cached tokens."""
-        return 2 * self.text.layers * self.text.key_value * tokens * itemsize
+    def kv_cache_bytes(self, tokens: int, key_item: int = 2, value_item: int = 2) -> int:
+        """Bytes of the keys and values of cached tokens.
+
+        Args:
+            tokens: of all sequences, in full attention.
+            key_item, value_item: bytes of one element of a key and of a value.
+        """
+        return (key_item + value_item) * self.text.layers * self.text.key_value * tokens
 
     def activation_bytes(
         self,

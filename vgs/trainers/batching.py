@@ -1,9 +1,11 @@
-"""Passes of bounded size: which responses go through the models together."""
+"""Which responses go together: through the models in a pass of bounded size, and in a micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from ..errors import ConfigError
 from ..models.groups import PromptGroup
 
 
@@ -40,7 +42,7 @@ def plan_passes(
         For every pass the sorted numbers of its responses, counted over all groups.
 
     Raises:
-        ValueError: one response with its prompt is longer than ``max_tokens``.
+        ConfigError: one response with its prompt is longer than ``max_tokens``.
     """
     if max_tokens is None:
         count = sum(len(group.responses) for group in groups)
@@ -51,7 +53,7 @@ def plan_passes(
         for index in range(len(numbers)):
             alone = group.select([index]).tokens(text)
             if alone > max_tokens:
-                raise ValueError(
+                raise ConfigError(
                     f"A response of {len(group.responses[index])} tokens needs {alone} tokens with its prompt"
                     f"{' in both views' if text else ''}, more than max_tokens_per_pass={max_tokens}. Raise the "
                     "budget, or lower max_prompt_length or max_completion_length."
@@ -71,3 +73,22 @@ def plan_passes(
             used, members = bins[place]
             bins[place] = (used + size, members + numbers)
     return [sorted(members) for _, members in bins]
+
+
+def split_batch(batch: Mapping[str, Any], parts: int, per_response: Sequence[str]) -> list[dict[str, Any]]:
+    """A sampled batch as micro-batches of as many consecutive responses each.
+
+    Args:
+        batch: ``groups``, entries with one value per response, and entries that all parts share.
+        parts: how many; responses that are left over are dropped.
+        per_response: names of the entries with one value per response.
+    """
+    size = len(batch[per_response[0]]) // parts
+    return [
+        {
+            **batch,
+            "groups": select_responses(batch["groups"], range(first, first + size)),
+            **{name: batch[name][first : first + size] for name in per_response},
+        }
+        for first in range(0, size * parts, size)
+    ]

@@ -1,7 +1,8 @@
 """VGSTrainer: Visual Gradient Steering on TRL's on-policy distillation trainer.
 
-The host samples responses, batches, accumulates, logs, saves and resumes. This subclass adds the text-only view to the
-sampled batch, replaces the loss, and measures. Its hooks are private names of TRL 1.16.
+The host samples responses, batches, accumulates, logs, saves and resumes. A training step of this trainer is, in the
+order of the methods below: sample -> teacher -> (measure eta) -> plan passes -> loss -> log. ``host_hooks`` says where
+the host calls them.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer
-from trl.trainer.utils import RepeatSampler
 
 from vgs_kernels import VGSObjective
 
 from ..data.answers import answers_match
-from ..models.groups import response_lengths
-from ..objectives.eta import SteeringState, gradient_norm
-from .base import VGSHost
-from .batching import select_responses
-from .checkpoints import ExactResume, check_writable
+from ..data.degraded import control_groups
+from ..errors import ConfigError
+from ..models.groups import PromptGroup, response_lengths
+from ..objectives.eta import gradient_norm
+from ..objectives.weighting import token_weights
+from .batching import split_batch
+from .checkpoints import check_writable
+from .checks import check_processor
+from .host_hooks import HostHooks, repeat_prompts
 from .micro_batch import MicroBatch
-from .prior import KeepsPrior
-from .rollouts import SampledAnswers, expand_images_once, sampled_groups
+from .passes import Outputs, loss_in_passes, means_to_log
+from .preparation import anchor_prompt, both_pack, prepare_models
+from .prior import Prior
+from .rollouts import rollout, samples_of
 from .settings import VGSConfig
+from .step import StepScorer
 
 
-class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationTrainer):
+class VGSTrainer(HostHooks, DistillationTrainer):
     """On-policy distillation with Visual Gradient Steering (arXiv 2606.00564).
 
     Args:
@@ -47,11 +54,21 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
         callbacks, optimizers, quantization_config, peft_config: as in TRL.
         tools: not supported.
 
+    Attributes:
+        teachers: the kinds of teacher (``vgs.objectives.presets.TEACHERS``) whose presets the trainer can run.
+        placeholder_ids: image and video tokens, which are never sampled.
+        step_scorer: runs student and teacher.
+        prior: the prior of q* where it has weights of its own; None where it is the student's at every step.
+        steering, resume: see ``HostHooks``.
+
     Raises:
         TypeError: ``args`` is not a ``VGSConfig``, or ``processing_class`` is not a processor with images.
-        ValueError: ``tools`` given, no teacher, different image tokens, or ``eta="measure"`` with sharded parameters.
+        ConfigError: ``tools`` given, no teacher, different image tokens, a text-only model, ``eta="measure"`` with
+            sharded parameters, or versions of TRL and transformers that do not fit.
     """
 
+    teachers: tuple[str, ...] = ("separate",)
+    extra_columns = ("answer",)
     _tag_names = ("trl", "distillation", "vgs")
     _name = "VGS"
     _paper = MappingProxyType(
@@ -77,16 +94,10 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
             raise TypeError(f"args must be a VGSConfig, got {type(args).__name__}.")
         check_writable(args.output_dir)
         if tools:
-            raise ValueError("tools are not supported: a tool's reply has no text-only view. Pass tools=None.")
+            raise ConfigError("tools are not supported: a tool's reply has no text-only view. Pass tools=None.")
         if teacher_model is None and "separate" in self.teachers:
-            raise ValueError("teacher_model is needed: its hidden states with and without the image define the loss.")
-        if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
-            raise TypeError(
-                "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
-                f"{type(processing_class).__name__}: a text-only model has no image to steer towards."
-            )
-        self.steering = SteeringState()
-        self._watched: list[list[float]] = []  # means of this optimizer step's micro-batches
+            raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
+        check_processor(processing_class)
         super().__init__(
             model=model,
             teacher_model=teacher_model,
@@ -94,23 +105,28 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.steering],
+            callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self.scorer = scorer or answers_match
-        self._prepare_scoring()
-        if self.use_vllm and self.vllm_mode == "colocate":
-            expand_images_once(self.vllm_generation, self.model.config.image_token_id)
-
-    def _check_models(self) -> None:
-        super()._check_models()
-        if self.args.num_generations > 1 and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            raise ValueError(
-                f"num_generations={self.args.num_generations} needs a dataset with a length, got "
+        if args.num_generations > 1 and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            raise ConfigError(
+                f"num_generations={args.num_generations} needs a dataset with a length, got "
                 f"{type(self.train_dataset).__name__}."
             )
+        self.scorer = scorer or answers_match
+        if teacher_model is None:
+            self.teacher_model = self.model  # it teaches itself
+        self.prior = None if args.prior == "live" else Prior(self, args.prior, args.prior_decay)
+        prepare_models(self, self.teachers)
+        self.step_scorer = self.make_scorer()
+
+    def make_scorer(self) -> StepScorer:
+        """What runs student and teacher."""
+        head = None if self.prior is None else self.prior.head
+        anchor, packs = anchor_prompt(self), both_pack(self)
+        return StepScorer(self.args, self.accelerator, self.teacher_model, anchor, packs, head)
 
     @property
     def objective(self) -> VGSObjective:
@@ -123,69 +139,76 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
             return objective
         return replace(objective, lam=0.0 if self.state.global_step % every else every * objective.lam)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "answer" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "answer"]
+    # ---- a training step
 
-    # ---- rollouts
+    def next_micro_batch(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """What ``compute_loss`` takes next: ``groups``, ``teacher`` and ``num_items_in_batch``.
 
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        """The host's, with every prompt ``num_generations`` times in a row."""
-        host, count = super()._get_train_sampler(dataset), self.args.num_generations
-        return RepeatSampler(
-            host.data_source,
-            mini_repeat_count=count,
-            batch_size=host.batch_size // count,
-            repeat_count=host.repeat_count,
-            shuffle=host.shuffle,
-            seed=host.seed,
-        )
+        All micro-batches of an optimizer step are sampled together, and scored by the teacher before the student moves.
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A sampled batch: prompts with their responses, what the teacher says of them, and the loss's divisor."""
-        output = super()._generate_and_score_completions(inputs)
-        self._score_answers(inputs, output)
-        groups = sampled_groups(
-            output,
-            [x["prompt"] for x in inputs],
-            self.args.num_generations if self.model.training else 1,
-            self.processing_class,
-            self.placeholder_ids,
-            **self.chat_template_kwargs,
-        )
+        Args:
+            generation_batch: samples, one per response: of an optimizer step in training, of a batch in evaluation.
+        """
+        if not self.model.training:
+            return self.with_teacher(self.sample(generation_batch))
+        steps = self.args.gradient_accumulation_steps
+        position = self._step % steps
+        if position == 0 or self._buffered_inputs is None:
+            batch = self.with_teacher(self.sample(generation_batch))
+            self._buffered_inputs = split_batch(batch, steps, ("teacher",))
+            wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
+            if len(self.steering.ratios) < wanted:
+                self.measure_eta(self._buffered_inputs)
+        return self._buffered_inputs[position]
+
+    def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The student's responses: ``groups`` (prompts with theirs), further ``views`` of them, and
+        ``num_items_in_batch``, what the loss is a mean of.
+
+        Args:
+            inputs: samples, one per response; in training those to one prompt follow each other.
+        """
+        output, groups = rollout(self, inputs, self.args.num_generations if self.model.training else 1)
         items = output["num_items_in_batch"]
         if self.args.loss_reduction == "trajectory":
             # What the host divides by: responses instead of tokens.
             count = sum(length > 0 for length in response_lengths(groups))
             items = self.accelerator.gather(torch.tensor([count], device=items.device)).sum()
-        return {"groups": groups, "views": self._views(inputs, groups), "num_items_in_batch": items}
+        views = self.further_views(samples_of(inputs, groups), groups)
+        return {"groups": groups, "views": views, "num_items_in_batch": items}
 
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The next micro-batch, with the teacher's part. As the host's, but responses to one prompt stay together."""
-        if not self.model.training:
-            return self._with_teacher(self._generate_and_score_completions(generation_batch))
-        steps = self.args.gradient_accumulation_steps
-        position = self._step % steps
-        if position == 0 or self._buffered_inputs is None:
-            batch = self._with_teacher(self._generate_and_score_completions(generation_batch))
-            size = len(batch["teacher"]) // steps
-            self._buffered_inputs = [_part(batch, first, size) for first in range(0, size * steps, size)]
-            wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
-            if len(self.steering.ratios) < wanted:
-                self._measure_eta()
-        return self._buffered_inputs[position]
+    def further_views(self, samples: list[dict[str, Any]], groups: list[PromptGroup]) -> dict[str, list[PromptGroup]]:
+        """The views that the preset needs beyond ``"image"`` and ``"text"``, with the responses of ``groups``.
 
-    def _measure_eta(self) -> None:
+        Args:
+            samples: one per group.
+            groups: prompts with their responses, in the same order.
+        """
+        preset = self.args.preset_in_force
+        if "control" not in preset.views:
+            return {}
+        kind, options = self.args.control_kind or preset.control, self.chat_template_kwargs
+        return {"control": control_groups(self.processing_class, samples, groups, kind, self.args.seed, **options)}
+
+    def with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A sampled batch with ``teacher``, what the teacher (and a prior of its own) says of each response, in place
+        of the ``views``."""
+        objective, groups = self.objective, batch["groups"]
+        text = self.step_scorer.needs_text(objective)
+        teacher = self.step_scorer.score_teacher(groups, objective, text, batch.get("views", {}))
+        if self.prior is not None and objective.gamma > 0:
+            teacher = self.prior.add_rows(self.step_scorer, groups, teacher)
+        return {"groups": groups, "teacher": teacher, "num_items_in_batch": batch["num_items_in_batch"]}
+
+    def measure_eta(self, micro_batches: list[dict[str, Any]]) -> None:
         """One measurement of eta on all micro-batches of this optimizer step (arXiv 2606.00564, Eq. 15)."""
-        student = self.accelerator.unwrap_model(self.model)
-        parameters = [p for p in student.parameters() if p.requires_grad]
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
 
         def losses(objective: VGSObjective) -> Iterator[Tensor]:
-            for inputs in self._buffered_inputs:
-                batch = self._micro_batch(inputs, inputs["num_items_in_batch"], objective, terms=False)
+            for inputs in micro_batches:
+                batch = self.plan_passes(inputs, inputs["num_items_in_batch"], objective, terms=False)
                 for chosen in batch.passes:
-                    yield self.step_scorer.pass_loss(student, batch, chosen)[0]
+                    yield self.step_scorer.pass_loss(self.student, batch, chosen)[0]
 
         steered = replace(self.args.objective(1.0), lam=0.0)
         norms = [
@@ -194,12 +217,19 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
         ]
         self.steering.add_ratio(*norms)
 
-    # ---- loss
-
-    def _micro_batch(
+    def plan_passes(
         self, inputs: dict[str, Any], num_items: Tensor | float | None, objective: VGSObjective, terms: bool
     ) -> MicroBatch:
-        weights = self._token_weights(response_lengths(inputs["groups"]), num_items)
+        """A micro-batch with its tokens' weights, and which responses run together.
+
+        Args:
+            inputs: from ``next_micro_batch``.
+            num_items: tokens or responses that the loss is a mean of; None for those of ``inputs``.
+            objective: of this step.
+            terms: whether the terms of every token are wanted, for the log.
+        """
+        lengths = response_lengths(inputs["groups"])
+        weights = token_weights(lengths, self.args.loss_reduction, num_items, self.accelerator.device)
         return self.step_scorer.micro_batch(inputs["groups"], inputs["teacher"], weights, objective, terms)
 
     def compute_loss(
@@ -210,21 +240,24 @@ class VGSTrainer(KeepsPrior, VGSHost, SampledAnswers, ExactResume, DistillationT
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch. All its passes but the last have gone backward already when it returns."""
-        training = self.model.training
         num_items = None
-        if training:  # per process: gradients are averaged over processes
+        if self.model.training:  # per process: gradients are averaged over processes
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        batch = self._micro_batch(inputs, num_items, self.objective, self.args.log_terms)
-        loss, outputs = self._loss_in_passes(model, batch)
-        self._log(outputs, training)
+        batch = self.plan_passes(inputs, num_items, self.objective, self.args.log_terms)
+        loss, outputs = loss_in_passes(self.step_scorer, model, batch, self.model.training)
+        self.log_terms(outputs)
         return (loss, None) if return_outputs else loss
 
+    def log_terms(self, outputs: Outputs) -> None:
+        """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
+        means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+        for name, value in means.items():
+            self.open_metrics[name].append(value)
+        if self.model.training and "student_vds" in means:
+            self.steering.observe(means, self.current_gradient_accumulation_steps)
 
-def _part(batch: dict[str, Any], first: int, size: int) -> dict[str, Any]:
-    """Some consecutive responses of a batch."""
-    chosen = range(first, first + size)
-    return {
-        "groups": select_responses(batch["groups"], chosen),
-        "teacher": batch["teacher"][first : first + size],
-        "num_items_in_batch": batch["num_items_in_batch"],
-    }
+    # ---- what the host asks
+
+    def train_sampler(self, sampler: Sampler) -> Sampler:
+        """The host's, with every prompt ``num_generations`` times in a row."""
+        return repeat_prompts(sampler, self.args.num_generations)

@@ -1,8 +1,9 @@
 """VGSGRPOTrainer: reinforcement learning and distillation on the same rollouts, on TRL's GRPO trainer.
 
 The host samples, rewards and normalises. This subclass replaces the loss: the policy gradient, the log-probabilities
-and the entropies come from the fused call that also distils, so that the head is projected once. Its hooks are private
-names of TRL 1.16.
+and the entropies come from the fused call that also distils, so that the head is projected once. A training step is,
+in the order of the methods: sample -> teacher -> plan passes -> loss -> log. ``host_hooks`` says where the host calls
+them.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
 
-from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
+from vgs_kernels import PolicyTerm, VGSObjective
 
 from ..data.answers import answers_match
 from ..errors import ConfigError
 from ..evaluation.rewards import Reward, named_rewards, needs_answers
-from ..models.families import is_verified
 from ..models.groups import response_lengths
-from ..objectives.eta import SteeringState
-from .base import VGSHost
-from .batching import select_responses
-from .checkpoints import ExactResume, check_writable
+from ..objectives.weighting import token_weights
+from .batching import split_batch
+from .checkpoints import check_writable
+from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
+from .host_hooks import HostHooks, create_model_from_path, prepare_deepspeed
 from .micro_batch import MicroBatch, mean_terms
+from .passes import Outputs, loss_in_passes, means_to_log
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
-from .rollouts import SampledAnswers, expand_images_once, image_groups, sampled_groups
+from .preparation import anchor_prompt, both_pack, prepare_models
+from .rollouts import image_groups, rollout
 
 
-class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
+class VGSGRPOTrainer(HostHooks, GRPOTrainer):
     """Clipped GRPO with Visual Gradient Steering (or another distillation) as an auxiliary loss on the same rollouts.
 
     Args:
@@ -53,9 +54,15 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
         reward_processing_classes, callbacks, optimizers, quantization_config, peft_config: as in TRL.
         tools, rollout_func, environment_factory: not supported.
 
+    Attributes:
+        placeholder_ids: image and video tokens, which are never sampled.
+        step_scorer: runs student and teacher.
+        steering, resume: see ``HostHooks``.
+
     Raises:
         TypeError: ``args`` is not a ``VGSGRPOConfig``, or ``processing_class`` is not a processor with images.
-        ValueError: an unsupported argument, no teacher, one that does not fit, or no gold answers for a reward.
+        ConfigError: an unsupported argument, no teacher, one that does not fit, no gold answers for a reward, or
+            versions of TRL and transformers that do not fit.
     """
 
     _tag_names = ("trl", "grpo", "vgs")
@@ -92,17 +99,13 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             ("environment_factory", environment_factory),
         ):
             if value:
-                raise ValueError(f"{name} is not supported: responses must be one turn to a prompt. Leave it out.")
+                raise ConfigError(f"{name} is not supported: responses must be one turn to a prompt. Leave it out.")
         if teacher_model is None and args.alpha > 0:
-            raise ValueError(f"teacher_model is needed for alpha={args.alpha}; only alpha=0 (GRPO alone) goes without.")
-        if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
-            raise TypeError(
-                "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
-                f"{type(processing_class).__name__}."
+            raise ConfigError(
+                f"teacher_model is needed for alpha={args.alpha}; only alpha=0 (GRPO alone) goes without."
             )
+        check_processor(processing_class)
         self.scorer = scorer or answers_match
-        self.steering = SteeringState()
-        self._watched: list[list[float]] = []  # means of this optimizer step's micro-batches
         super().__init__(
             model=model,
             reward_funcs=_reward_funcs(reward_funcs, args, train_dataset, scorer),
@@ -111,25 +114,22 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             eval_dataset=as_dataset(eval_dataset),
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), self.steering],
+            callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
         if self.aux_loss_enabled:
-            raise ValueError(
+            raise ConfigError(
                 f"router_aux_loss_coef must be 0 for {type(self.model).__name__}, got {self.router_aux_loss_coef} (its "
                 "config's, unless set): the fused loss has no load-balancing term."
             )
-        if args.alpha == 0:
-            self.teacher_model = self.model  # compared with itself and asked nothing
-        else:
-            self.teacher_model = self._prepare_teacher(teacher_model)
+        # In GRPO alone the student is compared with itself and asked nothing.
+        self.teacher_model = self.model if args.alpha == 0 else self._prepare_teacher(teacher_model)
         if self.use_vllm:  # without it the host has them
             self.generation_kwargs, self.generation_config = {}, GenerationConfig()
-        self._prepare_scoring()
-        if self.use_vllm and self.vllm_mode == "colocate":
-            expand_images_once(self.vllm_generation, self.model.config.image_token_id)
+        prepare_models(self, ("separate",))
+        self.step_scorer = self.make_scorer()
 
     def _prepare_teacher(self, teacher: str | nn.Module) -> nn.Module:
         """As TRL's distillation trainer does."""
@@ -141,57 +141,56 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             options.setdefault("trust_remote_code", self.args.trust_remote_code)
             teacher = create_model_from_path(teacher, **options)
         elif options:
-            raise ValueError("teacher_model_init_kwargs must be left out for a teacher_model that is loaded already.")
+            raise ConfigError("teacher_model_init_kwargs must be left out for a teacher_model that is loaded already.")
         sizes = [x.config.get_text_config().vocab_size for x in (self.model, teacher)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"teacher_model has a vocabulary of {sizes[1]}, the student of {sizes[0]}; expected one.")
+            raise ConfigError(f"teacher_model has a vocabulary of {sizes[1]}, the student of {sizes[0]}; expected one.")
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    def _make_scorer(self) -> PolicyScorer:
+    def make_scorer(self) -> PolicyScorer:
+        """What runs student and teacher."""
         kind = LonePolicyScorer if self.args.alpha == 0 else PolicyScorer
-        packs = all(is_verified(self.accelerator.unwrap_model(x)) for x in (self.model, self.teacher_model))
-        return kind(self.args, self.accelerator, self.teacher_model, self._anchor(), packs)
+        return kind(self.args, self.accelerator, self.teacher_model, anchor_prompt(self), both_pack(self))
 
     @property
     def objective(self) -> VGSObjective:
         """The distillation's; alpha is on the token weights."""
         return self.args.objective(1.0)
 
-    # ---- rollouts
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **fields: Any,
-    ) -> tuple[Tensor, None, None]:
-        """What the host asks of the policy that sampled: [B, C] log-probabilities, 0 where there is no token."""
-        prompt = input_ids.shape[1] - logits_to_keep
-        batch = {**fields, "prompt_ids": input_ids[:, :prompt], "completion_ids": input_ids[:, prompt:]}
-        batch |= {"prompt_mask": attention_mask[:, :prompt], "completion_mask": attention_mask[:, prompt:]}
-        found = self.step_scorer.student_logps(model, image_groups(batch, self._responses_per_prompt))
-        logps = torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device)
-        for row, values in zip(logps, found, strict=True):
-            row[: len(values)] = values
-        return logps, None, None
-
     @property
-    def _responses_per_prompt(self) -> int:
+    def responses_per_prompt(self) -> int:
+        """How many responses to each prompt are sampled, in training or evaluation."""
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A sampled batch: prompts with their responses, and what the loss needs of each response."""
-        output = super()._generate_and_score_completions(inputs)
-        self._score_answers(inputs, output)
-        prompts, options = [x["prompt"] for x in inputs], self.chat_template_kwargs
-        groups = sampled_groups(
-            output, prompts, self._responses_per_prompt, self.processing_class, self.placeholder_ids, **options
-        )
+    # ---- a training step
+
+    def next_micro_batch(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """What ``compute_loss`` takes next: ``groups``, ``teacher``, ``sampled``, ``advantages`` and ``num_items``.
+
+        As the host's, but not shuffled: responses to one prompt stay together.
+
+        Args:
+            generation_batch: samples, one per response: of ``steps_per_generation`` micro-batches in training, of a
+                batch in evaluation.
+        """
+        if not self.model.training:
+            return self.with_teacher(self.sample(generation_batch))
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self.with_teacher(self.sample(generation_batch))
+            self._buffered_inputs = split_batch(batch, steps, ("teacher", "sampled", "advantages"))
+        return self._buffered_inputs[self._step % steps]
+
+    def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The student's responses: ``groups`` (prompts with theirs), their ``advantages``, what else the host has
+        ``sampled`` of their tokens, and ``num_items``, what the loss is a mean of.
+
+        Args:
+            inputs: samples, one per response; in training those to one prompt follow each other.
+        """
+        output, groups = rollout(self, inputs, self.responses_per_prompt)
         lengths = response_lengths(groups)
         counts = torch.tensor([[sum(lengths), sum(length > 0 for length in lengths)]], device=self.accelerator.device)
         tokens, trajectories = self.accelerator.gather(counts).sum(dim=0)
@@ -206,27 +205,17 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             "num_items": {"token": tokens, "trajectory": trajectories},
         }
 
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The next micro-batch. As the host's, but not shuffled: responses to one prompt stay together."""
-        if not self.model.training:
-            return self._with_teacher(self._generate_and_score_completions(generation_batch))
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._with_teacher(self._generate_and_score_completions(generation_batch))
-            size = len(batch["teacher"]) // steps
-            self._buffered_inputs = [
-                {
-                    "groups": select_responses(batch["groups"], range(first, first + size)),
-                    "num_items": batch["num_items"],
-                    **{name: batch[name][first : first + size] for name in ("teacher", "sampled", "advantages")},
-                }
-                for first in range(0, size * steps, size)
-            ]
-        return self._buffered_inputs[self._step % steps]
+    def with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A sampled batch with ``teacher``, what the teacher says of each response."""
+        text = self.step_scorer.needs_text(self.objective)
+        return {**batch, "teacher": self.step_scorer.score_teacher(batch["groups"], self.objective, text)}
 
-    # ---- loss
+    def plan_passes(self, inputs: dict[str, Any]) -> MicroBatch:
+        """A micro-batch with its tokens' weights in both losses, and which responses run together.
 
-    def _micro_batch(self, inputs: dict[str, Any]) -> MicroBatch:
+        Args:
+            inputs: from ``next_micro_batch``.
+        """
         alpha, lengths = self.args.alpha, response_lengths(inputs["groups"])
         # A sampled batch may last several optimizer steps; evaluation takes it at once.
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
@@ -236,7 +225,8 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             name: count.clamp(min=1) * (share / self.accelerator.num_processes)
             for name, count in inputs["num_items"].items()
         }
-        weights = self._token_weights(lengths, items[self.args.loss_reduction])
+        reduction = self.args.loss_reduction
+        weights = token_weights(lengths, reduction, items[reduction], self.accelerator.device)
         policy = None if alpha == 1 else self._policy(inputs, lengths, items["token"], accumulated)
         return self.step_scorer.micro_batch(
             inputs["groups"],
@@ -248,6 +238,7 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
         )
 
     def _policy(self, inputs: dict[str, Any], lengths: list[int], tokens: Tensor, accumulated: int) -> list[PolicyTerm]:
+        """The policy gradient of every response, as ``plan_passes`` wants it."""
         factor = 1 - self.args.alpha
         if self.loss_type != "dapo":  # there the divisor spans the optimizer step already
             factor /= accumulated
@@ -265,21 +256,53 @@ class VGSGRPOTrainer(VGSHost, SampledAnswers, ExactResume, GRPOTrainer):
             )
         ]
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The loss of a micro-batch. All its passes but the last have gone backward already when it returns."""
-        batch = self._micro_batch(inputs)
-        loss, outputs = self._loss_in_passes(model, batch)
-        self._log(outputs, self.model.training)
-        if batch.policy is not None:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, value in clip_ratios(self.accelerator, batch, outputs).items():
-                metrics[name].append(value)
-        return loss
+        batch = self.plan_passes(inputs)
+        loss, outputs = loss_in_passes(self.step_scorer, model, batch, self.model.training)
+        self.log_terms(batch, outputs)
+        return (loss, None) if return_outputs else loss
 
-    def _means(self, outputs: Sequence[VGSOutput | DivergenceOutput]) -> dict[str, float]:
+    def log_terms(self, batch: MicroBatch, outputs: Outputs) -> None:
+        """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         if self.args.alpha == 0:
-            return mean_terms(self.accelerator, outputs, terms=False)
-        return super()._means(outputs)
+            means = mean_terms(self.accelerator, outputs, terms=False)
+        else:
+            means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+        if self.model.training and "student_vds" in means:
+            self.steering.observe(means, self.current_gradient_accumulation_steps)
+        if batch.policy is not None:
+            means |= clip_ratios(self.accelerator, batch, outputs)
+        for name, value in means.items():
+            self.open_metrics[name].append(value)
+
+    # ---- what the host asks
+
+    def sampled_logps(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, fields: dict[str, Any]
+    ) -> Tensor:
+        """[B, C] log-probabilities of sampled tokens under the policy as it is, 0 where there is no token.
+
+        Args:
+            model: the student as prepared by accelerate.
+            input_ids, attention_mask: [B, P + C] of padded prompts and responses.
+            length: C.
+            fields: image fields, as the host passes them.
+        """
+        prompt = input_ids.shape[1] - length
+        batch = {**fields, "prompt_ids": input_ids[:, :prompt], "completion_ids": input_ids[:, prompt:]}
+        batch |= {"prompt_mask": attention_mask[:, :prompt], "completion_mask": attention_mask[:, prompt:]}
+        found = self.step_scorer.student_logps(model, image_groups(batch, self.responses_per_prompt))
+        logps = torch.zeros(len(input_ids), length, device=input_ids.device)
+        for row, values in zip(logps, found, strict=True):
+            row[: len(values)] = values
+        return logps
 
 
 def _reward_funcs(
@@ -287,7 +310,7 @@ def _reward_funcs(
 ) -> list[Reward]:
     if given is not None:
         if args.rewards is not None:
-            raise ValueError(f"reward_funcs and args.rewards={args.rewards} are both given; expected one of them.")
+            raise ConfigError(f"reward_funcs and args.rewards={args.rewards} are both given; expected one of them.")
         return list(given) if isinstance(given, (list, tuple)) else [given]
     names = args.rewards or ["exact_match"]
     first = samples[0] if hasattr(samples, "__getitem__") and len(samples) else {"answer": ""}

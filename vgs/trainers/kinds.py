@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 def _distillation() -> tuple[type, type]:
-    from ..trainers.distillation import VGSTrainer
-    from ..trainers.settings import VGSConfig
+    from .distillation import VGSTrainer
+    from .settings import VGSConfig
 
     return VGSConfig, VGSTrainer
 
 
 def _self_distillation() -> tuple[type, type]:
-    from ..trainers.self_distillation import SelfDistillationConfig, SelfDistillationTrainer
+    from .self_distillation import SelfDistillationConfig, SelfDistillationTrainer
 
     return SelfDistillationConfig, SelfDistillationTrainer
 
 
 def _reinforcement() -> tuple[type, type]:
-    from ..trainers.grpo import VGSGRPOConfig, VGSGRPOTrainer
+    from .grpo import VGSGRPOConfig, VGSGRPOTrainer
 
     return VGSGRPOConfig, VGSGRPOTrainer
 
@@ -38,7 +38,7 @@ def preset_of(config: Mapping[str, Any]) -> Preset:
     """What a config minimises: its ``objective``, else ``training.preset``, else ``"vgs"``.
 
     Raises:
-        ValueError: an unknown name, or two that differ.
+        ConfigError: an unknown name, or two that differ.
     """
     from ..objectives.presets import find_preset
 
@@ -56,7 +56,7 @@ def trainer_kind(config: Mapping[str, Any]) -> str:
     """Which of ``TRAINERS`` a config asks for: with ``trainer: grpo`` that one, else what its objective needs.
 
     Raises:
-        ValueError: another ``trainer``, or as ``preset_of``.
+        ConfigError: another ``trainer``, or as ``preset_of``.
     """
     trainer, preset = config.get("trainer"), preset_of(config)
     if trainer not in (None, "grpo"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 
-from ..models.groups import PromptGroup
+from ..models.groups import PromptGroup, response_ids
 from ..models.heads import Head
 from ..objectives.definitions import VIEWS
 from .batching import select_responses
@@ -92,9 +92,8 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def sampled_tokens(groups: Sequence[PromptGroup], like: Tensor) -> Tensor:
-    """[N] int64 response tokens of the groups."""
-    responses = [response for group in groups for response in group.responses]
-    return torch.cat(responses).to(like.device) if responses else like.new_zeros(0, dtype=torch.int64)
+    """[N] int64 response tokens of the groups, on the device of ``like``."""
+    return response_ids(groups).to(like.device)
 
 
 def mean_terms(

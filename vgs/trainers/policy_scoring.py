@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from trl.trainer.utils import maybe_gather_lm_head_ctx, nanmax, nanmin
+from trl.trainer.utils import nanmax, nanmin
 
 from vgs_kernels import DivergenceOutput, TargetRow, VGSObjective, VGSOutput, fused_linear_divergence
 
 from ..models.groups import PromptGroup, response_lengths
-from ..models.heads import Head, head_parameters, read_head
+from ..models.heads import Head, read_head, token_logps, whole_heads
+from ..models.wrappers import run_inside
 from ..objectives.presets import PRESETS, Preset
 from .batching import select_responses
 from .micro_batch import NO_VIEWS, MicroBatch, Views, sampled_tokens
-from .step import StepScorer, run_inside
-from .teacher import TeacherRows, token_logps
+from .step import StepScorer
+from .teacher import TeacherRows
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -98,14 +99,14 @@ class PolicyScorer(StepScorer):
             passes = self._teacher_passes(groups, text=False)
             for chosen in self._equal(passes) if self.accelerator.num_processes > 1 else passes:
                 part = select_responses(groups, chosen)
-                _, logps = run_inside(self.redirect, model, student, partial(self._logps, student, part))
+                _, logps = run_inside(model, partial(self._logps, student, part))
                 found |= dict(zip(chosen, logps.split(response_lengths(part)), strict=True))
         return [found[index] for index in sorted(found)]
 
     def _logps(self, student: nn.Module, groups: list[PromptGroup]) -> tuple[None, Tensor]:
         together = self.accelerator.num_processes > 1
         (rows,), _ = self._rows(student, groups, text=False, text_gradient=False, together=together)
-        with maybe_gather_lm_head_ctx(*head_parameters(student)):
+        with whole_heads(student):
             head = read_head(student, rows.dtype)
             rows = rows.to(head.weight.device)
             ids = sampled_tokens(groups, rows)
@@ -140,7 +141,7 @@ class LonePolicyScorer(PolicyScorer):
         groups, together = select_responses(batch.groups, chosen), self.accelerator.num_processes > 1
         with self.accelerator.autocast():
             (rows,), zero = self._rows(student, groups, text=False, text_gradient=False, together=together)
-            with maybe_gather_lm_head_ctx(*head_parameters(student)):
+            with whole_heads(student):
                 head = read_head(student, rows.dtype)
                 rows = rows.to(head.weight.device)
                 output = fused_linear_divergence(

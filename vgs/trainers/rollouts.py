@@ -1,18 +1,22 @@
-"""Sampling through the host trainer: image tokens forbidden, greedy on demand, images expanded once in vLLM, answers
-scored; and the sampled batch as prompts with their responses."""
+"""Rollouts of a TRL trainer: image tokens forbidden, greedy on demand, images expanded once in vLLM; then the sampled
+batch as prompts with their responses, and which of these are right."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..data.prompts import text_only_prompts
+from ..data.responses import response_texts
+from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from ..models.image_fields import split_images
 
@@ -129,7 +133,7 @@ def sampled_groups(
     Args:
         batch, num_generations: see ``image_groups``.
         prompts: B conversations; those of one group follow each other.
-        processor, forbidden, template_options: see ``pairing.text_only_prompts``.
+        processor, forbidden, template_options: see ``vgs.data.prompts.text_only_prompts``.
 
     Raises:
         ValueError: as ``image_groups``, or an image placeholder in a text-only view.
@@ -139,41 +143,74 @@ def sampled_groups(
     return [replace(group, text_prompt_ids=torch.tensor(text)) for group, text in zip(groups, texts, strict=True)]
 
 
-class SampledAnswers:
-    """Mixin in front of a TRL on-policy trainer: prompts of bounded length, greedy evaluation, accuracy.
+def rollout(
+    trainer: Any, inputs: list[dict[str, Any]], num_generations: int
+) -> tuple[dict[str, Any], list[PromptGroup]]:
+    """The student samples: what the host makes of it, and the prompts with their responses. The accuracy is logged.
 
-    It reads ``args`` (``max_prompt_length``, ``eval_greedy``), ``model``, ``accelerator`` and ``scorer``, and the
-    private ``_tokenizer`` and ``_metrics``.
+    Args:
+        trainer: with ``HostHooks``, ``scorer`` and ``placeholder_ids``.
+        inputs: samples, one per response; those to one prompt follow each other.
+        num_generations: responses to each prompt.
     """
+    output, processor = trainer.host_rollout(inputs), trainer.processing_class
+    answers, training = [x.get("answer") for x in inputs], trainer.model.training
+    if correct := right_answers(trainer.accelerator, processor.tokenizer, output, answers, trainer.scorer, training):
+        trainer.open_metrics["accuracy"].extend(correct)
+    prompts, options = [x["prompt"] for x in inputs], trainer.chat_template_kwargs
+    return output, sampled_groups(output, prompts, num_generations, processor, trainer.placeholder_ids, **options)
 
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        limit = self.args.max_prompt_length
-        longest = max(map(len, prompt_ids))
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"A prompt has {longest} tokens, more than max_prompt_length={limit}. Filter the dataset "
-                "(vgs.data.lengths.drop_long_prompts) or raise the limit; prompts are never truncated."
-            )
-        # The host marks a prompt without images by None, which no processor takes beside prompts with some.
-        return prompt_ids, images if images is None else [part or [] for part in images], fields
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        greedy = self.args.eval_greedy and not self.model.training
-        with greedy_decoding(self) if greedy else nullcontext():
-            return super()._generate_single_turn(*args, **kwargs)
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Stop at a prompt that is too long.
 
-    def _score_answers(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
-        """Adds the accuracy of a sampled batch to the metrics, where there are gold answers."""
-        kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
-        texts = self._tokenizer.batch_decode(kept, skip_special_tokens=True)
-        pairs = zip(texts, [x.get("answer") for x in inputs], strict=True)
-        # Without a gold answer: NaN, so that every rank gathers as many values.
-        correct = [math.nan if gold is None else self.scorer(text, gold) for text, gold in pairs]
-        values = torch.tensor(correct, dtype=torch.float32, device=output["completion_ids"].device)
-        training = self.model.training
-        # In evaluation the last batch is filled up with repeated samples, which gather_for_metrics drops.
-        values = self.accelerator.gather(values) if training else self.accelerator.gather_for_metrics(values)
-        # One entry per sample: the host logs the mean of the entries, so batches of any size weigh right.
-        if not values.isnan().all():
-            self._metrics["train" if training else "eval"]["accuracy"].extend(values.tolist())
+    Args:
+        prompts: token ids.
+        limit: ``max_prompt_length``; None for any length.
+
+    Raises:
+        ConfigError: such a prompt.
+    """
+    longest = max(map(len, prompts))
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"A prompt has {longest} tokens, more than max_prompt_length={limit}. Filter the dataset "
+            "(vgs.data.lengths.drop_long_prompts) or raise the limit; prompts are never truncated."
+        )
+
+
+def right_answers(
+    accelerator: Accelerator,
+    tokenizer: Any,
+    output: dict[str, Any],
+    answers: Sequence[str | None],
+    scorer: Callable[[str, str], bool],
+    training: bool,
+) -> list[float]:
+    """Which responses of a sampled batch are right, over all ranks: 1.0, 0.0, or NaN without a gold answer.
+
+    Args:
+        accelerator: knows the processes.
+        tokenizer: decodes the responses.
+        output: ``completion_ids`` and ``completion_mask`` [B, C], as TRL's on-policy trainers have them.
+        answers: B gold answers; None where there is none.
+        scorer: ``scorer(response_text, gold_answer) -> bool``.
+        training: False in evaluation, where samples that fill up the last batch are dropped.
+
+    Returns:
+        One value per response, so that the mean of several batches of any size weighs right; empty without any gold
+        answer.
+    """
+    kept = [ids[mask.bool()] for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)]
+    texts = response_texts(tokenizer, kept)
+    # Without a gold answer: NaN, so that every rank gathers as many values.
+    correct = [math.nan if gold is None else scorer(text, gold) for text, gold in zip(texts, answers, strict=True)]
+    values = torch.tensor(correct, dtype=torch.float32, device=output["completion_ids"].device)
+    values = accelerator.gather(values) if training else accelerator.gather_for_metrics(values)
+    return [] if values.isnan().all() else values.tolist()
+
+
+def samples_of(inputs: Sequence[dict[str, Any]], groups: Sequence[PromptGroup]) -> list[dict[str, Any]]:
+    """The sample of each group, of ``inputs`` with one per response."""
+    ends = accumulate(len(group.responses) for group in groups)
+    return [inputs[end - 1] for end in ends]

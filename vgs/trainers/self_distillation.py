@@ -17,13 +17,14 @@ from torch import nn
 from transformers import ProcessorMixin, TrainerCallback
 
 from ..data.privileged import COLUMNS, CONTROLS, MODES, check_columns, privileged_groups
+from ..errors import ConfigError
 from ..models.averaged import StudentCopy
-from ..models.families import is_verified
 from ..models.groups import PromptGroup
 from ..models.heads import Head
 from ..objectives.presets import find_preset
-from .base import samples_of
 from .distillation import VGSTrainer
+from .preparation import anchor_prompt, both_pack
+from .prior import CopyFollower
 from .settings import VGSConfig
 from .step import StepScorer
 
@@ -48,9 +49,12 @@ class SelfDistillationConfig(VGSConfig):
         privileged_mode: ``"add"`` shows the teacher the privileged images after the sample's own, ``"replace"`` in
             their place.
         privileged_control: ``"noise"`` replaces the privileged images by Gaussian noise of the same sizes.
+        learning_rate: the greatest learning rate.
+        lr_scheduler_type: how it falls, as in transformers.
+        warmup_steps: over which it rises; below 1 a share of all steps.
 
     Raises:
-        ValueError: a preset without privileged view, an unknown teacher, mode or control, or an ``ema_decay`` outside
+        ConfigError: a preset without privileged view, an unknown teacher, mode or control, or an ``ema_decay`` outside
             [0, 1).
     """
 
@@ -68,7 +72,7 @@ class SelfDistillationConfig(VGSConfig):
         preset = find_preset(self.preset)
         self._resolve(preset)
         if "privileged" not in preset.views:
-            raise ValueError(
+            raise ConfigError(
                 f"preset must be one with privileged context (visual_opsd, opsd, vision_opd), got {self.preset!r}."
             )
         self.teacher = preset.teacher if self.teacher is None else self.teacher
@@ -78,16 +82,16 @@ class SelfDistillationConfig(VGSConfig):
         if self.full_vocabulary is None:
             self.full_vocabulary = self.preset == "visual_opsd" and not named
         elif self.full_vocabulary and "top_k" in named and "support" not in named:
-            raise ValueError(
+            raise ConfigError(
                 f"divergence has top_k={self.divergence['top_k']!r}, which needs full_vocabulary=False or a support."
             )
         StudentCopy(self.teacher, self.ema_decay)  # validates both
         for name, choices in (("privileged_mode", MODES), ("privileged_control", (None, *CONTROLS))):
             if getattr(self, name) not in choices:
                 expected = " or ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
         if self.teacher_offload:
-            raise ValueError("teacher_offload must be False: the teacher lives in the student's own modules.")
+            raise ConfigError("teacher_offload must be False: the teacher lives in the student's own modules.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()
@@ -119,6 +123,21 @@ class SelfScorer(StepScorer):
         return self.sharded
 
 
+class TeachInEngine(TrainerCallback):
+    """The teacher runs in whatever engine holds the student, which has none before the training begins.
+
+    Args:
+        trainer: with a ``SelfScorer``.
+    """
+
+    def __init__(self, trainer: SelfDistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        trainer, scorer = self.trainer, self.trainer.step_scorer
+        scorer.teacher_model = trainer.model_wrapped if scorer.sharded else trainer.student
+
+
 class SelfDistillationTrainer(VGSTrainer):
     """On-policy self-distillation: the teacher has the student's weights and privileged context.
 
@@ -133,10 +152,11 @@ class SelfDistillationTrainer(VGSTrainer):
 
     Raises:
         TypeError: ``args`` is not a ``SelfDistillationConfig``.
-        ValueError: a dataset without privileged columns, or a teacher that cannot follow sharded weights.
+        ConfigError: a dataset without privileged columns, or a teacher that cannot follow sharded weights.
     """
 
     teachers = ("frozen", "ema")
+    extra_columns = (*VGSTrainer.extra_columns, *COLUMNS)
     _tag_names = ("trl", "distillation", "vgs", "self-distillation")
     _name = "Visual-OPSD"
     _paper = MappingProxyType(
@@ -179,32 +199,19 @@ class SelfDistillationTrainer(VGSTrainer):
             peft_config=peft_config,
         )
 
-    # ---- the teacher
+    def make_scorer(self) -> SelfScorer:
+        """What runs the student and, in its modules, the teacher."""
+        self.copy = StudentCopy(self.args.teacher, self.args.ema_decay)
+        self.add_callback(TeachInEngine(self))
+        CopyFollower(self, self.copy)
+        anchor, packs = anchor_prompt(self), both_pack(self)
+        return SelfScorer(self.args, self.accelerator, self.student, anchor, packs, copy=self.copy)
 
-    def _prepare_scoring(self) -> None:
-        self.teacher_model = self.model
-        self._keep(StudentCopy(self.args.teacher, self.args.ema_decay))
-        super()._prepare_scoring()
-
-    def _make_scorer(self) -> SelfScorer:
-        packs = is_verified(self._student)
-        return SelfScorer(self.args, self.accelerator, self._student, self._anchor(), packs, copy=self.copy)
-
-    def _begin_copy(self) -> None:
-        # Only now the student has its engine.
-        self.step_scorer.teacher_model = self.model_wrapped if self.step_scorer.sharded else self._student
-        super()._begin_copy()
-
-    # ---- the privileged view
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
-
-    def _views(self, inputs: list[dict[str, Any]], groups: list[PromptGroup]) -> dict[str, list[PromptGroup]]:
+    def further_views(self, samples: list[dict[str, Any]], groups: list[PromptGroup]) -> dict[str, list[PromptGroup]]:
+        """As of ``VGSTrainer``, with the teacher's view, ``"privileged"``."""
         seen = privileged_groups(
             self.processing_class,
-            samples_of(inputs, groups),
+            samples,
             groups,
             self.placeholder_ids,
             self.accelerator.device,
@@ -212,4 +219,4 @@ class SelfDistillationTrainer(VGSTrainer):
             control=self.args.privileged_control,
             **self.chat_template_kwargs,
         )
-        return {**super()._views(inputs, groups), "privileged": seen}
+        return {**super().further_views(samples, groups), "privileged": seen}

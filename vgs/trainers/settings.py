@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.utils import logging
 from trl import DistillationConfig
 
 from vgs_kernels import VGSObjective, checks
 from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
 
 from ..data.degraded import CONTROLS
+from ..errors import ConfigError
+from ..log import warn_once
 from ..models.attention import KERNELS
 from ..objectives.definitions import SETTINGS
 from ..objectives.eta import ETA_PRESETS
 from ..objectives.fixed_prior import anchored
 from ..objectives.presets import Preset, find_preset
+from ..objectives.weighting import LOSS_REDUCTIONS
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
-LOSS_REDUCTIONS = ("trajectory", "token")
 PRIORS = ("live", "frozen", "ema")
 LOSS_BACKENDS = ("auto", "triton", "torch")
 AT_LEAST_ONE = (
@@ -131,14 +133,14 @@ class VGSOptions:
         ):
             if getattr(self, name) not in choices:
                 expected = ", ".join(choice for choice in choices if choice is not None)
-                raise ValueError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}.")
+                raise ConfigError(f"{name} must be >= 1, got {value}.")
         self._warn_of_unread()
         if getattr(self.preset_in_force.weighting, "within_response", False) and self.loss_reduction != "trajectory":
-            raise ValueError(
+            raise ConfigError(
                 f"preset={self.preset!r} weighs the tokens of a response among themselves and needs "
                 f'loss_reduction="trajectory", got {self.loss_reduction!r}.'
             )
@@ -151,13 +153,13 @@ class VGSOptions:
         """What is left open, from the preset."""
         self.preset = preset.name
         if self.divergence is not None and not isinstance(self.divergence, Mapping):
-            raise ValueError(f"divergence must be a section of keys, such as {{top_k: 128}}, got {self.divergence!r}.")
+            raise ConfigError(f"divergence must be a section of keys, such as {{top_k: 128}}, got {self.divergence!r}.")
         if self.loss_reduction is None:
             self.loss_reduction = preset.settings.get("loss_reduction", "trajectory")
         if self.schedule is None:
             self.schedule = preset.schedule or "constant"
         if preset.schedule not in (None, self.schedule):
-            raise ValueError(
+            raise ConfigError(
                 f"schedule must be {preset.schedule!r} or left out for preset={self.preset!r}, got {self.schedule!r}."
             )
 
@@ -167,17 +169,17 @@ class VGSOptions:
         defaults = {x.name: x.default for x in dataclasses.fields(self)} | {"schedule": preset.schedule or "constant"}
         unread = {name: getattr(self, name) for name in sorted(SETTINGS) if not preset.reads(name)}
         if changed := [f"{name}={value!r}" for name, value in unread.items() if value != defaults[name]]:
-            logger.warning_once(f"preset={self.preset!r} does not read {', '.join(changed)}: without effect.")
+            warn_once(logger, f"preset={self.preset!r} does not read {', '.join(changed)}: without effect.")
 
     def _check_prior(self) -> None:
         if self.prior not in PRIORS:
-            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}.")
+            raise ConfigError(f"prior must be one of {', '.join(PRIORS)}, got {self.prior!r}.")
         if not 0 <= self.prior_decay < 1:
-            raise ValueError(f"prior_decay must be in [0, 1), got {self.prior_decay}.")
+            raise ConfigError(f"prior_decay must be in [0, 1), got {self.prior_decay}.")
         if self.prior != "live" and not find_preset(self.preset).steered:
-            raise ValueError(f"prior={self.prior!r} belongs to presets that steer; {self.preset!r} has none.")
+            raise ConfigError(f"prior={self.prior!r} belongs to presets that steer; {self.preset!r} has none.")
         if self.prior != "live" and not self.detach_prior:
-            raise ValueError(f"detach_prior=False needs prior='live', got {self.prior!r}: a copy has no gradient.")
+            raise ConfigError(f"detach_prior=False needs prior='live', got {self.prior!r}: a copy has no gradient.")
 
     def _check_budget(self) -> None:
         if self.max_tokens_per_pass is None:
@@ -185,7 +187,7 @@ class VGSOptions:
         views, needed = view_count(self), least_pass(self)
         if needed > self.max_tokens_per_pass:
             prompt = f" and max_prompt_length={self.max_prompt_length}" if self.max_prompt_length else ""
-            raise ValueError(
+            raise ConfigError(
                 f"max_tokens_per_pass={self.max_tokens_per_pass} is too small: one response of "
                 f"max_completion_length={self.max_completion_length} tokens{prompt} may need {needed} in {views} "
                 f"view{'s' if views > 1 else ''}."
@@ -207,7 +209,7 @@ class VGSOptions:
         """eta where it is known before training; None when it is to be measured.
 
         Raises:
-            ValueError: ``eta`` is a string that is neither a preset nor ``"measure"`` nor a number.
+            ConfigError: ``eta`` is a string that is neither a preset nor ``"measure"`` nor a number.
         """
         if self.eta == "measure":
             # Without a visual term both gradients are the same.
@@ -218,7 +220,7 @@ class VGSOptions:
             return float(self.eta)
         except (TypeError, ValueError):
             presets = ", ".join(f'"{name}"' for name in ETA_PRESETS)
-            raise ValueError(f'eta must be a number, {presets} or "measure", got {self.eta!r}.') from None
+            raise ConfigError(f'eta must be a number, {presets} or "measure", got {self.eta!r}.') from None
 
     def objective(self, eta: float) -> VGSObjective:
         """The validated objective of one loss call."""
@@ -246,6 +248,9 @@ class VGSConfig(VGSOptions, DistillationConfig):
         eval_greedy: decode greedily during evaluation.
         num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
             gradient_accumulation_steps`` counts responses and must be a multiple of it.
+
+    Raises:
+        ConfigError: an unknown name, a number outside its range, or settings that exclude each other.
     """
 
     beta: float | None = field(default=None, metadata={"help": "Of the preset gkd: 0 forward KL, 1 reverse KL."})
@@ -256,12 +261,12 @@ class VGSConfig(VGSOptions, DistillationConfig):
         super().__post_init__()
         least = find_preset(self.preset).generations
         if self.num_generations < least:
-            raise ValueError(
+            raise ConfigError(
                 f"num_generations must be >= {least} for preset={self.preset!r}, got {self.num_generations}."
             )
         responses = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if responses % self.num_generations:
-            raise ValueError(
+            raise ConfigError(
                 f"num_generations={self.num_generations} must divide per_device_train_batch_size * "
                 f"gradient_accumulation_steps = {responses}, so that all responses to a prompt are on one process."
             )
@@ -272,10 +277,10 @@ class VGSConfig(VGSOptions, DistillationConfig):
         if preset.name == "gkd":
             knob = checks.number("beta", (self.divergence or {}).get("beta", self.beta), optional=True)
             if self.beta not in (None, knob):
-                raise ValueError(f"beta={self.beta} and divergence={self.divergence} differ; keep one.")
+                raise ConfigError(f"beta={self.beta} and divergence={self.divergence} differ; keep one.")
             self.beta = preset.divergence.beta if knob is None else knob
         elif self.beta not in (None, 1.0):
-            raise ValueError(
+            raise ConfigError(
                 f"beta must be 1.0, got {self.beta}: it belongs to the preset 'gkd', and {preset.name!r} would "
                 "ignore it. The presets' own settings are gamma, lam and divergence."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,53 +12,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
-from vgs_kernels.gating import thresholds
-from vgs_kernels.parallel import group_name
 
-from ..models.forward import score_groups
+from ..models.forward import score_with_anchor
 from ..models.groups import PromptGroup, response_lengths, trajectory_ids
-from ..models.heads import Head, head_parameters, read_head
-from ..objectives.definitions import VIEWS, Preset
+from ..models.heads import Head, head_parameters, read_head, token_logps, visual_dependency, whole_heads
+from ..models.wrappers import run_inside
+from ..objectives.definitions import VIEWS, Preset, shared_limits
 from ..objectives.weighting import weigh
 from .batching import plan_passes, select_responses
 from .micro_batch import NO_VIEWS, MicroBatch, Views, joined, sampled_tokens
 from .settings import VGSOptions
-from .teacher import Offload, TeacherRows, token_logps, visual_dependency
+from .teacher import Offload, TeacherRows
 
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def run_inside(
-    redirect: _ForwardRedirection,
-    wrapper: nn.Module,
-    model: nn.Module,
-    task: Callable[[], tuple[Tensor | None, Any]],
-) -> tuple[Tensor | None, Any]:
-    """Run a task inside a wrapper's forward, where its parameters are.
-
-    Only the loss passes through the wrapper: in mixed precision FSDP2 rounds every tensor that goes in or out.
-
-    Args:
-        redirect: the host's.
-        wrapper: the model as prepared by the accelerator.
-        model: the same, unwrapped.
-        task: returns a loss that needs gradient (or None) and anything else.
-
-    Returns:
-        What the task returns; its loss as it left the wrapper.
-    """
-    rest = []
-
-    def method(run: Callable[[], tuple[Tensor | None, Any]]) -> Tensor | None:
-        loss, other = run()
-        rest.append(other)
-        return loss
-
-    return redirect(wrapper, model, method, task), rest[0]
 
 
 @dataclass
@@ -82,7 +50,6 @@ class StepScorer:
     anchor: PromptGroup
     packs: bool
     prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
-    redirect: _ForwardRedirection = field(default_factory=_ForwardRedirection)
     _offload: Offload | None = None
 
     def __post_init__(self) -> None:
@@ -146,22 +113,15 @@ class StepScorer:
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states [N, D] of the groups' views, and, where ranks run layers together, a zero that carries
         gradient to an image."""
-        count = sum(response_lengths(groups))
-        anchored = together and not any(group.has_images for group in groups)
-        if anchored:
-            groups = [*groups, self.anchor]
-            if not isinstance(text_gradient, bool):
-                text_gradient = [*text_gradient, False]
-        rows = score_groups(
+        return score_with_anchor(
             model,
             groups,
+            self.anchor if together else None,
             text=text,
             text_gradient=text_gradient,
             share_prefix=self.args.share_prefix,
             kernel=self.args.packed_attention,
         )
-        zero = 0.0 * sum(x[count:].float().sum() for x in rows) if anchored else None
-        return [x[:count] for x in rows], zero
 
     # ---- the teacher's phase
 
@@ -190,7 +150,7 @@ class StepScorer:
                 for chosen in self._teacher_passes(scored, both):
                     part = select_responses(scored, chosen)
                     task = partial(self._teacher_pass, part, view, objective, both)
-                    _, columns = run_inside(self.redirect, self.teacher_model, self._teacher, task)
+                    _, columns = run_inside(self.teacher_model, task)
                     for name, values in columns.items():
                         for index, piece in zip(chosen, values.split(response_lengths(part)), strict=True):
                             found[index][name] = piece
@@ -251,7 +211,7 @@ class StepScorer:
         weighed = self.preset.weighting is not None and view in ("image", "control")
         if not (with_vds or weighed):
             return None, columns
-        with maybe_gather_lm_head_ctx(*head_parameters(teacher)):
+        with whole_heads(teacher):
             head = self._teacher_head(rows[0].dtype)
             if with_vds:
                 columns["vds"] = visual_dependency(rows, head, objective.temperature, **self._loss_options)
@@ -303,13 +263,7 @@ class StepScorer:
     ) -> tuple[Tensor | None, list[bool]]:
         """VDS thresholds [K] (None if each trajectory has its own), and which responses have gated tokens."""
         vds = torch.cat([entry.vds for entry in teacher])
-        trajectories = trajectory_ids(groups).to(vds.device)
-        name = group_name(None) if objective.vds_scope == "ranks" else None
-        limits = thresholds(vds, objective, trajectories, name)
-        pooled = objective.vds_scope != "trajectory"
-        common = None
-        if pooled:  # a rank without tokens needs no threshold, but the loss must not ask the others for theirs
-            common = torch.stack([limit[0] if len(limit) else limit.new_zeros(()) for limit in limits])
+        limits, common = shared_limits(vds, objective, trajectory_ids(groups).to(vds.device))
         live_prior = not objective.detach_prior and objective.gamma > 0
         if self.sharded or live_prior or objective.lam == 0 or not self.preset.steered:
             return common, [self.preset.needs_text_gradient(objective)] * len(teacher)
@@ -329,11 +283,11 @@ class StepScorer:
         uniform = self.preset.needs_text_gradient(batch.objective) if self.sharded or not flags else flags
         teacher, together = self._teacher, self.accelerator.num_processes > 1
         with_ids = batch.policy is not None or self.preset.needs_ids
-        # The host's redirection replaces the very forward that Accelerate wraps in autocast, so it is entered here.
+        # Also for a student that accelerate has not prepared, whose forward has no autocast of its own.
         with self.accelerator.autocast():
             rows, zero = self._rows(student, groups, batch.text, uniform, together)
             states = dict(zip(("image", "text"), rows, strict=False))
-            with maybe_gather_lm_head_ctx(*head_parameters(student), *head_parameters(teacher)):
+            with whole_heads(student, teacher):
                 student_head = read_head(student, rows[0].dtype)
                 teacher_head = self._teacher_head(rows[0].dtype)
                 # With a model split over devices, the backbone can end elsewhere than the head.

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from vgs_kernels import fused_linear_divergence
-
-from ..models.heads import Head
 
 
 @dataclass(frozen=True)
@@ -31,42 +26,6 @@ class TeacherRows:
     rows: dict[str, Tensor]
     vds: Tensor | None = None
     factors: Tensor | None = None
-
-
-def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **options: Any) -> Tensor:
-    """[N] KL(q_I || q_x) in nats (arXiv 2606.00564, Eq. 12).
-
-    Args:
-        rows: [N, D] hidden states with and without the image.
-        head: the model's.
-        temperature: divides the logits.
-        **options: vocab_size, workspace_bytes and backend of ``fused_linear_divergence``.
-    """
-    output = fused_linear_divergence(
-        rows[0], head.weight, [head.target(rows[1])], temperature=temperature, **head.student_options, **options
-    )
-    return output.divergence
-
-
-def token_logps(rows: Tensor, token_ids: Tensor, head: Head, temperature: float, **options: Any) -> Tensor:
-    """[N] log-probabilities of sampled tokens.
-
-    Args:
-        rows: [N, D] hidden states.
-        token_ids: [N] int64.
-        head, temperature, options: as in ``visual_dependency``.
-    """
-    # A divergence from itself: of what the fused losses return, this is the only part that is wanted.
-    output = fused_linear_divergence(
-        rows,
-        head.weight,
-        [head.target(rows)],
-        target_ids=token_ids,
-        temperature=temperature,
-        **head.student_options,
-        **options,
-    )
-    return output.target_logps
 
 
 class Offload:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo import line, prepare, quick_settings, quiet, smooth, versions, workers
-from .short_runs import interval, short_run, short_run_options
+from ..demo import prepare, quick_settings
+from ..short_runs import interval, short_run, short_run_options, smooth
+from ..workers import line, quiet, versions, workers
 
 if TYPE_CHECKING:
     from ..pretraining import Recipe
@@ -63,19 +64,16 @@ def run_study(
         quick: a budget of seconds, to see that everything runs.
         settings: another budget.
     """
-    from ..pretraining import RECIPES
-
     settings = settings or (quick_study() if quick else StudySettings())
-    settings = dataclasses.replace(settings, recipes=dict(settings.recipes or RECIPES))
     out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with workers(settings.workers) as spread:
-        spread(prepare, [(role, settings, cache) for role in ("teacher", "student")])
+        recipes = dict(spread(prepare, [(role, settings, cache) for role in ("teacher", "student")]))
         jobs = [(arm, seed) for seed in settings.seeds for arm in ARMS]
         before, *runs = spread(improve, [(*job, settings, cache, out) for job in [("before", 0), *jobs]])
     results: dict[str, Any] = {
-        "settings": {**dataclasses.asdict(settings), "arms": ARMS},
+        "settings": {**dataclasses.asdict(settings), "recipes": recipes, "arms": ARMS},
         "versions": versions(),
         "before": before,
         "runs": runs,
@@ -90,13 +88,23 @@ def run_study(
 
 
 def improve(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: trains the student as `arm` says ("before": not at all); greedy accuracy on held-out pictures."""
-    from ..pictures import take
-    from ..pretraining import accuracy, pretrained
+    """One run: trains the student as `arm` says ("before": not at all); greedy accuracy on held-out pictures.
 
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the study.
+    """
+    from ..grading import accuracy
+    from ..pictures import take
+    from ..pretraining import RECIPES, pretrained
+
+    recipes = settings.recipes or RECIPES
     with quiet():
-        student, processor = pretrained("student", cache, recipe=settings.recipes["student"])
-        teacher, _ = pretrained("teacher", cache, recipe=settings.recipes["teacher"])
+        student, processor = pretrained("student", cache, recipe=recipes["student"])
+        teacher, _ = pretrained("teacher", cache, recipe=recipes["teacher"])
         test = take("test", settings.test_size, seed=0)
         if arm == "before":
             validation = take("validation", settings.validation_size, seed=0)
@@ -112,7 +120,12 @@ def improve(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path
 def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path
 ) -> dict[str, Any]:
-    """Trains the student in place; returns the run's curves and seconds per step."""
+    """Trains the student in place; returns the run's curves and seconds per step.
+
+    Args:
+        student, teacher, processor: of the task.
+        arm, seed, settings, out: see `improve`.
+    """
     from ...trainers.grpo import VGSGRPOConfig, VGSGRPOTrainer
     from ..task import build, scorer
 

@@ -1,6 +1,6 @@
 """`vgs study self-distillation`: what a model learns from itself where the teacher alone sees clean digits.
 
-All arms start from the same model (`digits_privileged.reader`) and, seed by seed, see the same faint and noisy pictures
+All arms start from the same model (`privileged.reader`) and, seed by seed, see the same faint and noisy pictures
 for the same number of steps; they differ in the teacher's context and in the support of the divergence. The folder gets
 `results.json` and `self_distillation.png`.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo import line, quiet, smooth, versions, workers
-from .short_runs import interval, short_run, short_run_options
+from ..short_runs import interval, short_run, short_run_options, smooth
+from ..workers import line, quiet, versions, workers
 
 if TYPE_CHECKING:
     from ..privileged import ReaderRecipe
@@ -107,8 +107,16 @@ def prepare(settings: StudySettings, cache: Path) -> None:
 
 
 def distil(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path) -> dict[str, Any]:
-    """One run: distils the model as `arm` says ("before": not at all) and assesses it on held-out pictures."""
-    from ..pretraining import accuracy
+    """One run: distils the model as `arm` says ("before": not at all) and assesses it on held-out pictures.
+
+    Args:
+        arm: of `ARMS`.
+        seed: of the questions and the sampling.
+        settings: the budget.
+        cache: folder for trained models.
+        out: folder of the study.
+    """
+    from ..grading import accuracy
     from ..privileged import questions, reader
 
     with quiet():
@@ -123,7 +131,12 @@ def distil(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path)
 
 
 def train(model: Any, processor: Any, arm: str, seed: int, settings: StudySettings, out: Path) -> dict[str, Any]:
-    """Distils the model in place; returns the run's curves and seconds per step."""
+    """Distils the model in place; returns the run's curves and seconds per step.
+
+    Args:
+        model, processor: of the task.
+        arm, seed, settings, out: see `distil`.
+    """
     from ...trainers.self_distillation import SelfDistillationConfig, SelfDistillationTrainer
     from ..pictures import scorer
     from ..privileged import build
@@ -157,7 +170,7 @@ def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySet
         settings: sizes.
     """
     from ...evaluation.kl_gap import kl_gap, on_policy
-    from ..pretraining import accuracy
+    from ..grading import accuracy
     from ..privileged import CONTEXTS, questions
 
     found: dict[str, Any] = {"test": {"plain": accuracy(model, processor, questions("test", settings.test_size))}}
@@ -176,7 +189,15 @@ def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySet
 
 
 def summarise(before: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For every arm, means over seeds with half the width of their 95 % t-intervals."""
+    """For every arm, means over seeds with half the width of their 95 % t-intervals.
+
+    Args:
+        before: what `distil` returns for "before".
+        runs: what it returns for all arms and seeds.
+
+    Returns:
+        Fractions, nats per token and seconds, each as (mean, half width).
+    """
     found: dict[str, Any] = {}
     for arm in ARMS:
         own = [run for run in runs if run["arm"] == arm]

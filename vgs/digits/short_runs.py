@@ -73,10 +73,20 @@ def short_run(trainer: Any, title: str, line: int, curves: Sequence[str], accura
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t-interval (NaN for a single value)."""
+    """Mean, and half the width of its t-interval (NaN for a single value).
+
+    Args:
+        values: one per seed.
+        level: the interval's confidence.
+    """
     from scipy.stats import t
 
     if len(values) < 2:
         return statistics.fmean(values), float("nan")
     half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), float(half)
+
+
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
+    """Trailing mean, for curves of single batches."""
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]

@@ -1,34 +1,17 @@
-"""VGSTrainer and its host: sampling, evaluation, accuracy, refusals, and the private hooks of TRL 1.16."""
+"""Rollouts: what is never sampled, greedy evaluation, vLLM, several responses to a prompt, accuracy."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import trl
-from tiny import tiny_model, tiny_processor, tiny_samples, tiny_tokenizer, trainer_options
+from tiny import tiny_model, tiny_samples
 from torch import nn
 from trainers import make_trainer, rollout
 
-import vgs.trainers.base
-from vgs import VGSConfig, VGSTrainer
+from vgs import VGSTrainer
 from vgs.trainers.rollouts import expand_images_once, forbid_tokens, greedy_decoding
-from vgs.trainers.teacher import Offload
-
-# The host's methods that are overridden or called, with their parameters in TRL 1.16.
-HOOKS = {
-    "_generate_and_score_completions": ("self", "inputs"),
-    "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"),
-    "_tokenize_prompts": ("self", "prompts"),
-    "_prepare_inputs": ("self", "generation_batch"),
-    "_set_signature_columns_if_needed": ("self",),
-    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
-    "_get_train_sampler": ("self", "dataset"),
-    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
-}
 
 
 def test_placeholders_are_suppressed_while_sampling(tmp_path: Path) -> None:
@@ -95,7 +78,7 @@ def test_a_vllm_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def draw(trainer: VGSTrainer) -> list[list[int]]:
-    groups = trainer._generate_and_score_completions(tiny_samples(5))["groups"]
+    groups = trainer.sample(tiny_samples(5))["groups"]
     return [response.tolist() for group in groups for response in group.responses]
 
 
@@ -169,109 +152,3 @@ def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_prompt_length=20)
     with pytest.raises(ValueError, match="more than max_prompt_length=20"):
         rollout(trainer)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": 0.5}, "beta must be 1.0, got 0.5"),
-        ({"eta": "paper-7b"}, 'eta must be a number, "paper-2b", "paper-4b" or "measure", got \'paper-7b\''),
-        ({"eta": -1.0}, "eta must be > 0"),
-        ({"gamma": -1.0}, "gamma must be >= 0"),
-        ({"loss_reduction": "sum"}, "loss_reduction must be one of trajectory, token, got 'sum'"),
-        ({"schedule": "linear"}, "schedule must be one of"),
-        ({"max_prompt_length": 0}, "max_prompt_length must be >= 1"),
-        ({"num_generations": 0}, "num_generations must be >= 1"),
-        ({"num_generations": 3}, "num_generations=3 must divide per_device_train_batch_size \\* "),
-        ({"packed_attention": "paged"}, "packed_attention must be one of auto, dense, flex, varlen, got 'paged'"),
-        ({"lp_every": 0}, "lp_every must be >= 1"),
-        (
-            {"max_tokens_per_pass": 20, "max_prompt_length": 9},
-            "max_completion_length=6 tokens and max_prompt_length=9 may need 30 in 2 views",
-        ),
-    ],
-)
-def test_config_errors(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        VGSConfig(**trainer_options(tmp_path, **options))
-
-
-def refuse(tmp_path: Path, **change) -> VGSTrainer:
-    arguments = {
-        "model": tiny_model(0),
-        "teacher_model": tiny_model(1),
-        "args": VGSConfig(**trainer_options(tmp_path)),
-        "train_dataset": tiny_samples(2),
-        "processing_class": tiny_processor(),
-    }
-    return VGSTrainer(**{**arguments, **change})
-
-
-def other_image_token() -> nn.Module:
-    model = tiny_model(1)
-    model.config.image_token_id = 20
-    return model
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"tools": [print]}, ValueError, "tools are not supported"),
-        ({"processing_class": tiny_tokenizer()}, TypeError, "processing_class must be a processor"),
-        ({"teacher_model": None}, ValueError, "teacher_model is needed"),
-        ({"args": trl.DistillationConfig("x", use_cpu=True, bf16=False)}, TypeError, "args must be a VGSConfig"),
-        ({"teacher_model": tiny_model(1, vocab_size=50)}, ValueError, "vocab_size"),
-        ({"teacher_model": other_image_token()}, ValueError, "teacher_model has image and video token ids"),
-    ],
-)
-def test_trainer_errors(tmp_path: Path, change: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=message):
-        refuse(tmp_path, **change)
-
-
-def test_one_view_needs_half_the_budget(tmp_path: Path) -> None:
-    options = {"max_tokens_per_pass": 15, "max_prompt_length": 9, "gamma": 0.0, "lam": 0.0, "log_terms": False}
-    assert VGSConfig(**trainer_options(tmp_path, **options)).max_tokens_per_pass == 15
-
-
-def test_reentrant_checkpointing_cannot_measure_eta(tmp_path: Path) -> None:
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    with pytest.raises(ValueError, match="needs gradient checkpointing that is not reentrant"):
-        make_trainer(tmp_path, eta="measure", **options)
-
-
-def test_a_teacher_elsewhere_is_not_offloaded(tmp_path: Path) -> None:
-    teacher = tiny_model(1)
-    teacher.model.visual.to("meta")
-    with pytest.raises(ValueError, match="whole teacher on cpu to begin with, but parameters are on meta"):
-        Offload(teacher, [], torch.device("cpu"))
-
-
-def test_a_sharded_teacher_is_not_offloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, eta=1.0, teacher_offload=True)
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainers.base.DistributedType.DEEPSPEED)
-    with pytest.raises(ValueError, match="teacher_offload=True needs a whole teacher"):
-        trainer._check_models()
-
-
-def test_measuring_sharded_parameters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, eta="measure")
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", vgs.trainers.base.DistributedType.FSDP)
-    with pytest.raises(ValueError, match='eta="measure" needs whole parameters'):
-        trainer._check_models()
-
-
-@pytest.mark.parametrize("name", HOOKS)
-def test_the_hosts_hooks_have_not_moved(name: str) -> None:
-    host: Callable = getattr(trl.DistillationTrainer, name, None)
-    assert host is not None, f"TRL {trl.__version__} has no DistillationTrainer.{name}; VGSTrainer needs TRL 1.16"
-    parameters = tuple(inspect.signature(inspect.unwrap(host)).parameters)
-    assert parameters == HOOKS[name], f"TRL {trl.__version__} changed DistillationTrainer.{name}"
-
-
-def test_host_attributes_in_use(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-    for name in ("_metrics", "_step", "_buffered_inputs", "_tokenizer", "_is_vlm"):
-        assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"
-    for name in ("generation_config", "generation_kwargs", "chat_template_kwargs", "use_vllm", "teacher_model"):
-        assert hasattr(trainer, name), f"TRL {trl.__version__} has no DistillationTrainer.{name}"

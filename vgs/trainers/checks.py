@@ -1,0 +1,144 @@
+"""What stops a run before it starts: models, data and settings that do not fit together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import ProcessorMixin
+
+from ..errors import ConfigError
+from ..models.families import placeholder_ids
+from ..objectives.definitions import Preset
+from .settings import VGSOptions
+from .step import UNSHARDED
+
+
+def check_teacher_kind(preset: Preset, kinds: tuple[str, ...], trainer: str) -> None:
+    """Stop where a preset wants another kind of teacher.
+
+    Args:
+        preset: of the run.
+        kinds: of ``vgs.objectives.presets.TEACHERS``, those that the trainer has.
+        trainer: its class's name.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    if preset.teacher not in kinds:
+        raise ConfigError(
+            f"preset={preset.name!r} has a teacher of kind {preset.teacher!r}, which {trainer} has not "
+            f"({', '.join(kinds)}). Use vgs.VGSTrainer for a separate teacher and "
+            "vgs.trainers.self_distillation.SelfDistillationTrainer for the student's own weights."
+        )
+
+
+def check_top_k(preset: Preset, vocabulary: int) -> None:
+    """Stop where a preset looks at more tokens than there are.
+
+    Raises:
+        ConfigError: ``top_k`` above ``vocabulary``, the number of columns in use.
+    """
+    if (preset.divergence.top_k or 0) > vocabulary:
+        raise ConfigError(
+            f"preset={preset.name!r} looks at the top_k={preset.divergence.top_k} likeliest tokens, but the "
+            f"vocabulary has {vocabulary}. Set divergence: {{top_k: ...}}."
+        )
+
+
+def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
+    """Stop where a preset needs images and the data have none.
+
+    Args:
+        preset: of the run.
+        data: the training data; a stream is not read.
+        needs_text: whether the run compares prompts with and without images.
+
+    Raises:
+        ConfigError: no column ``images``.
+    """
+    if has_column(data, "images"):
+        return
+    if "control" in preset.views:
+        raise ConfigError(f"preset={preset.name!r} degrades images, but train_dataset has no column 'images'.")
+    if needs_text:
+        raise ConfigError(
+            f"preset={preset.name!r} compares prompts with and without images, but train_dataset has no column "
+            "'images'. Use the preset 'opd', or gamma=0 and lam=0."
+        )
+
+
+def has_column(data: Any, name: str) -> bool:
+    """Whether a dataset has a column, as far as it can be known without reading a stream."""
+    if hasattr(data, "__len__"):  # a transformed dataset names its columns otherwise
+        return len(data) == 0 or name in data[0]
+    names = getattr(data, "column_names", None)
+    return names is None or name in names
+
+
+def check_processor(processor: Any) -> None:
+    """Stop at a tokenizer in a processor's place; None is loaded later.
+
+    Raises:
+        TypeError: anything but a processor or None.
+    """
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        raise TypeError(
+            "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
+            f"{type(processor).__name__}: a text-only model has no image to steer towards."
+        )
+
+
+def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool) -> None:
+    """Stop where a student is no vision-language model, or its teacher reads images from other tokens.
+
+    Args:
+        student, teacher: the unwrapped models.
+        has_processor: whether the student's processor takes images.
+
+    Raises:
+        ConfigError: such a model.
+    """
+    own = placeholder_ids(student.config)
+    if not has_processor or not own:
+        raise ConfigError(f"model must be a vision-language model with a processor, got {type(student).__name__}.")
+    if (theirs := placeholder_ids(teacher.config)) != own:
+        raise ConfigError(
+            f"teacher_model has image and video token ids {theirs}, the student {own}; both must read the same prompts."
+        )
+
+
+def check_engine(args: VGSOptions, teacher: nn.Module, kind: DistributedType) -> None:
+    """Stop where settings need parameters otherwise than the run has them.
+
+    Args:
+        args: of the run.
+        teacher: the unwrapped teacher.
+        kind: what holds the parameters.
+
+    Raises:
+        ConfigError: an offloaded teacher that is sharded or quantized; eta measured on parameters that are sharded, or
+            through reentrant checkpointing.
+    """
+    # The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank.
+    if args.teacher_offload and kind == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "teacher_offload=True needs a whole teacher, but DeepSpeed holds its parameters. Use DeepSpeed's own "
+            "offloading to the CPU."
+        )
+    if args.teacher_offload and getattr(teacher, "is_quantized", False):
+        raise ConfigError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
+    if args.fixed_eta is not None:
+        return
+    checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {})
+    if checkpointing and checkpointing.get("use_reentrant"):
+        raise ConfigError(
+            'eta="measure" needs gradient checkpointing that is not reentrant. Set use_reentrant to false in '
+            "gradient_checkpointing_kwargs, or eta to a number."
+        )
+    if kind not in UNSHARDED:
+        raise ConfigError(
+            f'eta="measure" needs whole parameters, but they are sharded ({kind}). '
+            'Measure once on one device or under DDP and set eta to that number, or use "paper-2b" / "paper-4b".'
+        )

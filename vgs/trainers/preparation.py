@@ -1,0 +1,50 @@
+"""What every trainer does once its host has the models: checks, forbidden tokens, frozen parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from ..data.prompts import anchor_group
+from ..models.families import freeze, is_verified, placeholder_ids
+from ..models.groups import PromptGroup
+from .checks import check_columns_for, check_engine, check_pair, check_teacher_kind, check_top_k
+from .rollouts import expand_images_once, forbid_tokens
+
+
+def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
+    """Check that models, data and settings fit, set ``placeholder_ids``, forbid these, and freeze what is to stay.
+
+    Args:
+        trainer: with ``HostHooks`` and a ``teacher_model``, which is ``model`` where there is no other.
+        teachers: the kinds of teacher that it has, of ``vgs.objectives.presets.TEACHERS``.
+
+    Raises:
+        ConfigError: see ``checks``.
+    """
+    args, student = trainer.args, trainer.student
+    teacher, preset = trainer.accelerator.unwrap_model(trainer.teacher_model), args.preset_in_force
+    trainer.placeholder_ids = placeholder_ids(trainer.model.config)
+    check_teacher_kind(preset, teachers, type(trainer).__name__)
+    check_top_k(preset, args.vocab_size or student.config.get_text_config().vocab_size)
+    # In GRPO alone the student is compared with itself.
+    compares = trainer.teacher_model is not trainer.model and preset.needs_text(args.objective(1.0))
+    check_columns_for(preset, trainer.train_dataset, compares)
+    check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin))
+    check_engine(args, teacher, trainer.accelerator.distributed_type)
+    forbid_tokens(trainer, trainer.placeholder_ids)
+    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+        expand_images_once(trainer.vllm_generation, trainer.model.config.image_token_id)
+    freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
+
+
+def both_pack(trainer: Any) -> bool:
+    """Whether student and teacher are of families that run as packed rows."""
+    return all(is_verified(trainer.accelerator.unwrap_model(x)) for x in (trainer.model, trainer.teacher_model))
+
+
+def anchor_prompt(trainer: Any) -> PromptGroup:
+    """A prompt with a small image and one token to it, see ``vgs.models.forward.score_with_anchor``."""
+    options = {"device": trainer.accelerator.device, **trainer.chat_template_kwargs}
+    return anchor_group(trainer.processing_class, trainer.placeholder_ids, **options)

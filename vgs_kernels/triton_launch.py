@@ -1,0 +1,81 @@
+"""How tiles are handed to Triton kernels: arguments, columns to load, threads, and how a row is cut."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from .rows import RowTile
+
+#: Warps by vendor, and columns of a block of gradients: 16-byte loads, and no spills. A block of statistics has as many
+#: columns as its threads can load at once: more of them for each thread take registers and save few instructions.
+STATISTICS_WARPS = {"cuda": 8, "hip": 4}
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, {"cuda": 8, "hip": 8}
+_THREADS = {"cuda": 32, "hip": 64}  # of a warp
+VENDOR = "cuda" if torch.version.hip is None else "hip"
+#: A row is cut until there are this many programs for each multiprocessor, twice what runs there at a time; stretches
+#: keep so many blocks that their start and their meeting are small beside them. Whatever their number, they meet in one
+#: compilation.
+_PROGRAMS_PER_PROCESSOR, _MIN_STRETCH_BLOCKS, MEETING_LANES = 8, 8, 32
+_LOAD_COLUMNS = 16  # what Triton takes for aligned is a multiple of this
+
+
+def row_arguments(tile: RowTile) -> list[Tensor]:
+    """A tile's rows as kernels take them: two, or four."""
+    rows = [tile.student, tile.target, *([tile.student_text, tile.teacher_text] if tile.four else ())]
+    if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
+        raise ValueError("rows must be contiguous along the vocabulary.")
+    return rows
+
+
+def tile_columns(tile: RowTile) -> tuple[int, int]:
+    """The tile's columns, and how many of them to load."""
+    n_columns = tile.student.shape[1]
+    aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
+    return n_columns, aligned if aligned <= tile.readable else n_columns
+
+
+def transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
+    student, target = tile.student_transform, tile.target_transform
+    scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
+    caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
+    return scalars, {**caps, "MASKED": tile.may_be_masked}
+
+
+def statistics_layout(vendor: str, itemsize: int, aligned: bool) -> dict[str, int | bool]:
+    """How a block's columns are dealt out: 16 contiguous bytes to every thread; of unaligned rows, every LANES-th one.
+
+    Each keeps a thread's columns its own: else threads would have to meet in every block.
+    """
+    lanes = STATISTICS_WARPS[vendor] * _THREADS[vendor]
+    return {"LANES": lanes, "WIDTH": 16 // itemsize if aligned else 4, "INTERLEAVED": not aligned}
+
+
+def _aligned(rows: Sequence[Tensor], n_loaded: int) -> bool:
+    """Whether Triton can load these rows, each at its own pitch, 16 bytes at a time."""
+    pitches = [row.stride(0) for row in rows]
+    return all(x % _LOAD_COLUMNS == 0 for x in (n_loaded, *pitches)) and all(x.data_ptr() % 16 == 0 for x in rows)
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def stretches(n_rows: int, n_blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """Into how many stretches to cut each of ``n_rows`` rows of ``n_blocks`` column blocks; blocks of a stretch."""
+    wanted = max(1, _PROGRAMS_PER_PROCESSOR * multiprocessors // n_rows)
+    count = max(1, min(wanted, n_blocks // _MIN_STRETCH_BLOCKS, MEETING_LANES - 1))
+    blocks = triton.cdiv(n_blocks, count)
+    return triton.cdiv(n_blocks, blocks), blocks
+
+
+def statistics_launch(rows: Sequence[Tensor], n_columns: int, n_loaded: int) -> tuple[dict[str, int | bool], int, int]:
+    """Layout of a sweep that only reads, number of stretches of a row, and blocks of a stretch."""
+    layout = statistics_layout(VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
+    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
+    return layout, *stretches(len(rows[0]), n_blocks, _multiprocessors(rows[0].device))
