@@ -8,11 +8,11 @@ RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 NEWEST_TESTS := CONSTRAINTS=constraints.txt OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
-# What meets the libraries: exactness on both backends, torch.compile, models, one trainer of each kind, the command.
+# What meets the libraries: exactness on both backends, torch.compile, models, a trainer of each kind, the command.
 OLDEST_TESTS := tests/test_environment.py \
 	$(addprefix tests/kernels/test_,divergence_family.py integration_torch.py loss_gradients.py loss_values.py rows_triton.py) \
-	tests/models tests/cli \
-	$(addprefix tests/trainers/test_,trainer.py self_distillation.py grpo.py)
+	tests/models tests/test_one_step.py tests/cli \
+	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
 .PHONY: demo test test-slow test-all test-oldest gate lint bench bench-gpu bench-step clean
 

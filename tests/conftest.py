@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +40,17 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``checkpoint(family, teacher=False)``: the folder of a tiny real checkpoint, saved when it is first asked for."""
+    from real_checkpoints import real_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def saved(family: str, teacher: bool = False) -> Path:
+        return real_checkpoint(family, folder / f"{family}_{'teacher' if teacher else 'student'}", teacher=teacher)
+
+    return saved

@@ -45,7 +45,7 @@ class Divergence:
         temperature_squared: whether values and gradients are multiplied with T^2.
 
     Raises:
-        ValueError, TypeError: a setting of the wrong type, or outside its range; the message names it.
+        ValueError, TypeError: naming the setting, what came and what was expected.
     """
 
     divergence: str = "reverse_kl"

@@ -41,12 +41,12 @@ class TargetRow(NamedTuple):
     """One addend of a composed target: coefficient * (softcap(logit_scale * (hidden @ weight^T + bias))).
 
     Attributes:
-        coefficient: a number, or [N], one for each token; without gradient.
-        hidden: [N, D] hidden states.
-        weight: [V, D] of the output head.
-        bias: [V] of the output head, or None.
-        logit_scale: factor on the logits.
-        softcap: logits are softcap * tanh(logits / softcap), > 0; None: as they are.
+        coefficient: a number, or [N], one for each token, without gradient.
+        hidden: [N, Dk] hidden states of the row's model.
+        weight: [V, Dk] its head.
+        bias: [V], or None.
+        logit_scale: factor on the logits, > 0.
+        softcap: c in c * tanh(logits / c), > 0; None leaves them as they are.
     """
 
     coefficient: float | Tensor

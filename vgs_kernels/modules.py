@@ -16,8 +16,8 @@ class FusedLinearVGSLoss(nn.Module):
     """:func:`fused_linear_vgs_loss` with its objective and keyword options held; a call may add or override options.
 
     Args:
-        objective: gamma, lam, eta and the rest; None: the defaults.
-        options: keyword options of the function, for every call.
+        objective: None means ``VGSObjective()``.
+        **options: keyword arguments of the function, looked at when it is called.
     """
 
     def __init__(self, objective: VGSObjective | None = None, **options: Any) -> None:
@@ -48,7 +48,7 @@ class FusedLinearDivergence(nn.Module):
     """:func:`fused_linear_divergence` with its keyword options held; a call may add or override options.
 
     Args:
-        options: keyword options of the function, for every call.
+        **options: keyword arguments of the function, looked at when it is called.
     """
 
     def __init__(self, **options: Any) -> None:

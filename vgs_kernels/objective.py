@@ -38,7 +38,7 @@ class VGSObjective:
         divergence: ``"reverse_kl"``, the only one of the paper's method.
 
     Raises:
-        ValueError, TypeError: a setting of the wrong type, or outside its range; the message names it.
+        ValueError, TypeError: naming the setting, what came and what was expected.
     """
 
     gamma: float = 2.0

@@ -12,6 +12,7 @@ from tiny import save_tiny_checkpoint, tiny_model, tiny_processor, tiny_samples
 from vgs.cli import main as cli
 from vgs.cli import runs
 from vgs.evaluation.kl_gap import kl_gap, on_policy
+from vgs.evaluation.sampling import Sampling
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_the_command_measures_before_and_after(config: Path, capsys: pytest.Capt
     assert found == json.loads(out.read_text())
     assert found["closed"] == pytest.approx(1 - found["after"]["gap"] / found["before"]["gap"])
     model, processor, samples = tiny_model(0), tiny_processor(), privileged_samples(3)
-    answers = on_policy(model, processor, samples, max_new_tokens=4)
+    answers = on_policy(model, processor, samples, Sampling(greedy=False, max_new_tokens=4))
     assert found["before"] == pytest.approx(kl_gap(model, processor, samples, answers), rel=1e-4)
     assert found["after"]["to_before"] > 0 and found["after"]["gap"] != found["before"]["gap"]
 

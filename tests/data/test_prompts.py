@@ -39,7 +39,7 @@ def test_system_messages_survive() -> None:
 
 
 def test_placeholder_left_in_the_text_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"prompt 1 still contains the image placeholder <\|vision_start\|>"):
+    with pytest.raises(ValueError, match=r"^sample 1: the prompt has the image placeholder <\|vision_start\|> in"):
         text_only_prompts(
             PROCESSOR,
             [[{"role": "user", "content": "red ?"}], [{"role": "user", "content": f"red {VISION_START} ?"}]],

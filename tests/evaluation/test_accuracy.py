@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_processor, tiny_samples
@@ -9,17 +11,17 @@ from tiny import tiny_model, tiny_processor, tiny_samples
 from vgs.data.responses import response_texts
 from vgs.errors import ConfigError
 from vgs.evaluation.accuracy import evaluate_accuracy
-from vgs.evaluation.sampling import sample_responses
+from vgs.evaluation.sampling import Sampling, sample_responses
 from vgs.models.families import placeholder_ids
 
 LENGTH = 5
+GREEDY = Sampling(max_new_tokens=LENGTH)
 
 
 def test_greedy_responses_do_not_depend_on_the_batch() -> None:
     model, processor, samples = tiny_model(0).train(), tiny_processor(), tiny_samples(5)
     whole, single = (
-        sample_responses(model, processor, samples, batch_size=size, max_new_tokens=LENGTH, progress=False)
-        for size in (8, 1)
+        sample_responses(model, processor, samples, GREEDY, batch_size=size, progress=False) for size in (8, 1)
     )
     assert whole == single and len(whole) == 5 and model.training
     end = processor.tokenizer.eos_token_id
@@ -33,22 +35,22 @@ def test_sampled_responses_follow_torchs_generator() -> None:
 
     def drawn(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
-        return sample_responses(model, processor, samples, max_new_tokens=LENGTH, temperature=1.0, progress=False)
+        return sample_responses(model, processor, samples, replace(GREEDY, greedy=False), progress=False)
 
     assert drawn(0) == drawn(0) != drawn(1)
 
 
 def test_every_end_token_of_the_model_ends_a_response() -> None:
     model, processor, samples = tiny_model(0), tiny_processor(), tiny_samples(2)
-    first = sample_responses(model, processor, samples, max_new_tokens=LENGTH, progress=False)[0]
+    first = sample_responses(model, processor, samples, GREEDY, progress=False)[0]
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, first[1]]
-    found = sample_responses(model, processor, samples, max_new_tokens=LENGTH, progress=False)[0]
+    found = sample_responses(model, processor, samples, GREEDY, progress=False)[0]
     assert found == first[: first.index(first[1]) + 1]
 
 
 def test_accuracy_counts_what_the_scorer_accepts() -> None:
     model, processor, samples = tiny_model(0), tiny_processor(), tiny_samples(4)
-    answers = sample_responses(model, processor, samples, max_new_tokens=LENGTH, progress=False)
+    answers = sample_responses(model, processor, samples, GREEDY, progress=False)
     texts = response_texts(processor, answers)
     calls = []
 
@@ -56,7 +58,7 @@ def test_accuracy_counts_what_the_scorer_accepts() -> None:
         calls.append((text, gold))
         return gold in "ab"
 
-    found = evaluate_accuracy(model, processor, samples, scorer, batch_size=3, max_new_tokens=LENGTH)
+    found = evaluate_accuracy(model, processor, samples, scorer, batch_size=3, sampling=GREEDY)
     assert found == {"accuracy": 0.5, "samples": 4, "mean_length": sum(map(len, answers)) / 4}
     assert calls == list(zip(texts, "abcd", strict=True))
 
@@ -76,7 +78,7 @@ def test_samples_without_a_gold_answer_do_not_count() -> None:
         asked.append(gold)
         return gold == "a"
 
-    options = {"batch_size": 4, "max_new_tokens": 2}
+    options = {"batch_size": 4, "sampling": Sampling(max_new_tokens=2)}
     result = evaluate_accuracy(tiny_model(), tiny_processor(), samples, scorer, **options)
     assert asked == ["a", "b"]
     assert (result["accuracy"], result["samples"]) == (0.5, 2)

@@ -13,6 +13,7 @@ from tiny import tiny_image, tiny_model, tiny_processor, tiny_samples
 from vgs.data.privileged import privileged_groups, privileged_sample
 from vgs.data.prompts import encode_groups
 from vgs.evaluation.kl_gap import kl_gap, on_policy
+from vgs.evaluation.sampling import Sampling
 from vgs.models.families import placeholder_ids
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
@@ -64,7 +65,7 @@ def test_wrong_responses_are_refused() -> None:
 def test_responses_are_sampled_from_the_plain_context() -> None:
     model, processor = tiny_model(0).train(), tiny_processor()
     drawn = [
-        on_policy(model, processor, samples, seed=seed, max_new_tokens=5)
+        on_policy(model, processor, samples, Sampling(greedy=False, max_new_tokens=5), seed=seed)
         for seed, samples in ((0, privileged_samples(3)), (0, tiny_samples(3)), (1, tiny_samples(3)))
     ]
     assert drawn[0] == drawn[1] != drawn[2]

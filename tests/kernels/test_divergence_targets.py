@@ -223,3 +223,15 @@ def test_rows_given_as_tuples():
         for r in (row, TargetRow(*row))
     ]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("changes", [{"logit_scale": 1.3}, {"softcap": 12.0}, {"bias": None}], ids=str)
+def test_rows_of_one_weight_are_combined_only_where_the_heads_agree(changes):
+    """Before the product; else it is two products, with the same result as of heads that share no memory."""
+    problem = make_problem(5, 57, bias=True, dtype=torch.float64)
+    row = TargetRow(1.0, problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, 0.8)
+    other = TargetRow(-0.5, problem.teacher_text_hidden, problem.teacher_weight, problem.teacher_bias, 0.8)
+    rows = [row, other._replace(**changes)]
+    args = (problem.student_hidden, problem.student_weight, rows)
+    found = [fused_linear_divergence(*args, fold=fold).divergence for fold in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

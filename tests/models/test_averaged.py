@@ -18,6 +18,7 @@ from tiny import tiny_model
 
 from vgs.models.averaged import COPY_FILE, StudentCopy
 from vgs.models.heads import read_head
+from vgs.trainers.prior import CopyFollower
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -142,11 +143,11 @@ def test_shards_that_cannot_be_followed_are_refused_at_the_start(
     monkeypatch.setattr(kind, "distributed_type", engine)
     monkeypatch.setattr(kind, "is_fsdp2", False)
     with pytest.raises(ValueError, match=r"teacher='ema' needs parameters that are whole or sharded by FSDP2"):
-        trainer._prepare_scoring()
-    trainer._keep(StudentCopy("live"))
+        trainer.make_scorer()
+    CopyFollower(trainer, StudentCopy("live"))
     monkeypatch.setattr(kind, "is_fsdp2", True)
     if engine == DistributedType.FSDP:
-        trainer._keep(StudentCopy("ema"))
+        CopyFollower(trainer, StudentCopy("ema"))
 
 
 def test_a_checkpoint_brings_the_copy_back(tmp_path: Path) -> None:

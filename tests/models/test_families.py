@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, LLAVA_NEXT, Family, separate_rows
+from families import FAMILIES, LLAVA_NEXT, separate_rows
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from vgs.log import warn_once
 from vgs.models.families import is_verified, prompt_positions
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
-from vgs.models.image_fields import join_images, split_images
+from vgs.models.image_fields import join_images
 
 GROUPS = {name: family.groups() for name, family in FAMILIES.items()}
 LENGTHS = [length for group in GROUPS["llava"] for length in group.response_lengths]
@@ -171,36 +169,6 @@ def test_an_unverified_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPa
     assert_same_gradients(gradients(model, rows, marks), gradients(model, oracle, marks))
 
 
-def host_batch(family: Family, groups: Sequence[PromptGroup]) -> tuple[dict[str, Tensor], Tensor]:
-    """Image fields and prompt mask of a batch as its host's processor prepares it, per-token fields with responses."""
-    width, columns = max(len(group.prompt_ids) for group in groups), 2
-    mask = torch.stack([pad(torch.ones_like(group.prompt_ids), (width - len(group.prompt_ids), 0)) for group in groups])
-    batch = join_images([group.images for group in groups])
-    if (name := family.token_field) is not None:
-        rows = [pad(group.images[name], (width - len(group.images[name]), columns)) for group in groups]
-        batch[name] = torch.stack(rows)
-    if batch["pixel_values"].ndim == 5 and "image_sizes" not in batch:  # one row per prompt, filled up with zeros
-        for name in ("pixel_values", "pixel_attention_mask"):
-            parts = [group.images[name][0] if group.has_images else batch[name][0, :0] for group in groups]
-            batch[name] = pad_sequence(parts, batch_first=True)
-    return batch, mask
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])
-def test_a_batch_is_split_into_its_prompts_images(family: str) -> None:
-    spec = {**FAMILIES, "llava_next": LLAVA_NEXT}[family]
-    groups = spec.groups()
-    batch, mask = host_batch(spec, groups)
-    tiles = [spec.small, 0, spec.large + spec.small] if family == "internvl" else None
-    for group, images in zip(groups, split_images(batch, mask, [1, 0, 2], tiles), strict=True):
-        assert images.keys() == group.images.keys()
-        for name, value in group.images.items():
-            part = images[name][tuple(slice(size) for size in value.shape)]
-            assert torch.equal(part, value)
-            filled = images[name].numel() > value.numel()
-            assert not filled or images[name].abs().sum() == value.abs().sum()
-
-
 def test_images_that_do_not_fit_together_are_refused() -> None:
     pixels, grid = torch.zeros(4, 6), torch.tensor([[1, 2, 2]])
     good = {"pixel_values": pixels, "image_grid_thw": grid}
@@ -210,10 +178,3 @@ def test_images_that_do_not_fit_together_are_refused() -> None:
         join_images([good, {"pixel_values": pixels}])
     with pytest.raises(ValueError, match=r"pixel_values have shapes \(4, 6\), \(4, 5\)"):
         join_images([good, {**good, "pixel_values": torch.zeros(4, 5)}])
-    mask = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="num_images is None for 2 prompts"):
-        split_images(good, mask)
-    with pytest.raises(ValueError, match="image_grid_thw has 1 rows, but the prompts' images make 2"):
-        split_images(good, mask, [1, 1])
-    with pytest.raises(ValueError, match="pixel_values has 4 rows, but the prompts' images make 3"):
-        split_images({"pixel_values": pixels}, mask, [1, 1], [1, 2])

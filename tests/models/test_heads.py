@@ -3,12 +3,17 @@ tests/test_one_step.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from peft import LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from vgs.models.forward import final_states
 from vgs.models.heads import Head, head_parameters, read_head
 
 IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
@@ -146,6 +151,67 @@ def test_other_adapters_on_the_head(config: LoraConfig | LoHaConfig) -> None:
     torch.testing.assert_close(
         apply(read_head(model, torch.float32), states(model)), model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5
     )
+
+
+TEXT = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+TEXT_MODELS = {
+    "cohere2": (transformers.Cohere2Config, {"logit_scale": 0.25}, (0.25, None)),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}, (0.125, None)),
+    "gemma2": (transformers.Gemma2Config, {"final_logit_softcapping": 3.0}, (1.0, 3.0)),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2},
+        (0.5, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_factor_and_cap_of_a_text_model(name: str) -> None:
+    kind, options, expected = TEXT_MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**TEXT, **options)).eval()
+    head = read_head(model, torch.float32)
+    assert (head.logit_scale, head.softcap) == expected
+    torch.testing.assert_close(head.logits(final_states(model, input_ids=IDS)), model(input_ids=IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["aya_vision", "cohere2_vision", "gemma4", "llava", "qwen3_vl"])
+def test_a_wrapper_has_the_head_that_its_own_forward_applies(family: str, checkpoint: Callable[..., Path]) -> None:
+    """AyaVision leaves out the factor of its text config, 0.25; Gemma 4 has the cap of its own."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint(family)).eval()
+    head = read_head(model, torch.float32)
+    assert (head.logit_scale, head.softcap) == (1.0, 30.0 if family == "gemma4" else None)
+    torch.testing.assert_close(head.logits(final_states(model, input_ids=IDS)), model(input_ids=IDS).logits)
+
+
+class Wrapper(transformers.Qwen3VLForConditionalGeneration):
+    """Has no body without a head, as Llama 4's wrapper."""
+
+    base_model_prefix = "none"
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+@torch.no_grad()
+def test_states_of_a_body_that_holds_its_head() -> None:
+    model = tiny_model(0)
+    expected = final_states(model, input_ids=IDS)
+    model.__class__ = Wrapper
+    assert model.base_model is model
+    assert torch.equal(final_states(model, input_ids=IDS), expected)
+    torch.testing.assert_close(read_head(model, torch.float32).logits(expected), model(input_ids=IDS).logits)
 
 
 def test_quantised_head() -> None:

@@ -116,7 +116,7 @@ def test_a_typed_placeholder_is_refused_with_its_row(real: Real, with_images: bo
     for token in typed:
         message = {"role": "user", "content": f"what is {token} ?"}
         sample = {"prompt": [message], "images": real.samples[0]["images"] if with_images else []}
-        with pytest.raises(ValueError, match=r"prompt 2 .*placeholder") as error:
+        with pytest.raises(ValueError, match=r"^sample 2: .*placeholder") as error:
             real.groups([*real.samples[:2], sample])
         assert token in str(error.value)
 

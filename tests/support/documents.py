@@ -196,17 +196,17 @@ def known_settings() -> set[str]:
     """Every key that a config may have, in any section and with any trainer, one of accelerate's included."""
     import yaml
 
-    from vgs.cli import main
+    from vgs.cli import config
     from vgs.data.sources import DataSource
     from vgs.trainers.kinds import TRAINERS
     from vgs_kernels import Divergence
 
-    keys = {*main.SECTIONS, *main.TEACHER_KEYS, *main.DIGITS_KEYS, "modules_to_save"}
+    keys = {*config.SECTIONS, *config.TEACHER_KEYS, *config.DIGITS_KEYS, "modules_to_save"}
     for settings in (DataSource, Divergence, *(load()[0] for load in TRAINERS.values())):
         keys |= {field.name for field in dataclasses.fields(settings)}
     for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
-        config = yaml.safe_load(path.read_text())
-        keys |= {*config, *config.get("fsdp_config", {}), *config.get("deepspeed_config", {})}
+        launch = yaml.safe_load(path.read_text())
+        keys |= {*launch, *launch.get("fsdp_config", {}), *launch.get("deepspeed_config", {})}
     return keys
 
 

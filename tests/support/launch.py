@@ -34,7 +34,8 @@ def torchrun(worker: Path, ranks: int, *arguments: str, timeout: float = 300, **
 
 
 def launch_once(factory: pytest.TempPathFactory, name: str, launch: Callable[[Path], None]) -> Path:
-    """The folder of a launch's results. Of several processes of pytest, the first to come launches; the others wait.
+    """The folder of a launch's results. Of several processes of pytest, the first to come launches; the others wait,
+    and fail as it did.
 
     Args:
         factory: pytest's.
@@ -46,14 +47,18 @@ def launch_once(factory: pytest.TempPathFactory, name: str, launch: Callable[[Pa
         base = base.parent
     folder = base / name
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "done").exists():
-            folder.mkdir(exist_ok=True)
-            launch(folder)
-            (folder / "done").touch()
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                launch(folder)
+            except BaseException as error:
+                (folder / "failure").write_text(str(error))
+                raise
+    assert not (folder / "failure").exists(), (folder / "failure").read_text()
     return folder
 
 
 def wanted(request: pytest.FixtureRequest, argument: str = "name") -> list[str]:
-    """The values of a parameter in the tests of this session that use the requesting fixture, in order."""
-    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    """The values of a parameter in the selected tests of a module that use its fixture, which asks, in order."""
+    items = [x for x in request.session.items if x.path == request.path and request.fixturename in x.fixturenames]
     return list(dict.fromkeys(item.callspec.params[argument] for item in items))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 from accelerate.utils import DistributedType
 from tiny import tiny_model, tiny_processor, tiny_samples, tiny_tokenizer, trainer_options
 from torch import nn
 from trainers import make_trainer
+from transformers import Qwen3VLForConditionalGeneration
 
 from vgs import VGSConfig, VGSTrainer
 from vgs.errors import ConfigError
@@ -33,7 +37,8 @@ def without(column: str) -> list[dict]:
     ("change", "error", "message"),
     [
         ({"tools": [print]}, ConfigError, "tools are not supported"),
-        ({"processing_class": tiny_tokenizer()}, TypeError, "processing_class must be a processor"),
+        ({"processing_class": object()}, TypeError, "processing_class must be a processor .* got object"),
+        ({"processing_class": tiny_tokenizer()}, ConfigError, "must be the processor of Qwen3VL.*, got its tokenizer"),
         ({"teacher_model": None}, ConfigError, "teacher_model is needed"),
         ({"args": trl.DistillationConfig("x", use_cpu=True, bf16=False)}, TypeError, "args must be a VGSConfig"),
         ({"teacher_model": tiny_model(1, vocab_size=50)}, ValueError, "vocab_size"),
@@ -85,13 +90,87 @@ def test_columns_as_far_as_they_are_known() -> None:
     assert not has_column(SimpleNamespace(column_names=["prompt"]), "images")
 
 
-def test_a_text_only_student_is_refused() -> None:
-    student, text = tiny_model(0), SimpleNamespace(config=SimpleNamespace(to_dict=dict))
-    check_pair(student, tiny_model(1), has_processor=True)
-    with pytest.raises(ConfigError, match="must be a vision-language model with a processor, got Qwen3VL"):
-        check_pair(student, tiny_model(1), has_processor=False)
-    with pytest.raises(ConfigError, match="must be a vision-language model with a processor, got SimpleNamespace"):
-        check_pair(text, tiny_model(1), has_processor=True)
+def text_model(seed: int) -> nn.Module:
+    """A text-only model that knows the tiny tokenizer's words."""
+    config = transformers.Qwen2Config(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def text_samples() -> list[dict]:
+    return [{"prompt": x["prompt"], "answer": x["answer"]} for x in tiny_samples(4)]
+
+
+def text_trainer(tmp_path: Path, **options: Any) -> VGSTrainer:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}assistant"
+    return VGSTrainer(
+        model=text_model(0),
+        teacher_model=text_model(1),
+        args=VGSConfig(**trainer_options(tmp_path, max_steps=2, **options)),
+        train_dataset=text_samples(),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("preset", ["opd", "gkd"])
+def test_a_text_only_student_trains_where_no_image_is_needed(tmp_path: Path, preset: str) -> None:
+    trainer = text_trainer(tmp_path, preset=preset)
+    trainer.train()
+    assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in trainer.state.log_history[:2])
+
+
+def test_a_text_only_student_is_refused_where_images_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compares prompts with and without images"):
+        text_trainer(tmp_path)
+    with pytest.raises(ConfigError, match="model must be a vision-language model, got Qwen2ForCausalLM"):
+        check_pair(text_model(0), text_model(1), has_processor=False, needs_images=True)
+
+
+def test_prompts_of_plain_text(tmp_path: Path) -> None:
+    """As TRL takes them: no template is applied."""
+    samples = [{"prompt": text, "answer": "a"} for text in ("red ?", "what is the answer : a b ?")] * 4
+    trainer = make_trainer(tmp_path, samples=samples, preset="opd", max_steps=2)
+    trainer.train()
+    expected = {tuple(trainer.processing_class.tokenizer(x["prompt"])["input_ids"]) for x in samples}
+    groups = trainer.sample(samples)["groups"]
+    assert {tuple(group.prompt_ids.tolist()) for group in groups} == expected
+    with pytest.raises(ConfigError, match="sample 0: images has 1 entries, but a prompt of plain text has no place"):
+        trainer.sample([{**samples[0], "images": tiny_samples(1)[0]["images"]}])
+
+
+@pytest.mark.parametrize("form", ["image", "in the prompt"])
+def test_pictures_in_other_places(tmp_path: Path, form: str) -> None:
+    """TRL's column ``image``, and prompts that hold their own."""
+    usual, samples = tiny_samples(4), []
+    for sample in usual:
+        (image,), text = sample["images"], {"type": "text", "text": sample["prompt"][0]["content"]}
+        kept = {"prompt": sample["prompt"], "answer": sample["answer"], "image": image}
+        if form != "image":
+            block = {"type": "image", "image": image}
+            kept = {"prompt": [{"role": "user", "content": [block, text]}], "answer": sample["answer"]}
+        samples.append(kept)
+    trainer = make_trainer(tmp_path, samples=samples, max_steps=1)
+    trainer.train()
+    for one, other in zip(trainer.sample(samples)["groups"], trainer.sample(usual)["groups"], strict=True):
+        assert torch.equal(one.prompt_ids, other.prompt_ids) and torch.equal(one.text_prompt_ids, other.text_prompt_ids)
+        assert torch.equal(one.images["pixel_values"], other.images["pixel_values"])
+
+
+def test_logits_that_the_loss_would_not_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Qwen3VLForConditionalGeneration.forward
+
+    def halved(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "forward", halved)
+    with pytest.raises(ConfigError, match=r"^model, a Qwen3VLForConditionalGeneration, has logits .* off by"):
+        make_trainer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ import pytest
 import torch
 import trl
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_options
+from torch.nn.functional import pad
 from trainers import make_trainer, rollout, scripted_run
 
 import vgs.objectives.definitions
 import vgs.trainers.micro_batch
 from vgs import VGSConfig, VGSTrainer
 from vgs.models.groups import PromptGroup
+from vgs.models.padding import pad_prompts
 from vgs.objectives.eta import gradient_norm
 from vgs.trainers.passes import backward
-from vgs.trainers.rollouts import sampled_groups
+from vgs.trainers.rollouts import encode_questions
 
 
 def responses_of(batch: dict) -> list[list[int]]:
@@ -130,9 +132,12 @@ def test_mixed_precision_checkpointing_and_lora(tmp_path: Path, monkeypatch: pyt
 def test_plain_arm_equals_trls_own_distillation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gamma=0.0, lam=0.0, eta=1.0, loss_reduction="token", log_terms=False)
     trainer.model.train()
-    host = trl.DistillationTrainer._generate_and_score_completions(trainer, list(trainer.train_dataset))
-    prompts = [x["prompt"] for x in trainer.train_dataset]
-    groups = sampled_groups(host, prompts, 1, trainer.processing_class, trainer.placeholder_ids)
+    questions = encode_questions(trainer, list(trainer.train_dataset), 1)
+    host = trainer.host_rollout(questions)
+    groups = questions.answered(host["completion_ids"], host["completion_mask"])
+    _, _, fields = pad_prompts(questions.rows, 0)
+    kinds = fields.pop("mm_token_type_ids")
+    host |= {**fields, "mm_token_type_ids": pad(kinds, (0, host["completion_ids"].shape[1]))}
     batch = trainer.with_teacher({"groups": groups, "num_items_in_batch": host["num_items_in_batch"]})
     loss = loss_of(trainer, batch)
     theirs = trl.DistillationTrainer._compute_loss(trainer, trainer.model, host, host["num_items_in_batch"])

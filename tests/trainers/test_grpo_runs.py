@@ -79,10 +79,10 @@ def test_evaluation_is_greedy_and_takes_one_response(tmp_path) -> None:
 
 
 def greedy(trainer: VGSGRPOTrainer) -> list[str]:
-    from vgs.evaluation.accuracy import sample_responses
+    from vgs.evaluation.sampling import Sampling, sample_responses
 
-    length = trainer.max_completion_length
-    answers = sample_responses(trainer.model, trainer.processing_class, tiny_samples(5), max_new_tokens=length)
+    sampling = Sampling.from_settings(trainer.args, greedy=True)
+    answers = sample_responses(trainer.model, trainer.processing_class, tiny_samples(5), sampling)
     return trainer._tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from preset_cases import TOKENS, VOCABULARY, Case, kl, softmax
 from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch import Tensor
-from trainers import ScriptedTrainer, make_trainer
+from trainers import ScriptedTrainer, make_trainer, rollout
 
 from vgs import VGSConfig, VGSTrainer
 from vgs.models.heads import Head
@@ -137,3 +137,8 @@ def test_eta_is_measured_with_it(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eta="measure", prior="frozen", max_steps=1)
     trainer.train()
     assert 0 < trainer.steering.eta < 2
+
+
+def test_without_a_visual_term_it_is_not_asked(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eta=0.5, prior="frozen", gamma=0.0, lam=0.5)
+    assert not any("prior" in entry.rows for entry in rollout(trainer)["teacher"])

@@ -41,11 +41,11 @@ def ranks_of(name: str) -> int:
     return CASES[name].ranks if name in CASES else 2
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], list[dict[str, Any]]]:
-    """What every rank of a case reports. All cases of this session with the same number of ranks share a launch; a rank
+    """What every rank of a case reports. All selected cases with the same number of ranks share a launch; a rank
     that hangs prints its stacks and fails."""
     names = wanted(request)
 

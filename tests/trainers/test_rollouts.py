@@ -134,6 +134,33 @@ def test_evaluation_accuracy(tmp_path: Path) -> None:
     assert {"eval_loss", "eval_standard", "eval_vds_q70"} <= metrics.keys()
 
 
+def test_every_eval_set_has_metrics_of_its_own(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, scorer=lambda text, gold: gold == "right", max_steps=1, eval_strategy="steps")
+    trainer.eval_dataset = {
+        name: [{**sample, "answer": answer} for sample in tiny_samples(3)]
+        for name, answer in (("one", "right"), ("two", "wrong"))
+    }
+    metrics = trainer.evaluate()
+    assert (metrics["eval_one_accuracy"], metrics["eval_two_accuracy"]) == (1.0, 0.0)
+    assert {"eval_one_loss", "eval_two_vds", "eval_one_completions/mean_length"} <= metrics.keys()
+    assert not {"eval_accuracy", "eval_loss", "eval_vds"} & metrics.keys(), "none that would be the last set's"
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert "eval_two_accuracy" in logged and not {"eval_accuracy", "eval_vds"} & logged
+
+
+def test_a_checkpoints_own_settings_do_not_change_rollouts(tmp_path: Path) -> None:
+    """Of a published checkpoint's generation config only the end tokens count."""
+    trainers = [make_trainer(tmp_path, student=tiny_model(0)) for _ in range(2)]
+    trainers[1].model.generation_config.update(repetition_penalty=50.0, no_repeat_ngram_size=1, typical_p=0.2)
+    drawn = []
+    for trainer in trainers:
+        torch.manual_seed(0)
+        drawn.append(draw(trainer))
+    assert drawn[0] == drawn[1]
+    assert trainers[1].model.generation_config.no_repeat_ngram_size == 1, "it is saved with the model as it was"
+
+
 def test_samples_without_answers_do_not_count(tmp_path: Path) -> None:
     samples = tiny_samples(8)
     for sample in samples[2:]:

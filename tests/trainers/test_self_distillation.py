@@ -250,6 +250,19 @@ def test_an_average_under_lora_holds_the_adapter_alone(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_the_teacher_runs_in_the_engine_that_the_student_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    trainer = make_self_trainer(tmp_path)
+    assert trainer.step_scorer.teacher_model is trainer.model
+    monkeypatch.setattr(type(trainer.step_scorer), "sharded", sharded)
+    trainer.model_wrapped = torch.nn.Sequential(trainer.model)
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.step_scorer.teacher_model is (trainer.model_wrapped if sharded else trainer.model)
+    assert trainer.copy.taken
+
+
 # ---- resuming
 
 

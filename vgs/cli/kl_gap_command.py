@@ -28,6 +28,7 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
     """
     from ..data.privileged import check_columns
     from ..evaluation.kl_gap import kl_gap, on_policy
+    from ..evaluation.sampling import Sampling
 
     if trainer_kind(config) != "self":
         raise ConfigError("kl-gap needs an objective with privileged context: visual_opsd, opsd or vision_opd.")
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
     samples = [samples[i] for i in range(min(options.samples or len(samples), len(samples)))]
     training = config.get("training", {})
     template = training.get("chat_template_kwargs") or {}
-    sampling = {"max_new_tokens": training.get("max_completion_length", 512), **template}
+    sampling = Sampling.from_settings({"max_completion_length": 512, **training}, greedy=False)
     knobs = {
         "mode": training.get("privileged_mode", "add"),
         "control": options.control,
@@ -44,11 +45,11 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
         "vocab_size": training.get("vocab_size"),
         **template,
     }
-    answers = on_policy(model, processor, samples, batch_size=options.batch_size, **sampling)
+    answers = on_policy(model, processor, samples, sampling, batch_size=options.batch_size)
     result: dict[str, Any] = {"before": kl_gap(model, processor, samples, answers, **knobs)}
     if options.after is not None:
         trained, *_ = load_for_eval(config, options.after)
-        answers = on_policy(trained, processor, samples, batch_size=options.batch_size, **sampling)
+        answers = on_policy(trained, processor, samples, sampling, batch_size=options.batch_size)
         result["after"] = kl_gap(trained, processor, samples, answers, **knobs)
         result["after"]["to_before"] = kl_gap(trained, processor, samples, answers, teacher=model, **knobs)["gap"]
         result["closed"] = 1.0 - result["after"]["gap"] / result["before"]["gap"]

@@ -227,9 +227,11 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
         ConfigError: as ``load_for_eval``, or eval data without gold answers.
     """
     from ..evaluation.accuracy import evaluate_accuracy
+    from ..evaluation.sampling import Sampling
 
     model, processor, samples, scorer = load_for_eval(config, model_path)
-    longest = config.get("training", {}).get("max_completion_length", 512)
-    result = evaluate_accuracy(model, processor, samples, scorer, batch_size, longest)
+    settings = {"max_completion_length": 512, **config.get("training", {})}
+    sampling = Sampling.from_settings(settings, greedy=True)
+    result = evaluate_accuracy(model, processor, samples, scorer, batch_size, sampling)
     report(result, out)
     return result

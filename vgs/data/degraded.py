@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..models.groups import PromptGroup
-from .prompts import encode_groups
+from .prompts import encode_groups, shared_format
 
 PIXELATION = 0.1  # of each side (VA-OPD, arXiv 2605.21924)
 
@@ -66,7 +66,7 @@ def control_groups(
     """The groups with degraded images; those without images stay as they are.
 
     Args:
-        processor, template_options: as in ``prompts.encode_prompts``.
+        processor, template_options: as in ``prompts.encode_prompt``.
         samples: ``prompt`` and ``images`` of each group.
         groups: prompts with their responses.
         kind, seed: see ``control_images``; all groups have the same noise.
@@ -79,6 +79,7 @@ def control_groups(
         if not group.has_images:
             controls.append(group)
             continue
+        sample = shared_format(sample)
         degraded = {**sample, "images": control_images(sample["images"], kind, seed)}
         responses, device = [response.tolist() for response in group.responses], group.images["pixel_values"].device
         (control,) = encode_groups(processor, [degraded], [responses], (), device, **template_options)

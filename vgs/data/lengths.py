@@ -9,12 +9,12 @@ from threading import Lock
 from typing import Any
 
 from datasets.fingerprint import Hasher
-from trl.data_utils import prepare_multimodal_messages
 
 from ..errors import ConfigError
 from .cache import processor_fingerprint, remembered
 from .checks import data_fingerprint, over_rows
 from .conversations import BadRow
+from .prompts import encode_prompt, fill_images, shared_format
 from .sources import Samples, listed
 
 logger = logging.getLogger(__name__)
@@ -22,16 +22,10 @@ logger = logging.getLogger(__name__)
 PROBES = 4  # rows of each number of images on which the count from sizes is compared with full encoding
 
 
-def prompt_length(processor: Any, sample: dict[str, Any], **template_options: Any) -> int:
-    """Tokens of a sample's prompt, image tokens included: it is encoded alone, as ``encode_prompts`` does."""
-    encoded = processor.apply_chat_template(
-        conversation=[prepare_multimodal_messages(sample["prompt"], images=list(sample.get("images") or []))],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **template_options,
-    )
-    return len(encoded["input_ids"][0])
+def prompt_length(processor: Any, sample: Mapping[str, Any], **template_options: Any) -> int:
+    """Tokens of a sample's prompt, image tokens included: it is encoded alone, as for sampling and scoring."""
+    sample = shared_format(sample)
+    return len(encode_prompt(processor, fill_images(sample["prompt"], sample["images"]), **template_options)[0])
 
 
 def _count_from_sizes(processor: Any, sample: Mapping[str, Any], **template_options: Any) -> int:
@@ -41,7 +35,7 @@ def _count_from_sizes(processor: Any, sample: Mapping[str, Any], **template_opti
     text, and what a processor writes around its image tokens.
     """
     sizes = sample["images"]
-    messages = prepare_multimodal_messages(sample["prompt"], images=list(range(len(sizes))))
+    messages = fill_images(sample["prompt"], list(range(len(sizes))))
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_options)
     count = len(processor.tokenizer(text)["input_ids"])
     if sizes:

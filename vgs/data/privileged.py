@@ -19,7 +19,7 @@ from PIL import Image
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from .degraded import control_images
-from .prompts import encode_groups
+from .prompts import encode_groups, shared_format
 
 COLUMNS = ("privileged_images", "privileged_text", "privileged_prompt")
 MODES = ("add", "replace")
@@ -67,13 +67,14 @@ def privileged_sample(sample: Mapping[str, Any], mode: str = "add", control: str
     Raises:
         ConfigError: a note, but no user message to take it.
     """
+    sample = shared_format(sample)
     prompt = sample.get("privileged_prompt") or sample["prompt"]
     if note := sample.get("privileged_text"):
         prompt = _with_note(prompt, note)
     extra = list(sample.get("privileged_images") or [])
     if control is not None and extra:
         extra = control_images(extra, control, _seed(extra))
-    own = [] if mode == "replace" and extra else list(sample.get("images") or [])
+    own = [] if mode == "replace" and extra else sample["images"]
     return {"prompt": _with_places(prompt, len(own), len(extra)), "images": own + extra}
 
 

@@ -1,5 +1,9 @@
 """From prompts, images and responses to the two views every token is scored in: with the image, and without it.
 
+Every prompt is encoded alone, unpadded, by its model's own processor, and these encodings are the only ones used: in
+sampling, in scoring and in evaluation. What a processor says to a batch differs from family to family: some pad by
+default, some return lists of tensors of different shapes.
+
 The text-only view is the same conversation rendered again *without* its image items. Cutting the image span out of the
 token ids instead can tokenise differently where text touches the span, and keeping the placeholders without pixels runs
 silently and changes every hidden state.
@@ -7,37 +11,79 @@ silently and changes every hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
-from ..models.image_fields import MULTIMODAL_FIELDS
+from ..models.image_fields import IMAGE_FIELDS
+from ..models.padding import pad_prompts
+
+Messages = Sequence[Mapping[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
+PICTURE_KEYS = ("image", "url", "path", "base64")  # where a content block may have its picture
+#: What some processors return for their own use; no model's forward takes it.
+UNUSED_FIELDS = frozenset({"input_ids", "attention_mask", "num_crops", "num_patches", "rows", "cols"})
 
 
-def remove_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as content blocks, without its image (and video) items.
+def shared_format(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with all its pictures in the list ``images``, and places for them in its ``prompt``.
+
+    Args:
+        sample: ``prompt``, and pictures in ``images``, in TRL's column ``image`` (one alone), or in the prompt itself.
+
+    Raises:
+        ValueError: as ``fill_images``, where the prompt itself has pictures.
+    """
+    images, prompt = sample.get("images"), sample["prompt"]
+    if images is None:
+        images = [] if sample.get("image") is None else [sample["image"]]
+    asked = [] if isinstance(prompt, str) else [message for message in prompt if message["role"] != "tool"]
+    if any(picture is not None for picture in prompt_images(asked)):
+        filled = fill_images(prompt, images)
+        images = prompt_images([message for message in filled if message["role"] != "tool"])
+        prompt = [_with_places(message) for message in filled]
+    return {**sample, "prompt": prompt, "images": list(images)}
+
+
+def _with_places(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of content blocks with places in place of its pictures; a tool's keeps them."""
+    if message["role"] == "tool" or not message.get("content"):
+        return message
+    parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+    return {**message, "content": parts}
+
+
+def remove_images(messages: Messages | str) -> list[dict[str, Any]] | str:
+    """The conversation as content blocks, without its image (and video) items; a plain text stays as it is.
 
     Args:
         messages: chat messages whose ``content`` is a string or a list of content blocks.
     """
+    if isinstance(messages, str):
+        return messages
     stripped = []
     for message in messages:
-        content = message["content"]
+        content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        stripped.append({**message, "content": [part for part in content if part["type"] not in ("image", "video")]})
+        if content is not None:
+            content = [part for part in content if part["type"] not in ("image", "video")]
+            message = {**message, "content": content}
+        stripped.append(dict(message))
     return stripped
 
 
-def fill_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
-    """The conversation as content blocks, with its images in their places.
+def fill_images(messages: Messages | str, images: Sequence[Any]) -> list[dict[str, Any]] | str:
+    """The conversation as content blocks, with its images in their places; a plain text stays as it is.
 
     Args:
         messages: chat messages whose ``content`` is a string or a list of content blocks. Image blocks without an image
@@ -45,8 +91,13 @@ def fill_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> li
         images: as many as there are places.
 
     Raises:
-        ValueError: another number of images, or a role that is none of system, user, assistant, tool.
+        ValueError: another number of images, a plain text with images, or a role that is none of system, user,
+            assistant, tool.
     """
+    if isinstance(messages, str):
+        if images:
+            raise ValueError(f"images has {len(images)} entries, but a prompt of plain text has no place for any.")
+        return messages
     filled, opened = [], False
     for message in messages:
         role, content = message["role"], message.get("content")
@@ -57,10 +108,13 @@ def fill_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> li
             opened = opened or role == "user"
             content = [*places, {"type": "text", "text": content}]
             message = {**message, "content": content}
-        filled.append(message)
+        elif content:  # tables of content blocks fill up with None
+            parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+            message = {**message, "content": parts}
+        filled.append(dict(message))
 
     def is_place(message: dict[str, Any], part: dict[str, Any]) -> bool:
-        return message["role"] != "tool" and part["type"] == "image" and "image" not in part
+        return message["role"] != "tool" and part["type"] == "image" and not part.keys() & set(PICTURE_KEYS)
 
     count = sum(is_place(message, part) for message in filled for part in message.get("content") or ())
     if count != len(images):
@@ -74,77 +128,176 @@ def fill_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) -> li
     ]
 
 
+def placeholder_texts(processor: Any, forbidden: Sequence[int]) -> list[str]:
+    """The tokens that processor or model read as the place of a picture, video or sound; no ordinary words.
+
+    Args:
+        processor: a processor or a tokenizer.
+        forbidden: placeholder ids of the model, see ``vgs.models.families.placeholder_ids``.
+    """
+    added = _tokenizer(processor).get_added_vocab()
+    ids = {*forbidden, *(getattr(processor, "image_token_ids", None) or ())}
+    names = {token for token, index in added.items() if index in ids}
+    names |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")} & added.keys()
+    return sorted(names)
+
+
+def _tokenizer(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _texts(messages: Messages | str) -> Iterator[str]:
+    for message in [{"content": messages}] if isinstance(messages, str) else messages:
+        content = message.get("content") or ()
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            yield part.get("text") or ""
+
+
+def _check_texts(messages: Messages | str, marks: Sequence[str]) -> None:
+    found = [mark for mark in marks if any(mark in text for text in _texts(messages))]
+    if found:
+        raise ValueError(
+            f"the prompt has the image placeholder {', '.join(found)} in its text; put images in the sample's "
+            "`images`, and no placeholder in the prompt's text."
+        )
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """What is raised inside names the sample."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"sample {index}: {reason}") from error
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Tensors, arrays, numbers, and lists of them, however deep; tensors of one shape are stacked."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple, Tensor, np.ndarray)):
+        return torch.stack([_as_tensor(part) for part in value])
+    return torch.as_tensor(np.asarray(value))
+
+
+def encode_prompt(
+    processor: Any, messages: Messages | str, **template_options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One prompt as its model takes it.
+
+    Args:
+        processor: the model's processor; of a text-only model its tokenizer.
+        messages: chat messages of content blocks with their images (``fill_images``), or a plain text, to which no
+            template is applied.
+        **template_options: passed to ``apply_chat_template``.
+
+    Returns:
+        [P] int64 token ids, unpadded, and the multimodal fields as the family's forward takes them (per-token ones
+        [P]).
+
+    Raises:
+        ValueError: the processor returns a field that cannot be joined over prompts.
+    """
+    options: dict[str, Any] = {"return_tensors": "pt"}
+    if isinstance(messages, str):
+        encoded = processor(text=[messages], padding=False, **options)
+    else:
+        if hasattr(processor, "tokenizer"):
+            options["processor_kwargs"] = {"padding": False}  # some processors pad unless they are told not to
+        else:
+            options["padding"] = False
+            messages = [{**x, "content": "".join(_texts([x]))} if x.get("content") else x for x in messages]
+        encoded = processor.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **options,
+            **template_options,
+        )
+    ids = _as_tensor(encoded["input_ids"])
+    fields = {}
+    for name, value in encoded.items():
+        if name in UNUSED_FIELDS or value is None:
+            continue
+        if name not in PER_TOKEN_FIELDS and name not in IMAGE_FIELDS:
+            raise ValueError(
+                f"{type(processor).__name__} returns the field {name!r}, for which there is no rule how prompts are "
+                "joined: this family is not supported."
+            )
+        fields[name] = _as_tensor(value)
+    if ids.ndim == 2:
+        ids = ids[0]
+        fields = {name: value[0] if name in PER_TOKEN_FIELDS else value for name, value in fields.items()}
+    return ids, fields
+
+
+def _text_only(
+    processor: Any, messages: Messages | str, forbidden: Sequence[int], marks: Sequence[str], **template_options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``encode_prompt`` of the prompt without its images, and no placeholder in it."""
+    _check_texts(messages, marks)
+    ids, fields = encode_prompt(processor, remove_images(messages), **template_options)
+    if found := set(ids.tolist()) & set(forbidden):  # the chat template's own
+        names = _tokenizer(processor).convert_ids_to_tokens(sorted(found))
+        raise ValueError(
+            f"the text-only view still contains the image placeholder {', '.join(names)}, which the chat template "
+            "writes without any image."
+        )
+    return ids, fields
+
+
 def text_only_prompts(
-    processor: Any, prompts: Sequence[Sequence[dict[str, Any]]], forbidden: Sequence[int], **template_options: Any
+    processor: Any, prompts: Sequence[Messages | str], forbidden: Sequence[int], **template_options: Any
 ) -> list[list[int]]:
     """Token ids of each prompt rendered without its images.
 
     Args:
-        processor: the model's processor (its chat template renders the prompts).
+        processor, template_options: as in ``encode_prompt``.
         prompts: conversations, with or without image items.
         forbidden: placeholder ids (``placeholder_ids``) that a text-only prompt must not contain.
-        **template_options: passed to ``apply_chat_template``.
 
     Raises:
-        ValueError: a rendered prompt still contains an image placeholder.
+        ConfigError: an image placeholder in a prompt's text, or in its rendering; the sample is named.
     """
-    rendered = processor.apply_chat_template(
-        conversation=[remove_images(prompt) for prompt in prompts],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **template_options,
-    )["input_ids"]
-    for index, ids in enumerate(rendered):
-        if found := set(ids) & set(forbidden):
-            names = processor.tokenizer.convert_ids_to_tokens(sorted(found))
-            raise ValueError(
-                f"The text-only view of prompt {index} still contains the image placeholder {', '.join(names)}; "
-                "put images in the sample's `images`, and no placeholder in the prompt's text."
-            )
+    marks, rendered = placeholder_texts(processor, forbidden), []
+    for index, prompt in enumerate(prompts):
+        with _named(index):
+            rendered.append(_text_only(processor, prompt, forbidden, marks, **template_options)[0].tolist())
     return rendered
 
 
-def left_pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Token id lists -> ([B, P] int64 padded on the left, [B, P] int64 mask)."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
 def encode_prompts(
-    processor: Any, samples: Sequence[dict[str, Any]], **template_options: Any
+    processor: Any, samples: Sequence[Mapping[str, Any]], *, first: int = 0, **template_options: Any
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Prompts with their images as a model takes them.
+    """Prompts with their images as one batch, for ``generate``.
 
     Args:
-        processor: the model's processor.
+        processor, template_options: as in ``encode_prompt``.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
-        **template_options: passed to ``apply_chat_template``.
+        first: the number of the first sample, for errors.
 
     Returns:
         ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
+
+    Raises:
+        ConfigError: a sample that cannot be encoded; its number is named.
     """
-    encoded = processor.apply_chat_template(
-        conversation=[fill_images(x["prompt"], list(x.get("images") or [])) for x in samples],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **template_options,
-    )
-    ids, mask = left_pad(encoded["input_ids"], processor.tokenizer.pad_token_id)
-    fields = {
-        name: left_pad(encoded[name], 0)[0] if name in PER_TOKEN_FIELDS else torch.as_tensor(encoded[name])
-        for name in MULTIMODAL_FIELDS
-        if name in encoded
-    }
-    return ids, mask, fields
+    groups = []
+    for index, given in enumerate(samples, start=first):
+        with _named(index):
+            sample = shared_format(given)
+            _check_texts(sample["prompt"], placeholder_texts(processor, ()))
+            filled = fill_images(sample["prompt"], sample["images"])
+            ids, fields = encode_prompt(processor, filled, **template_options)
+        groups.append(PromptGroup(ids, ids[:0], (), fields))
+    return pad_prompts(groups, _tokenizer(processor).pad_token_id or 0)
 
 
 def encode_groups(
     processor: Any,
-    samples: Sequence[dict[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
     responses: Sequence[Sequence[Sequence[int]]],
     forbidden: Sequence[int],
     device: torch.device | str = "cpu",
@@ -153,8 +306,8 @@ def encode_groups(
     """Both views of samples in the shared format (``prompt``, ``images``) with given responses.
 
     Args:
-        processor, template_options: as in ``encode_prompts``.
-        samples: dicts with ``prompt`` and ``images``.
+        processor, template_options: as in ``encode_prompt``.
+        samples: dicts with ``prompt`` and ``images`` (or TRL's ``image``).
         responses: for every sample its responses, each a list of token ids.
         forbidden: placeholder ids, see ``placeholder_ids``.
         device: where the image fields go.
@@ -164,22 +317,42 @@ def encode_groups(
 
     Raises:
         TypeError: responses that are no lists of token ids.
-        ValueError: different numbers of samples and responses, or an image placeholder in a text-only view or in a
-            response.
+        ConfigError: a sample that cannot be encoded, its number is named: an image placeholder in its text, another
+            number of images than places, a picture that the processor refuses.
+        ValueError: different numbers of samples and responses, or an image placeholder in a response.
     """
     if len(samples) != len(responses):
         raise ValueError(f"responses holds entries for {len(responses)} samples, expected {len(samples)}.")
     _check_responses(responses, forbidden)
-    if not samples:
-        return []
-    text_prompts = text_only_prompts(processor, [x["prompt"] for x in samples], forbidden, **template_options)
-    groups = []
-    for sample, text_ids, answers in zip(samples, text_prompts, responses, strict=True):
-        ids, _, fields = encode_prompts(processor, [sample], **template_options)
-        images = {name: (x[0] if name in PER_TOKEN_FIELDS else x).to(device) for name, x in fields.items()}
-        tensors = [torch.tensor(list(part), dtype=torch.int64) for part in (text_ids, *answers)]
-        groups.append(PromptGroup(ids[0], tensors[0], tuple(tensors[1:]), images))
+    marks, groups = placeholder_texts(processor, forbidden), []
+    for index, (given, answers) in enumerate(zip(samples, responses, strict=True)):
+        with _named(index):
+            sample = shared_format(given)
+            filled = fill_images(sample["prompt"], sample["images"])
+            text_ids, fields = _text_only(processor, filled, forbidden, marks, **template_options)
+            ids = text_ids
+            if prompt_images(filled):
+                ids, fields = encode_prompt(processor, filled, **template_options)
+        images = {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in fields.items()}
+        tensors = tuple(torch.tensor(list(part), dtype=torch.int64) for part in answers)
+        groups.append(PromptGroup(ids, text_ids, tensors, images))
     return groups
+
+
+def prompt_images(messages: Messages | str) -> list[Any]:
+    """The pictures of a conversation's image items, in their order; None for a place without one.
+
+    Args:
+        messages: chat messages, or a plain text, which has none.
+    """
+    contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
+    return [
+        next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
+        for content in contents
+        if content and not isinstance(content, str)
+        for part in content
+        if part["type"] == "image"
+    ]
 
 
 def _check_responses(responses: Sequence[Any], forbidden: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import Qwen3VLForConditionalGeneration
 
 from ..data.responses import response_texts
-from ..evaluation.sampling import sample_responses
+from ..evaluation.sampling import Sampling, sample_responses
 from .models import DigitsProcessor
 from .pictures import Example, digits_read, scorer
 
@@ -32,8 +32,8 @@ def greedy_answers(
         max_new_tokens: of the longest answer.
     """
     records = [question.record() for question in questions]
-    options = {"batch_size": BATCH_SIZE, "max_new_tokens": max_new_tokens, "progress": False}
-    return sample_responses(model, processor, records, **options)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    return sample_responses(model, processor, records, sampling, batch_size=BATCH_SIZE, progress=False)
 
 
 def grade(

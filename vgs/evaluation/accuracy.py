@@ -10,7 +10,7 @@ from torch import nn
 from ..data.answers import answers_match
 from ..data.responses import response_texts
 from ..errors import ConfigError
-from .sampling import sample_responses
+from .sampling import Sampling, sample_responses
 
 
 def evaluate_accuracy(
@@ -19,15 +19,16 @@ def evaluate_accuracy(
     samples: Any,
     scorer: Callable[[str, str], bool] = answers_match,
     batch_size: int = 8,
-    max_new_tokens: int = 2048,
+    sampling: Sampling | None = None,
 ) -> dict[str, float]:
-    """Answer every sample greedily and count the right answers.
+    """Answer every sample, however long its prompt is, and count the right answers.
 
     Args:
-        model, processor, batch_size, max_new_tokens: see ``sampling.sample_responses``.
+        model, processor, batch_size: see ``sampling.sample_responses``.
         samples: sequence of dicts with ``prompt``, ``images`` and ``answer``; None: there is no gold answer, and the
             sample does not count.
         scorer: ``scorer(response_text, gold_answer) -> bool``.
+        sampling: how the model is asked; None: greedily, see ``Sampling``.
 
     Returns:
         ``accuracy`` (fraction), ``samples`` (those with a gold answer) and ``mean_length`` (tokens per response).
@@ -37,7 +38,7 @@ def evaluate_accuracy(
     """
     if len(samples) == 0 or "answer" not in samples[0]:
         raise ConfigError(f"samples must have gold answers in 'answer', got {len(samples)} samples without.")
-    answers = sample_responses(model, processor, samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    answers = sample_responses(model, processor, samples, sampling or Sampling(), batch_size=batch_size)
     texts = response_texts(processor, answers)
     golds = [samples[i].get("answer") for i in range(len(samples))]
     right = [scorer(text, gold) for text, gold in zip(texts, golds, strict=True) if gold is not None]

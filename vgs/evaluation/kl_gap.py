@@ -19,7 +19,7 @@ from ..data.prompts import encode_groups
 from ..models.families import placeholder_ids
 from ..models.forward import score_groups
 from ..models.heads import read_head
-from .sampling import sample_responses
+from .sampling import Sampling, sample_responses
 
 DIVERGENCES = {"gap": {"divergence": "forward_kl"}, "reverse": {"divergence": "reverse_kl"}}
 
@@ -103,12 +103,18 @@ def _states(model: nn.Module, groups: Sequence[Any]) -> Tensor:
 
 
 def on_policy(
-    model: nn.Module, processor: Any, samples: Sequence[Mapping[str, Any]], *, seed: int = 0, **options: Any
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Mapping[str, Any]],
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    **options: Any,
 ) -> list[list[int]]:
-    """A sampled response to each sample in its plain context; ``options`` as of ``sampling.sample_responses``.
+    """A sampled response to each sample in its plain context.
 
     Args:
-        model, processor, samples, options: see ``sampling.sample_responses``; the temperature is 1 unless given.
+        model, processor, samples, sampling, options: see ``sampling.sample_responses``.
         seed: of the sampling; torch's own state is left as it was.
 
     Returns:
@@ -116,4 +122,4 @@ def on_policy(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return sample_responses(model, processor, samples, **{"temperature": 1.0, **options})
+        return sample_responses(model, processor, samples, sampling, **options)

@@ -1,17 +1,124 @@
-"""Responses of a model to image questions: greedy ones for accuracies, sampled ones for the KL gap."""
+"""How a model is asked: the same settings for rollouts, evaluation and the KL gap."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from ..data.prompts import encode_prompts
 from ..data.responses import cut_responses
 from ..models.families import placeholder_ids
+
+#: Field of the trainers' settings -> field of ``Sampling``.
+SETTINGS = {
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "generation_kwargs": "generation_kwargs",
+    "chat_template_kwargs": "template_options",
+}
+#: What greedy decoding leaves out; generation would warn of it.
+SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is asked.
+
+    Attributes:
+        greedy: take the likeliest token, and nothing of ``temperature``, ``top_p``, ``top_k`` and ``min_p``.
+        max_new_tokens: longest response, in tokens.
+        temperature, top_p, top_k, min_p, repetition_penalty: of ``transformers.GenerationConfig``. The checkpoint's own
+            settings do not count.
+        generation_kwargs: further fields of ``GenerationConfig``.
+        template_options: passed to ``apply_chat_template``, such as ``{"enable_thinking": False}``.
+    """
+
+    greedy: bool = True
+    max_new_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_settings(cls, settings: Any, *, greedy: bool) -> Sampling:
+        """As a trainer with these settings samples (or, greedily, evaluates).
+
+        Args:
+            settings: a ``VGSConfig`` or another trainer's settings, or a mapping of some of its fields.
+            greedy: see the class.
+        """
+        given = settings if isinstance(settings, Mapping) else vars(settings)
+        values = {own: given[name] for name, own in SETTINGS.items() if given.get(name) is not None}
+        return cls(greedy=greedy, **values)
+
+    def generation_config(self, model: nn.Module, tokenizer: Any) -> GenerationConfig:
+        """What ``generate`` is given.
+
+        Args:
+            model: its end tokens end a response, and its placeholders of pictures are never sampled.
+            tokenizer: its end token ends a response too; without a padding token it serves as one.
+        """
+        forbidden = {*placeholder_ids(model.config), *(self.generation_kwargs.get("suppress_tokens") or ())}
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        options = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "pad_token_id": padding,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": end_tokens(model, tokenizer),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            **self.generation_kwargs,
+            "suppress_tokens": sorted(forbidden) or None,
+        }
+        if self.greedy:
+            options |= {"do_sample": False, **dict.fromkeys(SAMPLED)}
+        return GenerationConfig(**options, disable_compile=True)
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    found = model.generation_config.eos_token_id
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    missing = tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found
+    return [tokenizer.eos_token_id, *found] if missing else list(found)
+
+
+@contextmanager
+def own_generation_config(model: nn.Module) -> Iterator[None]:
+    """Inside, a checkpoint's generation settings (``repetition_penalty``, ...) do not fill in what a call leaves open.
+
+    Args:
+        model: an unwrapped (possibly PEFT) model; its end tokens stay in force.
+    """
+    inner = getattr(getattr(model, "base_model", None), "model", None)  # PEFT's wrapper hands its config on to it
+    holders = [x for x in (model, inner) if isinstance(getattr(x, "generation_config", None), GenerationConfig)]
+    before = [holder.generation_config for holder in holders]
+    for holder, config in zip(holders, before, strict=True):
+        holder.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
 
 
 @torch.no_grad()
@@ -19,12 +126,10 @@ def sample_responses(
     model: nn.Module,
     processor: Any,
     samples: Sequence[Mapping[str, Any]],
+    sampling: Sampling,
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 2048,
-    temperature: float = 0.0,
     progress: bool = True,
-    **template_options: Any,
 ) -> list[list[int]]:
     """A response of the model to each sample.
 
@@ -32,34 +137,30 @@ def sample_responses(
         model: a vision-language model; answers in eval mode and is left in the mode it came in.
         processor: its processor.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images).
+        sampling: how it is asked; random numbers are those of torch's global generator.
         batch_size: prompts per generation.
-        max_new_tokens: longest response, in tokens.
-        temperature: of sampling from torch's global generator; 0 decodes greedily.
         progress: show a progress bar.
-        **template_options: passed to ``apply_chat_template``.
 
     Returns:
         Token ids of each response, up to and including the end token.
+
+    Raises:
+        ConfigError: a sample that cannot be encoded; its number is named.
     """
+    tokenizer, responses = getattr(processor, "tokenizer", processor), []
+    config = sampling.generation_config(model, tokenizer)
     was_training = model.training
     model.eval()
-    tokenizer, responses = processor.tokenizer, []
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    options = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
-        batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-        ids, mask, fields = encode_prompts(processor, batch, **template_options)
-        inputs = {"input_ids": ids, "attention_mask": mask, **fields}
-        output = model.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
-            **options,
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=placeholder_ids(model.config),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        responses += cut_responses(output[:, ids.shape[1] :], ends)
-    model.train(was_training)
+    try:
+        for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
+            batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+            ids, mask, fields = encode_prompts(processor, batch, first=start, **sampling.template_options)
+            inputs = {"input_ids": ids, "attention_mask": mask, **fields}
+            with own_generation_config(model):
+                output = model.generate(
+                    **{name: value.to(model.device) for name, value in inputs.items()}, generation_config=config
+                )
+            responses += cut_responses(output[:, ids.shape[1] :], config.eos_token_id)
+    finally:
+        model.train(was_training)
     return responses

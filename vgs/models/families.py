@@ -5,11 +5,13 @@ A packed row holds many sequences, so no model can infer positions from it; they
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .adapters import is_peft_model
 
@@ -43,9 +45,11 @@ def is_verified(model: nn.Module) -> bool:
     """Whether the packed forward is known to be exact for the family of an unwrapped (possibly PEFT) model."""
     config = backbone(model).config
     text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", None) or _rope_types(text.rope_parameters) - FIXED_ROPE:
+    # Some stacks without ``rope_parameters`` have no rotary positions, or carry a state from token to token.
+    rope = _rope_types(getattr(text, "rope_parameters", None))
+    if getattr(text, "use_bidirectional_attention", None) or not rope or rope - FIXED_ROPE:
         return False
-    return config.model_type in VERIFIED and text.model_type in VERIFIED_TEXT
+    return config.model_type in VERIFIED | VERIFIED_TEXT and text.model_type in VERIFIED_TEXT
 
 
 def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, Tensor]) -> Tensor:
@@ -80,14 +84,23 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
     return inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid.cpu())[0][:, 0]
 
 
+#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin or end them.
+_MEDIA_TOKEN = re.compile(r"((image|img|video|audio|vision|speech)\w*|[be]o[iav])_token_(id|index)")
+
+
 def placeholder_ids(config: Any) -> list[int]:
-    """Ids of the image, video and vision start/end tokens that a model's config declares, sorted.
+    """Ids of the tokens of pictures, videos and sounds (they, their starts and ends) that a config declares, sorted.
 
     Args:
-        config: of the model.
+        config: a model's; nested configs count too.
     """
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if _MEDIA_TOKEN.fullmatch(name) and value is not None:
+            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+        elif isinstance(value, PreTrainedConfig):
+            found |= set(placeholder_ids(value))
+    return sorted(found)
 
 
 VISION_TOWERS = ("visual", "vision_tower", "vision_model")

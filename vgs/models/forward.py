@@ -28,27 +28,46 @@ from .padding import PaddedViews, pad_groups
 logger = logging.getLogger(__name__)
 
 
+def final_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """[B, L, D] hidden states that enter the output head, of an unwrapped (possibly PEFT) model.
+
+    A body that holds the head itself (Llama 4's wrapper) does not return them: they are taken where they enter it.
+
+    Args:
+        model: with output embeddings.
+        **inputs: of the body's forward.
+    """
+    body, head = backbone(model), model.get_output_embeddings()
+    if all(module is not head for module in body.modules()):
+        return body(**inputs, use_cache=False).last_hidden_state
+    entered: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
+    try:
+        body(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return entered[-1]
+
+
 def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
-    body = backbone(model)
-    use_packed_attention(body)
+    use_packed_attention(backbone(model))
     with row.layout.active():
         # The mask of ones keeps the library from guessing sequences out of positions.
-        states = body(
-            input_ids=row.input_ids,
-            attention_mask=torch.ones_like(row.input_ids),
-            position_ids=row.position_ids,
-            use_cache=False,
-            **row.images,
-        ).last_hidden_state
+        mask = torch.ones_like(row.input_ids)
+        states = final_states(
+            model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids, **row.images
+        )
     return states[0].index_select(0, row.scored.to(states.device))
 
 
 def padded_states(model: nn.Module, views: PaddedViews) -> Tensor:
     """[N, D] (or [2N, D], text-only view last): as ``packed_states``, of padded rows."""
-    states = backbone(model)(
-        input_ids=views.input_ids, attention_mask=views.attention_mask, use_cache=False, **views.images
-    ).last_hidden_state
+    inputs = {"input_ids": views.input_ids, "attention_mask": views.attention_mask, **views.images}
+    # Padding on the left must not count: some stacks scale queries by the place in the sequence (Ministral 3).
+    if not hasattr(backbone(model), "get_rope_index"):
+        inputs["position_ids"] = (views.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    states = final_states(model, **inputs)
     columns = views.response_mask.shape[1]
     return states[:, -columns - 1 : -1][views.row_mask.to(states.device)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +35,12 @@ class Head:
     logit_scale: float
     softcap: float | None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits of hidden states [N, D], for a few tokens: the losses never form them."""
+        bias = None if self.bias is None else self.bias.float()
+        logits = self.logit_scale * nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def target(self, hidden: Tensor) -> TargetRow:
         """Logits of hidden states [N, D], as the target of a divergence."""
         return TargetRow(1.0, hidden, self.weight, self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
@@ -47,16 +55,41 @@ class Head:
         }
 
 
-def logit_scale(config: Any) -> float:
-    """The factor that a model family puts on its logits, under whichever name its text config has it."""
+def logit_scale(config: Any, applies: Callable[[str], bool]) -> float:
+    """The factor that a model family puts on its logits, under whichever name its text config has it.
+
+    Args:
+        config: a text config.
+        applies: whether the model's forward reads the field of this name.
+    """
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
+        if getattr(config, name, None) is not None and applies(name):
             return float(getattr(config, name))
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
+    if divisor is None or not applies("logits_scaling"):
         return 1.0
     # The same field divides in Granite and MiniCPM3, and multiplies in HyperCLOVA X.
     return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+
+
+@cache
+def _forward_source(kind: type) -> str | None:
+    """The code of a class's forward; None where there is none to read."""
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return None
+
+
+def _head_reads(model: nn.Module) -> Callable[[str], bool]:
+    """Whether the forward that applies the output head reads a field of the text config.
+
+    A wrapper need not do as its text model's own class does: AyaVision and LLaVA leave out the factor of Cohere's.
+    """
+    layer = model.get_output_embeddings()
+    owner = next((x for x in model.modules() if any(part is layer for part in x._modules.values())), model)
+    source = _forward_source(type(owner))
+    return lambda name: source is None or name in source
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -102,8 +135,9 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
         weight, bias = _weight(layer), getattr(layer, "bias", None)
     if isinstance(weight, DTensor):
         weight, bias = _whole(weight).to(dtype), None if bias is None else _whole(bias)
-    config = model.config.get_text_config()
-    return Head(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    config, reads = model.config.get_text_config(), _head_reads(model)
+    softcap = getattr(config, "final_logit_softcapping", None) if reads("final_logit_softcapping") else None
+    return Head(weight, bias, logit_scale(config, reads), softcap)
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -34,6 +34,36 @@ class PaddedViews(NamedTuple):
         return self.response_mask.repeat(len(self.input_ids) // len(self.response_mask), 1)
 
 
+def pad_prompts(groups: Sequence[PromptGroup], pad_token_id: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Prompts with their images as one batch, for ``generate``.
+
+    Args:
+        groups: prompts; their responses are not looked at.
+        pad_token_id: fills padding columns.
+
+    Returns:
+        ids and mask, [B, P] int64 padded on the left, and the multimodal fields (per-token ones [B, P]).
+    """
+    width = max(len(group.prompt_ids) for group in groups)
+
+    def rows(values: Sequence[Tensor], fill: int) -> Tensor:
+        return torch.stack([pad(value, (width - len(value), 0), value=fill) for value in values])
+
+    ids = [group.prompt_ids for group in groups]
+    fields = join_images([group.images for group in groups])
+    fields |= {name: rows(values, 0) for name, values in token_fields(groups).items()}
+    return rows(ids, pad_token_id), rows([torch.ones_like(x) for x in ids], 0), fields
+
+
+def token_fields(groups: Sequence[PromptGroup]) -> dict[str, list[Tensor]]:
+    """The per-token fields [P] of each prompt on the CPU; zeros for a prompt that lacks what others have."""
+    return {
+        name: [group.images.get(name, torch.zeros_like(group.prompt_ids)).cpu() for group in groups]
+        for name in PER_TOKEN_FIELDS
+        if any(name in group.images for group in groups)
+    }
+
+
 def pad_groups(
     groups: Sequence[PromptGroup], views: Sequence[str], device: torch.device | str, pad_token_id: int = 0
 ) -> PaddedViews:

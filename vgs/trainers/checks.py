@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
-from torch import nn
-from transformers import ProcessorMixin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..data.prompts import prompt_images
 from ..errors import ConfigError
 from ..models.families import placeholder_ids
+from ..models.forward import final_states
+from ..models.heads import read_head
 from ..objectives.definitions import Preset
 from .settings import VGSOptions
 from .step import UNSHARDED
@@ -56,9 +62,9 @@ def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
         needs_text: whether the run compares prompts with and without images.
 
     Raises:
-        ConfigError: no column ``images``.
+        ConfigError: neither a column ``images`` (or TRL's ``image``) nor pictures in the first prompt.
     """
-    if has_column(data, "images"):
+    if has_column(data, "images") or has_column(data, "image") or prompt_images(data[0].get("prompt") or ""):
         return
     if "control" in preset.views:
         raise ConfigError(f"preset={preset.name!r} degrades images, but train_dataset has no column 'images'.")
@@ -78,34 +84,79 @@ def has_column(data: Any, name: str) -> bool:
 
 
 def check_processor(processor: Any) -> None:
-    """Stop at a tokenizer in a processor's place; None is loaded later.
+    """Stop at anything but a processor, or a text-only model's tokenizer; None is loaded later.
 
     Raises:
-        TypeError: anything but a processor or None.
+        TypeError: such a thing.
     """
-    if processor is not None and not isinstance(processor, ProcessorMixin):
+    if not isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase, NoneType)):
         raise TypeError(
-            "processing_class must be a processor with an image processor (transformers.ProcessorMixin), got "
-            f"{type(processor).__name__}: a text-only model has no image to steer towards."
+            "processing_class must be a processor with an image processor (transformers.ProcessorMixin), or the "
+            f"tokenizer of a text-only model, got {type(processor).__name__}."
         )
 
 
-def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool) -> None:
-    """Stop where a student is no vision-language model, or its teacher reads images from other tokens.
+def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool, needs_images: bool) -> None:
+    """Stop where a student takes no images but its objective needs some, or its teacher reads them from other tokens.
 
     Args:
         student, teacher: the unwrapped models.
         has_processor: whether the student's processor takes images.
+        needs_images: whether the objective compares prompts with and without images.
 
     Raises:
         ConfigError: such a model.
     """
     own = placeholder_ids(student.config)
-    if not has_processor or not own:
-        raise ConfigError(f"model must be a vision-language model with a processor, got {type(student).__name__}.")
+    if own and not has_processor:
+        raise ConfigError(f"processing_class must be the processor of {type(student).__name__}, got its tokenizer.")
+    if needs_images and not own:
+        raise ConfigError(
+            f"model must be a vision-language model, got {type(student).__name__}: this objective "
+            "compares prompts with and without images. Use the preset 'opd' or 'gkd' for a text-only model."
+        )
     if (theirs := placeholder_ids(teacher.config)) != own:
         raise ConfigError(
             f"teacher_model has image and video token ids {theirs}, the student {own}; both must read the same prompts."
+        )
+
+
+@torch.no_grad()
+def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
+    """Stop where the loss would read other logits than those that a model is sampled from.
+
+    One short prompt goes through the model, and through its body and its head as we read them. Sharded models are not
+    asked: outside their wrappers they have no weights.
+
+    Args:
+        name: of the argument, for the message.
+        model: unwrapped.
+        ids: [T] int64, a text.
+
+    Raises:
+        ConfigError: other logits.
+    """
+    if any(isinstance(x, DTensor) or hasattr(x, "ds_status") or x.is_meta for x in model.parameters()):
+        return
+    inputs = {"input_ids": ids[None].to(model.get_input_embeddings().weight.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    training = model.training
+    model.eval()
+    try:
+        logits = getattr(model(**inputs, use_cache=False), "logits", None)
+        if logits is None:  # a patched forward that keeps them to itself
+            return
+        rows = final_states(model, **inputs)[0, -1:]
+    finally:
+        model.train(training)
+    own = logits[0, -1:].float()
+    read = read_head(model, rows.dtype).logits(rows.to(own.device))
+    gap, size = (read - own).abs().max().item(), own.abs().max().item()
+    # A wrong factor or cap changes all logits; rounding changes them by less than this.
+    if not gap <= (1e-3 if rows.dtype == torch.float32 else 5e-2) * size:
+        raise ConfigError(
+            f"{name}, a {type(model).__name__}, has logits of up to {size:.4g}, but its output head applied to its "
+            f"final hidden states gives others, off by {gap:.4g}: this family is not supported."
         )
 
 

@@ -23,7 +23,7 @@ from vgs_kernels import PolicyTerm, VGSObjective
 from ..data.answers import answers_match
 from ..errors import ConfigError
 from ..evaluation.rewards import Reward, named_rewards, needs_answers
-from ..models.groups import response_lengths
+from ..models.groups import PromptGroup, response_lengths
 from ..objectives.weighting import token_weights
 from .batching import split_batch
 from .checkpoints import check_writable
@@ -34,7 +34,7 @@ from .micro_batch import MicroBatch, mean_terms
 from .passes import Outputs, loss_in_passes, means_to_log
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
 from .preparation import anchor_prompt, both_pack, prepare_models
-from .rollouts import image_groups, rollout
+from .rollouts import rollout
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -284,22 +284,16 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
 
     # ---- what the host asks
 
-    def sampled_logps(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, fields: dict[str, Any]
-    ) -> Tensor:
+    def sampled_logps(self, model: nn.Module, groups: list[PromptGroup], length: int) -> Tensor:
         """[B, C] log-probabilities of sampled tokens under the policy as it is, 0 where there is no token.
 
         Args:
             model: the student as prepared by accelerate.
-            input_ids, attention_mask: [B, P + C] of padded prompts and responses.
+            groups: prompts with their responses, B in all.
             length: C.
-            fields: image fields, as the host passes them.
         """
-        prompt = input_ids.shape[1] - length
-        batch = {**fields, "prompt_ids": input_ids[:, :prompt], "completion_ids": input_ids[:, prompt:]}
-        batch |= {"prompt_mask": attention_mask[:, :prompt], "completion_mask": attention_mask[:, prompt:]}
-        found = self.step_scorer.student_logps(model, image_groups(batch, self.responses_per_prompt))
-        logps = torch.zeros(len(input_ids), length, device=input_ids.device)
+        found = self.step_scorer.student_logps(model, groups)
+        logps = torch.zeros(len(found), length, device=self.accelerator.device)
         for row, values in zip(logps, found, strict=True):
             row[: len(values)] = values
         return logps

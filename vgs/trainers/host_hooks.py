@@ -9,6 +9,7 @@ a method is not as recorded.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,9 +26,10 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..errors import ConfigError
+from ..evaluation.sampling import own_generation_config
 from .collapse_watch import SteeringState
 from .resume import ExactResume
-from .rollouts import check_prompt_lengths, greedy_decoding
+from .rollouts import Questions, greedy_decoding
 
 __all__ = ["HostHooks", "check_signatures", "create_model_from_path", "prepare_deepspeed", "repeat_prompts"]
 
@@ -79,6 +81,7 @@ SIGNATURES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
             **_LOOP,
             **_ROLLOUT,
             "_generate_single_turn": ("self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images",),
+            "_calculate_rewards": ("self, inputs, prompts, completions, completion_ids_list",),
             "_get_per_token_logps_and_entropies": (
                 "self, model, input_ids, attention_mask, logits_to_keep, ...",  # then the image fields of all families
                 "self, model, *args, batch_size, compute_aux_loss, **kwargs",  # trl 1.14
@@ -168,6 +171,8 @@ class HostHooks:
     """
 
     extra_columns: tuple[str, ...] = ()
+    _questions: Questions | None = None  # while the host samples
+    _evaluated: str = "eval"  # the prefix of the set at hand
 
     def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **arguments: Any) -> None:
         classes = type(self).__mro__
@@ -186,6 +191,24 @@ class HostHooks:
         """name -> values since the last log, of training or of evaluation; the host logs their means."""
         return self._metrics["train" if self.model.training else "eval"]
 
+    # ---- the log
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The host's; with several sets each has metrics of its own, such as ``eval_NAME_accuracy``."""
+        self._evaluated = metric_key_prefix
+        try:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluated = "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's, which names all metrics of evaluation ``eval_...``, whichever set they belong to."""
+        if not self.model.training and self._evaluated != "eval":
+            values = {name: [x for x in found if not math.isnan(x)] for name, found in self._metrics["eval"].items()}
+            self._metrics["eval"].clear()
+            logs |= {f"{self._evaluated}_{name}": sum(x) / len(x) if x else None for name, x in values.items()}
+        super().log(logs, start_time)
+
     # ---- the rollout
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -200,27 +223,37 @@ class HostHooks:
         return sampler
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
-        # The host marks a prompt without images by None, which no processor takes beside prompts with some.
-        return prompt_ids, images if images is None else [part or [] for part in images], fields
+        return self._questions.host_prompts
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list, images: Any, *args: Any, **kwargs: Any) -> Any:
         greedy = self.args.eval_greedy and not self.model.training
-        with greedy_decoding(self) if greedy else nullcontext():
-            return super()._generate_single_turn(*args, **kwargs)
+        images = self._questions.images if self.use_vllm else None
+        with own_generation_config(self.student), greedy_decoding(self) if greedy else nullcontext():
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
-    def host_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The host's sampled batch: padded prompts and responses, and all else that it makes of them."""
-        return self._generate_and_score_completions(inputs)
+    def _calculate_rewards(self, inputs: list, prompts: list, *args: Any) -> Tensor:  # of the GRPO trainer alone
+        return super()._calculate_rewards(self._questions.samples, self._questions.host_messages, *args)
+
+    def host_rollout(self, questions: Questions) -> dict[str, Any]:
+        """The host's sampled batch: padded prompts and responses, and all else that it makes of them.
+
+        Args:
+            questions: the prompts as we encode them; the host's own ways to do so are bypassed.
+        """
+        self._questions = questions
+        try:
+            return self._generate_and_score_completions(questions.host_samples)
+        finally:
+            self._questions = None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         return self.next_micro_batch(generation_batch)
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **fields: Any
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:  # of the GRPO trainer alone
-        return self.sampled_logps(model, input_ids, attention_mask, logits_to_keep, fields), None, None
+        ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
+        return self.sampled_logps(model, self._questions.answered(ids, mask), logits_to_keep), None, None
 
     # ---- checkpoints
 

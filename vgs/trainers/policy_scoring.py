@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from trl.trainer.utils import nanmax, nanmin
 
 from vgs_kernels import DivergenceOutput, TargetRow, VGSObjective, VGSOutput, fused_linear_divergence
 
@@ -76,9 +76,14 @@ def clip_ratios(accelerator: Accelerator, batch: MicroBatch, outputs: Sequence[A
         "clip_ratio/low_mean": low_mean,
         "clip_ratio/high_mean": high_mean,
         "clip_ratio/region_mean": low_mean + high_mean,
-        "clip_ratio/low_min": nanmin(lowest).item(),
-        "clip_ratio/high_max": nanmax(highest).item(),
+        "clip_ratio/low_min": min(_numbers(lowest), default=math.nan),
+        "clip_ratio/high_max": max(_numbers(highest), default=math.nan),
     }
+
+
+def _numbers(means: Tensor) -> list[float]:
+    """Those of responses that have tokens."""
+    return means[~means.isnan()].tolist()
 
 
 @dataclass

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from ..data.prompts import anchor_group
+from ..data.prompts import anchor_group, encode_prompt, remove_images
 from ..models.families import freeze, is_verified, placeholder_ids
 from ..models.groups import PromptGroup
-from .checks import check_columns_for, check_engine, check_pair, check_teacher_kind, check_top_k
+from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
 from .rollouts import expand_images_once, forbid_tokens
 
 
@@ -31,11 +31,19 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
     # In GRPO alone the student is compared with itself.
     compares = trainer.teacher_model is not trainer.model and preset.needs_text(args.objective(1.0))
     check_columns_for(preset, trainer.train_dataset, compares)
-    check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin))
+    check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
     check_engine(args, teacher, trainer.accelerator.distributed_type)
     forbid_tokens(trainer, trainer.placeholder_ids)
-    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+    if trainer.use_vllm and trainer.vllm_mode == "colocate" and trainer.placeholder_ids:
         expand_images_once(trainer.vllm_generation, trainer.model.config.image_token_id)
+    words, _ = encode_prompt(
+        trainer.processing_class,
+        remove_images([{"role": "user", "content": "."}]),
+        chat_template=trainer.chat_template,
+        **trainer.chat_template_kwargs,
+    )
+    for name, model in (("model", student), ("teacher_model", teacher)):
+        check_logits(name, model, words)
     freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
 
 
@@ -44,7 +52,10 @@ def both_pack(trainer: Any) -> bool:
     return all(is_verified(trainer.accelerator.unwrap_model(x)) for x in (trainer.model, trainer.teacher_model))
 
 
-def anchor_prompt(trainer: Any) -> PromptGroup:
-    """A prompt with a small image and one token to it, see ``vgs.models.forward.score_with_anchor``."""
+def anchor_prompt(trainer: Any) -> PromptGroup | None:
+    """A prompt with a small image and one token to it, see ``vgs.models.forward.score_with_anchor``; None for a model
+    that takes no images."""
+    if not isinstance(trainer.processing_class, ProcessorMixin):
+        return None
     options = {"device": trainer.accelerator.device, **trainer.chat_template_kwargs}
     return anchor_group(trainer.processing_class, trainer.placeholder_ids, **options)

@@ -7,18 +7,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from ..data.prompts import text_only_prompts
+from ..data.prompts import encode_groups, fill_images, prompt_images, shared_format
 from ..data.responses import response_texts
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
-from ..models.image_fields import split_images
+from ..models.image_fields import join_images
+from ..models.padding import token_fields
 
 
 def forbid_tokens(trainer: Any, token_ids: Sequence[int]) -> None:
@@ -90,57 +92,94 @@ def expand_images_once(engine: Any, image_token_id: int) -> None:
     engine.generate = generate
 
 
-def image_groups(batch: dict[str, Any], num_generations: int) -> list[PromptGroup]:
-    """The host's padded batch of B responses as prompts with ``num_generations`` responses each, without text views.
+@dataclass(frozen=True)
+class Questions:
+    """What a host is asked to sample responses to: prompts as we encode them, which it must not do again.
+
+    Attributes:
+        samples: B, one per response.
+        groups: the prompts, without responses, each of ``count`` neighbouring samples.
+        count: responses to each prompt.
+    """
+
+    samples: list[dict[str, Any]]
+    groups: list[PromptGroup]
+    count: int
+
+    @property
+    def rows(self) -> list[PromptGroup]:
+        """The prompt of each of the B responses."""
+        return [group for group in self.groups for _ in range(self.count)]
+
+    @property
+    def host_samples(self) -> list[dict[str, Any]]:
+        """The samples without their images, which the host would prepare a second time."""
+        return [{name: x for name, x in sample.items() if name not in ("image", "images")} for sample in self.samples]
+
+    @property
+    def host_prompts(self) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """What the host's own tokenization would have returned: token ids, no images, fields of the whole batch."""
+        rows = self.rows
+        fields: dict[str, Any] = join_images([group.images for group in rows])
+        fields |= {name: [x.tolist() for x in values] for name, values in token_fields(rows).items()}
+        return [group.prompt_ids.tolist() for group in rows], None, fields
+
+    @property
+    def host_messages(self) -> list[Any]:
+        """The B conversations with their images, as the host gives them to reward functions."""
+        return [fill_images(sample["prompt"], sample["images"]) for sample in self.samples]
+
+    @property
+    def images(self) -> list[list[Any]] | None:
+        """The images of each response's prompt, for vLLM, which prepares them itself; None without any."""
+        found = [prompt_images(messages) for messages in self.host_messages]
+        return found if any(found) else None
+
+    def answered(self, ids: Tensor, mask: Tensor) -> list[PromptGroup]:
+        """The prompts with the responses of a host's padded batch.
+
+        Args:
+            ids, mask: [B, C] ``completion_ids`` and ``completion_mask``.
+        """
+        rows = zip(ids.cpu(), mask.bool().cpu(), strict=True)
+        responses = [row[kept] for row, kept in rows]
+        starts = range(0, len(responses), self.count)
+        return [
+            replace(group, responses=tuple(responses[first : first + self.count]))
+            for group, first in zip(self.groups, starts, strict=True)
+        ]
+
+
+def encode_questions(trainer: Any, inputs: Sequence[dict[str, Any]], count: int) -> Questions:
+    """The prompts of a generation batch, each encoded once.
 
     Args:
-        batch: ``prompt_ids``, ``prompt_mask`` [B, P], ``completion_ids``, ``completion_mask`` [B, C] and the image
-            fields, as TRL's on-policy trainers prepare them.
-        num_generations: responses to each prompt.
+        trainer: with ``processing_class``, ``placeholder_ids`` and ``args``.
+        inputs: samples, one per response; those to one prompt follow each other.
+        count: responses to each prompt.
 
     Raises:
+        ConfigError: a sample that cannot be encoded, or is longer than ``max_prompt_length``.
         ValueError: neighbours that should share a prompt do not.
     """
-    masks = batch["prompt_mask"].bool().cpu()
-    ids = [row[mask] for row, mask in zip(batch["prompt_ids"].cpu(), masks, strict=True)]
-    completions = zip(batch["completion_ids"].cpu(), batch["completion_mask"].bool().cpu(), strict=True)
-    responses = [row[mask] for row, mask in completions]
-    images = split_images(batch, masks, batch.get("num_images"), batch.get("num_tiles"))
-    groups = []
-    for first in range(0, len(ids), num_generations):
-        own = slice(first, first + num_generations)
-        if any(not torch.equal(other, ids[first]) for other in ids[own]):
+    samples = [shared_format(x) for x in inputs]
+    for first in range(0, len(samples), count):
+        if any(x["prompt"] != samples[first]["prompt"] for x in samples[first : first + count]):
             raise ValueError(
-                f"prompts {first} to {own.stop - 1} differ, expected {num_generations} responses to one prompt."
+                f"prompts {first} to {first + count - 1} differ, expected {count} responses to one prompt."
             )
-        kept = images[first]
-        if num_generations > 1:  # a view would hold the images of all copies of all prompts
-            kept = {name: value.clone() for name, value in kept.items()}
-        groups.append(PromptGroup(ids[first], ids[first][:0], tuple(responses[own]), kept))
-    return groups
-
-
-def sampled_groups(
-    batch: dict[str, Any],
-    prompts: Sequence[Sequence[dict[str, Any]]],
-    num_generations: int,
-    processor: Any,
-    forbidden: Sequence[int],
-    **template_options: Any,
-) -> list[PromptGroup]:
-    """As ``image_groups``, in both views.
-
-    Args:
-        batch, num_generations: see ``image_groups``.
-        prompts: B conversations; those of one group follow each other.
-        processor, forbidden, template_options: see ``vgs.data.prompts.text_only_prompts``.
-
-    Raises:
-        ValueError: as ``image_groups``, or an image placeholder in a text-only view.
-    """
-    groups = image_groups(batch, num_generations)
-    texts = text_only_prompts(processor, prompts[::num_generations], forbidden, **template_options)
-    return [replace(group, text_prompt_ids=torch.tensor(text)) for group, text in zip(groups, texts, strict=True)]
+    own = samples[::count]
+    options = {"device": trainer.accelerator.device, "chat_template": trainer.chat_template}
+    groups = encode_groups(
+        trainer.processing_class,
+        own,
+        [()] * len(own),
+        trainer.placeholder_ids,
+        **options,
+        **trainer.chat_template_kwargs,
+    )
+    check_prompt_lengths([group.prompt_ids for group in groups], trainer.args.max_prompt_length)
+    return Questions(samples, groups, count)
 
 
 def rollout(
@@ -153,12 +192,12 @@ def rollout(
         inputs: samples, one per response; those to one prompt follow each other.
         num_generations: responses to each prompt.
     """
-    output, processor = trainer.host_rollout(inputs), trainer.processing_class
+    questions = encode_questions(trainer, inputs, num_generations)
+    output, tokenizer = trainer.host_rollout(questions), trainer.processing_class
     answers, training = [x.get("answer") for x in inputs], trainer.model.training
-    if correct := right_answers(trainer.accelerator, processor.tokenizer, output, answers, trainer.scorer, training):
+    if correct := right_answers(trainer.accelerator, tokenizer, output, answers, trainer.scorer, training):
         trainer.open_metrics["accuracy"].extend(correct)
-    prompts, options = [x["prompt"] for x in inputs], trainer.chat_template_kwargs
-    return output, sampled_groups(output, prompts, num_generations, processor, trainer.placeholder_ids, **options)
+    return output, questions.answered(output["completion_ids"], output["completion_mask"])
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:

@@ -38,7 +38,7 @@ class StepScorer:
         accelerator: knows the processes.
         teacher_model: as prepared by the accelerator.
         anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
-            run the vision tower, in the backward too; with no weight in the loss.
+            run the vision tower, in the backward too; with no weight in the loss. None without such a tower.
         packs: whether both models' families run as packed rows.
         prior_head: the output head that the prior's rows go with, given the student; None where the prior is the
             student's own.
@@ -47,7 +47,7 @@ class StepScorer:
     args: VGSOptions
     accelerator: Accelerator
     teacher_model: nn.Module
-    anchor: PromptGroup
+    anchor: PromptGroup | None
     packs: bool
     prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
     _offload: Offload | None = None

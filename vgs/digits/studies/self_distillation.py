@@ -170,6 +170,7 @@ def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySet
         settings: sizes.
     """
     from ...evaluation.kl_gap import kl_gap, on_policy
+    from ...evaluation.sampling import Sampling
     from ..grading import accuracy
     from ..privileged import CONTEXTS, questions
 
@@ -178,7 +179,8 @@ def assess(model: Any, start: Any, processor: Any, seed: int, settings: StudySet
         shown = questions("test", settings.gap_size, context=context, shown=True)
         found["test"][context] = accuracy(model, processor, shown)
     asked = [question.sample for question in questions("test", settings.gap_size)]
-    answers = on_policy(model, processor, asked, seed=seed, batch_size=128, max_new_tokens=32)
+    sampling = Sampling(greedy=False, max_new_tokens=32)
+    answers = on_policy(model, processor, asked, sampling, seed=seed, batch_size=128)
     for key, teacher in (("gap", model), ("to_start", start)):
         found[key] = {}
         for name, (context, control) in GAPS.items():
