@@ -123,6 +123,7 @@ def examine(mutation: Mutation, record: dict[str, Any], options: argparse.Namesp
 
 def run(options: argparse.Namespace) -> None:
     """Examine the mutations, and write down every run as soon as it has ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the tests end as well
     chosen = [m for m in MUTATIONS if not options.only or m.name in options.only]
     check(options.checkout, chosen)
     results = {"select": options.select, "mutations": {}}
