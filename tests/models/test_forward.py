@@ -274,6 +274,20 @@ def test_scale_and_softcap_reach_the_loss() -> None:
     assert len({round(value, 4) for value in values}) == 4
 
 
+@pytest.mark.parametrize("weights", [None, torch.linspace(0, 1, 5)], ids=["mean", "weighted"])
+def test_eta_scales_the_loss_of_the_multimodal_view_alone(student, weights: torch.Tensor | None) -> None:
+    """As it scales the loss of both views, of which gamma = lam = 0 leaves the same."""
+    torch.manual_seed(0)
+    head = read_head(student, torch.float32)
+    rows, teacher_rows = torch.randn(2, 2, 5, 32)
+    objective = VGSObjective(gamma=0.0, lam=0.0, eta=0.4)
+    both, alone = (
+        fused_loss(rows[:views], teacher_rows[:views], head, head, objective, token_weights=weights).loss
+        for views in (2, 1)
+    )
+    torch.testing.assert_close(alone, both, rtol=1e-5, atol=0)
+
+
 def reference_terms(student: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:
     def log_probs(model: nn.Module, with_image: bool) -> torch.Tensor:
         rows = separate_rows(model, with_image).double()
