@@ -301,6 +301,9 @@ def open_samples(source: DataSource) -> Samples:
 def load_samples(source: DataSource) -> Samples:
     """Open a dataset; with ``on_bad_row="skip"`` without the rows that cannot be used.
 
+    Args:
+        source: where it is, and what its columns are called.
+
     Raises:
         ConfigError: as ``open_samples``, or no row can be used.
     """
