@@ -190,6 +190,13 @@ class Measured:
         """What goes to ``apply_chat_template``."""
         return dict(self.args.chat_template_kwargs or {})
 
+    def as_trained(self) -> Any:
+        """The model computes inside as it does in training: with bf16 on a GPU, from weights of the run's type."""
+        import torch
+
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16) and device == "cuda")
+
 
 def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> Measured:
     """What a config is measured on: the model (its student, or the one at ``model_path``) and all of its eval samples.
@@ -242,6 +249,8 @@ def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> A
 def _load_model(name: str, path: str, options: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    # Of the run's type and not the checkpoint's, or a model before and after training would compute differently.
+    options = {"dtype": "float32", **options}
     with config_errors(f"{name} {path!r} cannot be loaded", *LOADING):
         return AutoModelForImageTextToText.from_pretrained(path, **options)
 
@@ -262,6 +271,7 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
 
     found = load_for_eval(config, model_path)
     longest = found.args.max_completion_length
-    result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, longest)
+    with found.as_trained():
+        result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, longest)
     report(result, out)
     return result
