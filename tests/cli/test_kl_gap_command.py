@@ -20,7 +20,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config whose eval data have privileged images."""
     monkeypatch.setattr(runs, "eval_samples", lambda *_: privileged_samples(5))
     save_tiny_checkpoint(tmp_path / "before")
-    monkeypatch.setattr(pair, "load_processor", lambda _: tiny_processor())
+    monkeypatch.setattr(pair, "load_processor", lambda *_: tiny_processor())
     (tmp_path / "run.yaml").write_text(
         f"objective: visual_opsd\nstudent: {{path: {tmp_path / 'before'}}}\n"
         "data: {train: {path: x}, eval: {path: x}}\n"

@@ -128,6 +128,8 @@ def test_lengths(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_what_is_not_installed(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert "use_vllm needs vLLM" in refused(capsys, "--use_vllm", "true")
+    assert "report_to must be none or some of" in refused(capsys, "--report_to", "wandbb")
+    assert "report_to 'clearml' needs a package" in refused(capsys, "--report_to", "clearml")
 
 
 def test_misspelt_settings_of_the_processor(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -45,6 +45,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> dict:
         ("objective: gkd\ntraining: {gamma: 2.0}", "training.gamma has no effect with objective 'gkd'"),
         ("objective: visual_opsd", "section 'teacher' has no effect with objective 'visual_opsd'"),
         ("training: {eval_strategy: steps}", "eval_strategy 'steps' has no effect without data.eval"),
+        ("training: {eval_on_start: true}", "eval_on_start has no effect without data.eval"),
         ("training: {divergence: 3}", "training.divergence must be a section of keys, got 3"),
         ("lora: true", "section 'lora' must be a section of keys, got True"),
         ("task: digits", "section 'student' has no effect with task: digits"),

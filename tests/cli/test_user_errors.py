@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 from tiny import save_tiny_checkpoint, tiny_image, tiny_processor, trainer_options
 
 from vgs.cli import main as cli
+from vgs.cli.runs import load_for_eval
 
 COMMANDS = ("train", "eval", "kl-gap")
 
@@ -212,3 +214,13 @@ def test_what_is_logged(
         assert ("Traceback" in capsys.readouterr().err) == shown
     monkeypatch.setenv("VGS_LOG", "loud")
     assert "VGS_LOG must be one of debug, info, warning, error, got 'loud'" in failed(capsys, *arguments)
+
+
+def test_a_model_is_measured_in_the_type_of_the_run(config: Path, folder: Path, tmp_path: Path) -> None:
+    """Not in that of its checkpoint, which training changes."""
+    half = transformers.AutoModelForImageTextToText.from_pretrained(folder / "student", dtype="bfloat16")
+    half.save_pretrained(tmp_path / "half")
+    loaded = load_for_eval(cli.load_config(config), str(tmp_path / "half"))
+    assert loaded.model.dtype == torch.float32
+    loaded = load_for_eval(cli.load_config(config, ["--student.dtype", "bfloat16"]), str(folder / "student"))
+    assert loaded.model.dtype == torch.bfloat16

@@ -108,7 +108,7 @@ def test_a_used_folder_is_refused_before_a_model_is_loaded(
     }
     Path("my.yaml").write_text(yaml.safe_dump(content))
     Path("run/checkpoint-7").mkdir(parents=True)
-    monkeypatch.setattr(pair, "load_processor", lambda _: pytest.fail("a processor was loaded"))
+    monkeypatch.setattr(pair, "load_processor", lambda *_, **__: pytest.fail("a processor was loaded"))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "my.yaml"])
     assert stop.value.code == 2

@@ -23,10 +23,20 @@ def check_versions(args: Any) -> None:
     Raises:
         ConfigError: such a package.
     """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
     from trl.import_utils import is_vllm_available
 
     if getattr(args, "use_vllm", False) and not is_vllm_available():
         raise ConfigError("use_vllm needs vLLM in a version that TRL supports: pip install 'vgs-kernels[vllm]'.")
+    wanted = [name for name in args.report_to or () if name not in ("none", "all")]
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"report_to must be none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}.")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"report_to {name!r} needs a package that is not installed.")
     if args.deepspeed:
         from transformers.integrations import is_deepspeed_available
 

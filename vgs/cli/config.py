@@ -178,6 +178,8 @@ def _check_effect(config: Mapping[str, Any], kind: str) -> None:
         )
     if training.get("eval_strategy", "no") != "no" and not digits and "eval" not in config.get("data", {}):
         raise ConfigError(f"training.eval_strategy {training['eval_strategy']!r} has no effect without data.eval.")
+    if training.get("eval_on_start") and not digits and "eval" not in config.get("data", {}):
+        raise ConfigError("training.eval_on_start has no effect without data.eval.")
     if preset.teacher == "separate":
         for part, section in config.get("data", {}).items():
             if named := [key for key in ("privileged_images", "privileged_text") if section.get(key) is not None]:

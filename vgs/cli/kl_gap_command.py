@@ -44,13 +44,14 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
         "vocab_size": args.vocab_size,
         **before.template_options,
     }
-    answers = on_policy(model, processor, samples, sampling, batch_size=options.batch_size)
-    result: dict[str, Any] = {"before": kl_gap(model, processor, samples, answers, **knobs)}
-    if options.after is not None:
-        trained = load_for_eval(config, options.after).model
-        answers = on_policy(trained, processor, samples, sampling, batch_size=options.batch_size)
-        result["after"] = kl_gap(trained, processor, samples, answers, **knobs)
-        result["after"]["to_before"] = kl_gap(trained, processor, samples, answers, teacher=model, **knobs)["gap"]
-        result["closed"] = 1.0 - result["after"]["gap"] / result["before"]["gap"]
+    with before.as_trained():
+        answers = on_policy(model, processor, samples, sampling, batch_size=options.batch_size)
+        result: dict[str, Any] = {"before": kl_gap(model, processor, samples, answers, **knobs)}
+        if options.after is not None:
+            trained = load_for_eval(config, options.after).model
+            answers = on_policy(trained, processor, samples, sampling, batch_size=options.batch_size)
+            result["after"] = kl_gap(trained, processor, samples, answers, **knobs)
+            result["after"]["to_before"] = kl_gap(trained, processor, samples, answers, teacher=model, **knobs)["gap"]
+            result["closed"] = 1.0 - result["after"]["gap"] / result["before"]["gap"]
     report(result, options.out)
     return result

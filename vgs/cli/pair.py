@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import prompt_opening
@@ -36,8 +36,12 @@ def _files(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: section[key] for key in ("revision", "trust_remote_code") if key in section}
 
 
-def load_processor(config: Mapping[str, Any]) -> ProcessorMixin:
+def load_processor(config: Mapping[str, Any], text_only: bool = False) -> Any:
     """The student's processor, padding on the left; the ``processor`` section (e.g. ``max_pixels``) goes to it.
+
+    Args:
+        config: of ``load_config``.
+        text_only: the student has no pictures to read; its tokenizer will do.
 
     Raises:
         ConfigError: there is none, one without an image processor, or a key in ``processor`` that it does not have.
@@ -54,7 +58,7 @@ def load_processor(config: Mapping[str, Any]) -> ProcessorMixin:
         found = AutoProcessor.from_pretrained(
             student["path"], padding_side="left", truncation_side="left", **files, **options
         )
-    if not isinstance(found, ProcessorMixin):
+    if not isinstance(found, ProcessorMixin) and not (text_only and isinstance(found, PreTrainedTokenizerBase)):
         raise ConfigError(
             f"student.path must be a vision-language model with a processor, got {student['path']!r} with a "
             f"{type(found).__name__}."
@@ -74,17 +78,27 @@ def processor_keys(processor: Any) -> set[str]:
     return {key for key in keys if not key.startswith("_") and not key.endswith("_type")} - {"self", "kwargs"}
 
 
-def model_config(section: Mapping[str, Any], name: str) -> Any:
+def reads_pictures(config: Any) -> bool:
+    """Whether a transformers config is of a vision-language model."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def model_config(section: Mapping[str, Any], name: str, needs_pictures: bool = True) -> Any:
     """The transformers config of a ``student`` or ``teacher`` section.
 
+    Args:
+        section: of the config. name: of the section, for the message.
+        needs_pictures: the objective compares prompts with and without images.
+
     Raises:
-        ConfigError: it cannot be loaded, or is of no vision-language model.
+        ConfigError: it cannot be loaded, or is of no vision-language model where one is needed.
     """
     with config_errors(f"{name}.path {section['path']!r} cannot be loaded", *LOADING, KeyError):
         found = AutoConfig.from_pretrained(section["path"], **_files(section))
-    if getattr(found, "vision_config", None) is None:
+    if needs_pictures and not reads_pictures(found):
         raise ConfigError(
-            f"{name}.path must be a vision-language model, got {section['path']!r} of the type {found.model_type!r}."
+            f"{name}.path must be a vision-language model, got {section['path']!r} of the type {found.model_type!r} "
+            "(objectives that compare nothing with the image, such as opd and gkd, take text-only models)."
         )
     return found
 
@@ -228,8 +242,9 @@ def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[
     """
     training, section = config.get("training", {}), config["teacher"]
     paths = config["student"]["path"], section["path"]
-    teacher = model_config(section, "teacher")
-    check_pictures(student, teacher, paths)
+    teacher = model_config(section, "teacher", needs_pictures=reads_pictures(student))
+    if reads_pictures(student):
+        check_pictures(student, teacher, paths)
     vocab_size = common_vocabulary(student, teacher, training.get("vocab_size"))
     with config_errors(f"teacher.path {section['path']!r}", *LOADING):
         tokenizer = load_tokenizer(section)

@@ -102,9 +102,13 @@ class Preflight:
         """The student's config and processor."""
         if self.digits:
             return
-        self.models["student"] = pair.model_config(self.config["student"], "student")
+        preset = self.args.preset_in_force
+        compares = needs_teacher(self.config) and preset.needs_text(self.args.objective(1.0))
+        needed = trainer_kind(self.config) == "self" or compares or "control" in preset.views
+        student = pair.model_config(self.config["student"], "student", needed)
         pair.check_weights(self.config["student"], "student")
-        self.processor = pair.load_processor(self.config)
+        self.processor = pair.load_processor(self.config, text_only=not pair.reads_pictures(student))
+        self.models["student"] = student
 
     def check_teacher(self) -> None:
         """Whether the teacher can read the student's prompts and pictures, and has its tokens."""
@@ -112,7 +116,8 @@ class Preflight:
             return
         self.config = pair.check_pair(self.config, self.processor, self.models["student"])
         self.args.vocab_size = self.config.get("training", {}).get("vocab_size")
-        self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher")
+        pictures = pair.reads_pictures(self.models["student"])
+        self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher", pictures)
         pair.check_weights(self.config["teacher"], "teacher")
 
     def open_data(self) -> None:

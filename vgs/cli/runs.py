@@ -190,6 +190,13 @@ class Measured:
         """What goes to ``apply_chat_template``."""
         return dict(self.args.chat_template_kwargs or {})
 
+    def as_trained(self) -> Any:
+        """The model computes inside as it does in training: with bf16 on a GPU, from weights of the run's type."""
+        import torch
+
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16) and device == "cuda")
+
 
 def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> Measured:
     """What a config is measured on: the model (its student, or the one at ``model_path``) and all of its eval samples.
@@ -205,7 +212,7 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> M
 
     from ..data.answers import answers_match
     from ..evaluation.rewards import find_scorer
-    from .pair import load_processor
+    from .pair import load_processor, model_config, reads_pictures
 
     cuda = torch.cuda.is_available()
     args = training_arguments(config, **({} if cuda else {"use_cpu": True}))
@@ -219,10 +226,12 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> M
     else:
         if (config.get("data") or {}).get("eval") is None:
             raise ConfigError("The config has no data.eval to evaluate on.")
-        processor = load_processor(config)
+        text_only = not reads_pictures(model_config(config["student"], "student", needs_pictures=False))
+        processor = load_processor(config, text_only)
         samples = eval_samples(config, processor, not args.disable_tqdm)
         name = "student.path" if model_path is None else "--model"
-        model = _load_model(name, model_path or config["student"]["path"], model_options(config["student"]))
+        options = model_options(config["student"])
+        model = _load_model(name, model_path or config["student"]["path"], options, text_only)
         scorer = scorer or answers_match
     return Measured(model.to("cuda" if cuda else "cpu"), processor, samples, scorer, args)
 
@@ -239,11 +248,14 @@ def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> A
     return good_rows(open_samples(DataSource(**config["data"]["eval"])), processor, progress)
 
 
-def _load_model(name: str, path: str, options: Mapping[str, Any]) -> Any:
-    from transformers import AutoModelForImageTextToText
+def _load_model(name: str, path: str, options: Mapping[str, Any], text_only: bool = False) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    # Of the run's type and not the checkpoint's, or a model before and after training would compute differently.
+    options = {"dtype": "float32", **options}
     with config_errors(f"{name} {path!r} cannot be loaded", *LOADING):
-        return AutoModelForImageTextToText.from_pretrained(path, **options)
+        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+        return kind.from_pretrained(path, **options)
 
 
 def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int, out: Path | None) -> dict[str, float]:
@@ -263,6 +275,7 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
 
     found = load_for_eval(config, model_path)
     sampling = Sampling.from_settings(found.args, greedy=True)
-    result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, sampling)
+    with found.as_trained():
+        result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, sampling)
     report(result, out)
     return result
