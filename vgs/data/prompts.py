@@ -269,13 +269,19 @@ def text_only_prompts(
 
 
 def encode_prompts(
-    processor: Any, samples: Sequence[Mapping[str, Any]], *, first: int = 0, **template_options: Any
+    processor: Any,
+    samples: Sequence[Mapping[str, Any]],
+    forbidden: Sequence[int] = (),
+    *,
+    first: int = 0,
+    **template_options: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prompts with their images as one batch, for ``generate``.
 
     Args:
         processor, template_options: as in ``encode_prompt``.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
+        forbidden: placeholder ids (``placeholder_ids``) that no text may contain, beside the processor's own.
         first: the number of the first sample, for errors.
 
     Returns:
@@ -284,11 +290,11 @@ def encode_prompts(
     Raises:
         ConfigError: a sample that cannot be encoded; its number is named.
     """
-    groups = []
+    marks, groups = placeholder_texts(processor, forbidden), []
     for index, given in enumerate(samples, start=first):
         with _named(index):
             sample = shared_format(given)
-            _check_texts(sample["prompt"], placeholder_texts(processor, ()))
+            _check_texts(sample["prompt"], marks)
             filled = fill_images(sample["prompt"], sample["images"])
             ids, fields = encode_prompt(processor, filled, **template_options)
         groups.append(PromptGroup(ids, ids[:0], (), fields))
