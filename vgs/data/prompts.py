@@ -47,7 +47,7 @@ def shared_format(sample: Mapping[str, Any]) -> dict[str, Any]:
     if images is None:
         images = [] if sample.get("image") is None else [sample["image"]]
     asked = [] if isinstance(prompt, str) else [message for message in prompt if message["role"] != "tool"]
-    if any(picture is not None for picture in prompt_images(asked)):
+    if any(picture is not None for picture in prompt_images(asked)):  # the prompt's own
         filled = fill_images(prompt, images)
         images = prompt_images([message for message in filled if message["role"] != "tool"])
         prompt = [_with_places(message) for message in filled]
@@ -154,8 +154,7 @@ def _texts(messages: Messages | str) -> Iterator[str]:
 
 
 def _check_texts(messages: Messages | str, marks: Sequence[str]) -> None:
-    found = [mark for mark in marks if any(mark in text for text in _texts(messages))]
-    if found:
+    if found := [mark for mark in marks if any(mark in text for text in _texts(messages))]:
         raise ValueError(
             f"the prompt has the image placeholder {', '.join(found)} in its text; put images in the sample's "
             "`images`, and no placeholder in the prompt's text."
@@ -231,6 +230,21 @@ def encode_prompt(
         ids = ids[0]
         fields = {name: value[0] if name in PER_TOKEN_FIELDS else value for name, value in fields.items()}
     return ids, fields
+
+
+def unexpanded_ids(processor: Any, messages: Messages | str, **template_options: Any) -> list[int]:
+    """Token ids of one prompt as its chat template writes it: each image is one mark, not yet as many as it has tokens.
+
+    Args:
+        processor, messages, template_options: as in ``encode_prompt``.
+    """
+    tokenizer = _tokenizer(processor)
+    if isinstance(messages, str):
+        return tokenizer(messages)["input_ids"]
+    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template_options)
+    # As the processor: no second beginning-of-sequence token where the template writes one.
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not begun)["input_ids"]
 
 
 def _text_only(
@@ -351,10 +365,9 @@ def prompt_images(messages: Messages | str) -> list[Any]:
     Args:
         messages: chat messages, or a plain text, which has none.
     """
-    contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
     return [
         next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
-        for content in contents
+        for content in ([] if isinstance(messages, str) else [message.get("content") for message in messages])
         if content and not isinstance(content, str)
         for part in content
         if part["type"] == "image"
