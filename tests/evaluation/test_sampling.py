@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from real_checkpoints import photo_samples
-from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
+from tiny import VISION_START, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import make_trainer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -62,6 +63,16 @@ def test_a_checkpoint_brings_its_end_tokens_alone() -> None:
     assert sample_responses(model, processor, samples, asked, progress=False) != expected
 
 
+def test_an_adapters_base_brings_nothing_either() -> None:
+    """PEFT's wrapper hands its generation config on to the model inside."""
+    model, processor, samples = tiny_model(0), tiny_processor(), tiny_samples(4)
+    expected = sample_responses(model, processor, samples, GREEDY, progress=False)
+    model.generation_config.update(repetition_penalty=50.0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert sample_responses(wrapped, processor, samples, GREEDY, progress=False) == expected
+    assert model.generation_config.repetition_penalty == wrapped.generation_config.repetition_penalty == 50.0
+
+
 def test_a_tokenizer_without_a_padding_token() -> None:
     model, processor, samples = tiny_model(0), tiny_processor(), tiny_samples(4)
     expected = sample_responses(model, processor, samples, GREEDY, progress=False)
@@ -83,6 +94,9 @@ def test_a_sample_that_cannot_be_encoded_is_named() -> None:
     samples = tiny_samples(5)
     samples[3] = {**samples[3], "images": samples[3]["images"] * 2, "prompt": [{"role": "user", "content": []}]}
     with pytest.raises(ConfigError, match=r"^sample 3: images has 2 entries, but the prompt has places for 0"):
+        sample_responses(tiny_model(0), tiny_processor(), samples, GREEDY, batch_size=2, progress=False)
+    samples[3] = {"prompt": [{"role": "user", "content": f"red {VISION_START} ?"}], "images": []}
+    with pytest.raises(ConfigError, match=r"^sample 3: the prompt has the image placeholder <\|vision_start\|>"):
         sample_responses(tiny_model(0), tiny_processor(), samples, GREEDY, batch_size=2, progress=False)
 
 

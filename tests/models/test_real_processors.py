@@ -16,6 +16,7 @@ from transformers.utils import is_torchvision_available
 
 import vgs
 from vgs.data.lengths import prompt_length
+from vgs.data.prompts import fill_images, unexpanded_ids
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 
@@ -143,6 +144,17 @@ def test_every_picture_matters(real: Real) -> None:
         images[place] = Image.new("RGB", images[place].size, (250, 10, 120))
         other = real.states({**sample, "images": images}, [70, 71], True)
         assert relative_difference(other, expected) > 1e-2
+
+
+def test_unexpanded_prompts_have_one_mark_per_image(real: Real) -> None:
+    """What vLLM is sent, which expands the marks itself."""
+    for group, sample in zip(real.groups(), real.samples, strict=True):
+        ids = unexpanded_ids(real.processor, fill_images(sample["prompt"], sample["images"]))
+        if not sample["images"]:
+            assert ids == group.prompt_ids.tolist()
+            continue
+        mark = real.processor.tokenizer.convert_tokens_to_ids(real.processor.image_token)
+        assert ids.count(mark) == len(sample["images"]) and len(ids) < len(group.prompt_ids)
 
 
 def test_prompt_lengths_are_those_of_the_processor(real: Real) -> None:

@@ -19,7 +19,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vgs import VGSConfig, VGSGRPOConfig, VGSGRPOTrainer, VGSTrainer
 from vgs.errors import ConfigError
-from vgs.trainers.checks import check_engine, check_pair, has_column
+from vgs.trainers.checks import check_engine, check_logits, check_pair, has_column
 from vgs.trainers.teacher import Offload
 
 
@@ -182,6 +182,9 @@ def test_logits_that_the_loss_would_not_read_are_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(Qwen3VLForConditionalGeneration, "forward", halved)
     with pytest.raises(ConfigError, match=r"^model, a Qwen3VLForConditionalGeneration, has logits .* off by"):
         make_trainer(tmp_path)
+    unfilled = tiny_model(0)
+    unfilled.lm_head.weight.data.fill_(math.nan)
+    check_logits("model", unfilled, torch.tensor([8, 9]))
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def test_vllm_gets_a_logit_bias_and_greedy_evaluation(tmp_path: Path) -> None:
 def test_colocated_vllm_expands_images_once() -> None:
     prompts, images = [[5, 3, 3, 3, 3, 6, 20], [3, 3, 3, 3, 6, 3, 3, 3, 3]], [["picture"], ["one", "two"]]
     engine = Engine()
-    expand_images_once(engine, image_token_id=3)
+    expand_images_once(engine, lambda: [[5, 3, 6, 20], [3, 6, 3]])
     assert engine.generate(prompts=prompts, images=images, num_generations=1)[:2] == (prompts, [[20], [20]])
     assert engine.sent == [[5, 3, 6, 20], [3, 6, 3]]
     other = Engine(pads=6)
-    expand_images_once(other, image_token_id=3)
+    expand_images_once(other, lambda: [[5, 3, 6, 20], [3, 6, 3]])
     with pytest.raises(RuntimeError, match="disagree about prompt 0: 9 tokens and 7"):
         other.generate(prompts=prompts, images=images, num_generations=1)
 
@@ -69,7 +69,7 @@ def test_a_vllm_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     trainer = make_trainer(tmp_path, samples=[x for x in tiny_samples(8) if x["images"][0].width == 32])
     engine = Engine()
     engine.sync_weights = lambda: None
-    expand_images_once(engine, image_token_id=3)
+    expand_images_once(engine, trainer.unexpanded_prompts)
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, engine, -1
     batch = rollout(trainer)
     assert [x.tolist() for group in batch["groups"] for x in group.responses] == [[20]] * len(trainer.train_dataset)

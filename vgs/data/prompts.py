@@ -47,7 +47,7 @@ def shared_format(sample: Mapping[str, Any]) -> dict[str, Any]:
     if images is None:
         images = [] if sample.get("image") is None else [sample["image"]]
     asked = [] if isinstance(prompt, str) else [message for message in prompt if message["role"] != "tool"]
-    if any(picture is not None for picture in prompt_images(asked)):
+    if any(picture is not None for picture in prompt_images(asked)):  # the prompt's own
         filled = fill_images(prompt, images)
         images = prompt_images([message for message in filled if message["role"] != "tool"])
         prompt = [_with_places(message) for message in filled]
@@ -154,8 +154,7 @@ def _texts(messages: Messages | str) -> Iterator[str]:
 
 
 def _check_texts(messages: Messages | str, marks: Sequence[str]) -> None:
-    found = [mark for mark in marks if any(mark in text for text in _texts(messages))]
-    if found:
+    if found := [mark for mark in marks if any(mark in text for text in _texts(messages))]:
         raise ValueError(
             f"the prompt has the image placeholder {', '.join(found)} in its text; put images in the sample's "
             "`images`, and no placeholder in the prompt's text."
@@ -233,6 +232,21 @@ def encode_prompt(
     return ids, fields
 
 
+def unexpanded_ids(processor: Any, messages: Messages | str, **template_options: Any) -> list[int]:
+    """Token ids of one prompt as its chat template writes it: each image is one mark, not yet as many as it has tokens.
+
+    Args:
+        processor, messages, template_options: as in ``encode_prompt``.
+    """
+    tokenizer = _tokenizer(processor)
+    if isinstance(messages, str):
+        return tokenizer(messages)["input_ids"]
+    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template_options)
+    # As the processor: no second beginning-of-sequence token where the template writes one.
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not begun)["input_ids"]
+
+
 def _text_only(
     processor: Any, messages: Messages | str, forbidden: Sequence[int], marks: Sequence[str], **template_options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -269,13 +283,19 @@ def text_only_prompts(
 
 
 def encode_prompts(
-    processor: Any, samples: Sequence[Mapping[str, Any]], *, first: int = 0, **template_options: Any
+    processor: Any,
+    samples: Sequence[Mapping[str, Any]],
+    forbidden: Sequence[int] = (),
+    *,
+    first: int = 0,
+    **template_options: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prompts with their images as one batch, for ``generate``.
 
     Args:
         processor, template_options: as in ``encode_prompt``.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
+        forbidden: placeholder ids (``placeholder_ids``) that no text may contain, beside the processor's own.
         first: the number of the first sample, for errors.
 
     Returns:
@@ -284,11 +304,11 @@ def encode_prompts(
     Raises:
         ConfigError: a sample that cannot be encoded; its number is named.
     """
-    groups = []
+    marks, groups = placeholder_texts(processor, forbidden), []
     for index, given in enumerate(samples, start=first):
         with _named(index):
             sample = shared_format(given)
-            _check_texts(sample["prompt"], placeholder_texts(processor, ()))
+            _check_texts(sample["prompt"], marks)
             filled = fill_images(sample["prompt"], sample["images"])
             ids, fields = encode_prompt(processor, filled, **template_options)
         groups.append(PromptGroup(ids, ids[:0], (), fields))
@@ -345,10 +365,9 @@ def prompt_images(messages: Messages | str) -> list[Any]:
     Args:
         messages: chat messages, or a plain text, which has none.
     """
-    contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
     return [
         next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
-        for content in contents
+        for content in ([] if isinstance(messages, str) else [message.get("content") for message in messages])
         if content and not isinstance(content, str)
         for part in content
         if part["type"] == "image"

@@ -148,13 +148,13 @@ def sample_responses(
         ConfigError: a sample that cannot be encoded; its number is named.
     """
     tokenizer, responses = getattr(processor, "tokenizer", processor), []
-    config = sampling.generation_config(model, tokenizer)
+    config, forbidden = sampling.generation_config(model, tokenizer), placeholder_ids(model.config)
     was_training = model.training
     model.eval()
     try:
         for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
             batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-            ids, mask, fields = encode_prompts(processor, batch, first=start, **sampling.template_options)
+            ids, mask, fields = encode_prompts(processor, batch, forbidden, first=start, **sampling.template_options)
             inputs = {"input_ids": ids, "attention_mask": mask, **fields}
             with own_generation_config(model):
                 output = model.generate(

@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
+from ..data.prompts import unexpanded_ids
 from ..errors import ConfigError
 from ..evaluation.sampling import own_generation_config
 from .collapse_watch import SteeringState
@@ -241,6 +242,11 @@ class HostHooks:
         images = self._questions.images if self.use_vllm else None
         with own_generation_config(self.student), greedy_decoding(self) if greedy else nullcontext():
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def unexpanded_prompts(self) -> list[list[int]]:
+        """Token ids of the prompts that are being asked, one per response, with one mark per image."""
+        options = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        return [unexpanded_ids(self.processing_class, x, **options) for x in self._questions.host_messages]
 
     def _calculate_rewards(self, inputs: list, prompts: list, *args: Any) -> Tensor:  # of the GRPO trainer alone
         return super()._calculate_rewards(self._questions.samples, self._questions.host_messages, *args)

@@ -35,8 +35,8 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
     check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
     check_engine(args, teacher, trainer.accelerator.distributed_type)
     forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown_to_teacher(student.config, teacher.config)])
-    if trainer.use_vllm and trainer.vllm_mode == "colocate" and trainer.placeholder_ids:
-        expand_images_once(trainer.vllm_generation, trainer.model.config.image_token_id)
+    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+        expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
     words, _ = encode_prompt(
         trainer.processing_class,
         remove_images([{"role": "user", "content": "."}]),

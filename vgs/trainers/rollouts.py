@@ -64,26 +64,20 @@ def greedy_decoding(trainer: Any) -> Iterator[None]:
             engine.temperature = temperature
 
 
-def collapse_runs(ids: Sequence[int], token_id: int) -> list[int]:
-    """Token ids with every run of ``token_id`` shortened to one."""
-    return [token for i, token in enumerate(ids) if token != token_id or i == 0 or ids[i - 1] != token_id]
-
-
-def expand_images_once(engine: Any, image_token_id: int) -> None:
-    """Send one placeholder per image to a colocated vLLM, which expands it itself, and check what it made of it.
+def expand_images_once(engine: Any, unexpanded: Callable[[], list[list[int]]]) -> None:
+    """Send prompts with one mark per image to a colocated vLLM, which expands them itself, and check what it made.
 
     TRL 1.16 sends the processor's already expanded prompts, whose placeholders vLLM expands again: responses to a
     broken prompt, or a crash (TRL issues 6294 and 6401). In server mode TRL needs the expanded prompts.
 
     Args:
         engine: TRL's ``VLLMGeneration``, in colocate mode; its ``generate`` is replaced.
-        image_token_id: the placeholder; each image is one run of it.
+        unexpanded: gives the token ids of the prompts at hand as their chat template writes them.
     """
     original = engine.generate
 
     def generate(*, prompts: list[list[int]], images: Any, **options: Any) -> tuple:
-        sent = prompts if images is None else [collapse_runs(ids, image_token_id) for ids in prompts]
-        result = original(prompts=sent, images=images, **options)
+        result = original(prompts=prompts if images is None else unexpanded(), images=images, **options)
         for index, (ours, theirs) in enumerate(zip(prompts, result[0], strict=True)):
             if list(ours) != list(theirs):
                 raise RuntimeError(
