@@ -161,7 +161,7 @@ def catchers(record: dict[str, Any]) -> list[str]:
 def table(options: argparse.Namespace) -> None:
     """Print the results side by side, in Markdown: what noticed each mutation, and after how many seconds."""
     columns = [(path.stem, json.loads(path.read_text())["mutations"]) for path in options.results]
-    titles = [f"{title} of the tests {name}" for name, _ in columns for title in ("First", "Seconds", "Also")]
+    titles = [f"{name}: {title}" for name, _ in columns for title in ("noticed by", "seconds", "also by")]
     print("| Mutation | What it breaks |", *(f"{title} |" for title in titles))
     print("|" + "---|" * (2 + len(titles)))
     for mutation in MUTATIONS:
