@@ -14,7 +14,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate lint bench bench-gpu bench-step clean
+.PHONY: demo test test-slow test-all test-oldest gate lint bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -32,6 +32,9 @@ gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, withi
 
 test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 	CONSTRAINTS=constraints-oldest.txt OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
+
+mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
+	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
