@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import SPECIAL, VISION_START, tiny_image, tiny_model, tiny_processor, tiny_samples
 
-from vgs.data.prompts import anchor_group, encode_groups, fill_images, remove_images, text_only_prompts
+from vgs.data.messages import fill_images, remove_images
+from vgs.data.prompts import anchor_group, encode_groups, text_only_prompts
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import response_lengths, trajectory_ids
 from vgs.models.padding import pad_groups

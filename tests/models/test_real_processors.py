@@ -16,7 +16,8 @@ from transformers.utils import is_torchvision_available
 
 import vgs
 from vgs.data.lengths import prompt_length
-from vgs.data.prompts import fill_images, unexpanded_ids
+from vgs.data.messages import fill_images
+from vgs.data.prompts import unexpanded_ids
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ..models.groups import PromptGroup
-from .prompts import encode_groups, shared_format
+from .messages import shared_format
+from .prompts import encode_groups
 
 PIXELATION = 0.1  # of each side (VA-OPD, arXiv 2605.21924)
 

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from .cache import processor_fingerprint, remembered
 from .checks import data_fingerprint, over_rows
 from .conversations import BadRow
-from .prompts import encode_prompt, fill_images, shared_format
+from .messages import fill_images, shared_format
+from .prompts import encode_prompt
 from .sources import Samples, listed
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from PIL import Image
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from .degraded import control_images
-from .prompts import encode_groups, shared_format
+from .messages import shared_format
+from .prompts import encode_groups
 
 COLUMNS = ("privileged_images", "privileged_text", "privileged_prompt")
 MODES = ("add", "replace")

@@ -24,108 +24,11 @@ from ..errors import ConfigError
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
+from .messages import Messages, fill_images, prompt_images, prompt_texts, remove_images, shared_format
 
-Messages = Sequence[Mapping[str, Any]]
-
-ROLES = ("system", "user", "assistant", "tool")
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
-PICTURE_KEYS = ("image", "url", "path", "base64")  # where a content block may have its picture
 #: What some processors return for their own use; no model's forward takes it.
 UNUSED_FIELDS = frozenset({"input_ids", "attention_mask", "num_crops", "num_patches", "rows", "cols"})
-
-
-def shared_format(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The sample with all its pictures in the list ``images``, and places for them in its ``prompt``.
-
-    Args:
-        sample: ``prompt``, and pictures in ``images``, in TRL's column ``image`` (one alone), or in the prompt itself.
-
-    Raises:
-        ValueError: as ``fill_images``, where the prompt itself has pictures.
-    """
-    images, prompt = sample.get("images"), sample["prompt"]
-    if images is None:
-        images = [] if sample.get("image") is None else [sample["image"]]
-    asked = [] if isinstance(prompt, str) else [message for message in prompt if message["role"] != "tool"]
-    if any(picture is not None for picture in prompt_images(asked)):  # the prompt's own
-        filled = fill_images(prompt, images)
-        images = prompt_images([message for message in filled if message["role"] != "tool"])
-        prompt = [_with_places(message) for message in filled]
-    return {**sample, "prompt": prompt, "images": list(images)}
-
-
-def _with_places(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of content blocks with places in place of its pictures; a tool's keeps them."""
-    if message["role"] == "tool" or not message.get("content"):
-        return message
-    parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
-    return {**message, "content": parts}
-
-
-def remove_images(messages: Messages | str) -> list[dict[str, Any]] | str:
-    """The conversation as content blocks, without its image (and video) items; a plain text stays as it is.
-
-    Args:
-        messages: chat messages whose ``content`` is a string or a list of content blocks.
-    """
-    if isinstance(messages, str):
-        return messages
-    stripped = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if content is not None:
-            content = [part for part in content if part["type"] not in ("image", "video")]
-            message = {**message, "content": content}
-        stripped.append(dict(message))
-    return stripped
-
-
-def fill_images(messages: Messages | str, images: Sequence[Any]) -> list[dict[str, Any]] | str:
-    """The conversation as content blocks, with its images in their places; a plain text stays as it is.
-
-    Args:
-        messages: chat messages whose ``content`` is a string or a list of content blocks. Image blocks without an image
-            are places. Where the first user message is a string, all images come before its text.
-        images: as many as there are places.
-
-    Raises:
-        ValueError: another number of images, a plain text with images, or a role that is none of system, user,
-            assistant, tool.
-    """
-    if isinstance(messages, str):
-        if images:
-            raise ValueError(f"images has {len(images)} entries, but a prompt of plain text has no place for any.")
-        return messages
-    filled, opened = [], False
-    for message in messages:
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"A message has the role {role!r}; expected one of {', '.join(ROLES)}.")
-        if isinstance(content, str):
-            places = [{"type": "image"} for _ in images] if role == "user" and not opened else []
-            opened = opened or role == "user"
-            content = [*places, {"type": "text", "text": content}]
-            message = {**message, "content": content}
-        elif content:  # tables of content blocks fill up with None
-            parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-            message = {**message, "content": parts}
-        filled.append(dict(message))
-
-    def is_place(message: dict[str, Any], part: dict[str, Any]) -> bool:
-        return message["role"] != "tool" and part["type"] == "image" and not part.keys() & set(PICTURE_KEYS)
-
-    count = sum(is_place(message, part) for message in filled for part in message.get("content") or ())
-    if count != len(images):
-        raise ValueError(f"images has {len(images)} entries, but the prompt has places for {count}.")
-    rest = iter(images)
-    return [
-        {**x, "content": [{**part, "image": next(rest)} if is_place(x, part) else part for part in x["content"]]}
-        if x.get("content")
-        else x
-        for x in filled
-    ]
 
 
 def placeholder_texts(processor: Any, forbidden: Sequence[int]) -> list[str]:
@@ -146,15 +49,8 @@ def _tokenizer(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def _texts(messages: Messages | str) -> Iterator[str]:
-    for message in [{"content": messages}] if isinstance(messages, str) else messages:
-        content = message.get("content") or ()
-        for part in [{"text": content}] if isinstance(content, str) else content:
-            yield part.get("text") or ""
-
-
 def _check_texts(messages: Messages | str, marks: Sequence[str]) -> None:
-    if found := [mark for mark in marks if any(mark in text for text in _texts(messages))]:
+    if found := [mark for mark in marks if any(mark in text for text in prompt_texts(messages))]:
         raise ValueError(
             f"the prompt has the image placeholder {', '.join(found)} in its text; put images in the sample's "
             "`images`, and no placeholder in the prompt's text."
@@ -206,7 +102,7 @@ def encode_prompt(
             options["processor_kwargs"] = {"padding": False}  # some processors pad unless they are told not to
         else:
             options["padding"] = False
-            messages = [{**x, "content": "".join(_texts([x]))} if x.get("content") else x for x in messages]
+            messages = [{**x, "content": "".join(prompt_texts([x]))} if x.get("content") else x for x in messages]
         encoded = processor.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
@@ -357,21 +253,6 @@ def encode_groups(
         tensors = tuple(torch.tensor(list(part), dtype=torch.int64) for part in answers)
         groups.append(PromptGroup(ids, text_ids, tensors, images))
     return groups
-
-
-def prompt_images(messages: Messages | str) -> list[Any]:
-    """The pictures of a conversation's image items, in their order; None for a place without one.
-
-    Args:
-        messages: chat messages, or a plain text, which has none.
-    """
-    return [
-        next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
-        for content in ([] if isinstance(messages, str) else [message.get("content") for message in messages])
-        if content and not isinstance(content, str)
-        for part in content
-        if part["type"] == "image"
-    ]
 
 
 def _check_responses(responses: Sequence[Any], forbidden: Sequence[int]) -> None:

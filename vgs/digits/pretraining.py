@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
-from ..data.prompts import fill_images
+from ..data.messages import fill_images
 from .cache import key, trained_once
 from .models import DigitsProcessor, Shape, build_model, build_processor
 from .pictures import Example, Habits, caption, examples

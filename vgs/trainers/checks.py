@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data.prompts import prompt_images
+from ..data.messages import prompt_images
 from ..errors import ConfigError
 from ..models.families import placeholder_ids
 from ..models.forward import final_states

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from ..data.prompts import anchor_group, encode_prompt, remove_images
+from ..data.messages import remove_images
+from ..data.prompts import anchor_group, encode_prompt
 from ..models.families import freeze, is_verified, placeholder_ids
 from ..models.groups import PromptGroup
 from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k

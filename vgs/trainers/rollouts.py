@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.prompts import encode_groups, fill_images, prompt_images, shared_format
+from ..data.messages import fill_images, prompt_images, shared_format
+from ..data.prompts import encode_groups
 from ..data.responses import response_texts
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
