@@ -18,7 +18,7 @@ from real_checkpoints import photos, real_checkpoint
 from vgs.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("internvl", "qwen2_5_vl")
 SIDEWAYS = {0x0112: 6}  # EXIF: the camera was turned
 # A user's own comparison of answers; in the run that is stopped, it waits in the second step until that has happened.
 JUDGE = """
