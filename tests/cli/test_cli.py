@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from tiny import save_tiny_checkpoint, tiny_image, tiny_processor, trainer_options
+from tiny import save_tiny_checkpoint, tiny_image, trainer_options
 
 from vgs import VGSConfig
 from vgs.cli import main as cli
@@ -25,8 +25,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A YAML file for four image questions and two saved models."""
-    # The real processor class of these checkpoints needs torchvision; everything else is loaded from disk.
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
     rows = []
     for index, (question, answer) in enumerate([("red ?", "a"), ("blue ?", "b"), ("what is in ?", "c"), ("a ?", "d")]):
         buffer = io.BytesIO()

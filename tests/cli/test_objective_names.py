@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import transformers
 import yaml
-from tiny import SPECIAL, WORDS, save_tiny_checkpoint, tiny_image, tiny_processor, tiny_samples, trainer_options
+from tiny import SPECIAL, WORDS, save_tiny_checkpoint, tiny_image, tiny_samples, trainer_options
 from trainers import make_trainer
 from transformers.utils import logging
 
@@ -25,8 +24,6 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "presets"
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config of tiny models and data on the disk, without an objective."""
-    # The real processor class of these checkpoints needs torchvision.
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor())
     for seed, role in enumerate(("student", "teacher")):
         save_tiny_checkpoint(tmp_path / role, seed=seed)
     rows = []
