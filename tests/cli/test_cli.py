@@ -199,3 +199,32 @@ def test_importing_the_package_and_the_help_are_cheap() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError: module 'vgs' has no attribute 'nothing'" in result.stderr
+
+
+def test_several_sets_to_evaluate_on_have_one_accuracy_each(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(config.read_text())
+    part = content["data"]["eval"]
+    content["data"]["eval"] = {"first": part, "second": {**part, "limit": 3}}
+    content["scorer"] = "judge:yes"
+    config.write_text(yaml.safe_dump(content))
+    (tmp_path / "judge.py").write_text("def yes(response, gold):\n    return gold in 'ab'\n")
+    assert cli.main(["train", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == {"eval_first_accuracy": 1.0, "eval_second_accuracy": 0.6667}
+    assert cli.main(["eval", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: (each["accuracy"], each["samples"]) for name, each in found.items()} == {
+        "first": (1.0, 2),
+        "second": (2 / 3, 3),
+    }
+    assert cli.load_config(config)["data"]["eval.second"]["limit"] == 3
+    for wrong, message in (
+        ({"eval": part, "eval.other": part}, "data.eval must be one set, or several by name"),
+        ({"eval": {"first": {"pth": "x"}}}, "Unknown key 'pth' in section 'first'"),
+    ):
+        config.write_text(yaml.safe_dump({**content, "data": {"train": content["data"]["train"], **wrong}}))
+        with pytest.raises(ConfigError, match=message):
+            cli.load_config(config)

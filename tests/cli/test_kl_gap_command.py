@@ -18,7 +18,7 @@ from vgs.evaluation.sampling import Sampling
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config whose eval data have privileged images."""
-    monkeypatch.setattr(runs, "eval_samples", lambda *_: privileged_samples(5))
+    monkeypatch.setattr(runs, "eval_samples", lambda *_: {"": privileged_samples(5)})
     save_tiny_checkpoint(tmp_path / "before")
     monkeypatch.setattr(pair, "load_processor", lambda *_: tiny_processor())
     (tmp_path / "run.yaml").write_text(
@@ -55,7 +55,7 @@ def test_the_command_shows_noise(config: Path, capsys: pytest.CaptureFixture) ->
 def test_the_command_needs_privileged_context(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(runs, "eval_samples", lambda *_: tiny_samples(2))
+    monkeypatch.setattr(runs, "eval_samples", lambda *_: {"": tiny_samples(2)})
     with pytest.raises(SystemExit):
         cli.main(["kl-gap", str(config)])
     assert "kl-gap needs privileged context in data.eval: at least one of the columns" in capsys.readouterr().err

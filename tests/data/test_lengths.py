@@ -59,7 +59,6 @@ def photos(folder: Path, count: int = 30) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["internvl_processor", "pixtral_processor"])
 def test_headers_are_enough_where_the_processor_counts(tmp_path: Path, name: str, decoded: list[Any]) -> None:
-    pytest.importorskip("torchvision")
     processor = getattr(importlib.import_module("real_processors"), name)()
     samples = load(tmp_path, photos(tmp_path))
     lengths = prompt_lengths(samples, processor)
@@ -73,7 +72,6 @@ def test_headers_are_enough_where_the_processor_counts(tmp_path: Path, name: str
 
 
 def test_a_count_that_is_wrong_is_not_believed(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     from real_processors import internvl_processor
 
     processor = internvl_processor()

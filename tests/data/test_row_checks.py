@@ -14,9 +14,10 @@ from PIL import Image
 from tiny import tiny_image, tiny_processor
 
 from vgs.data import checks
-from vgs.data.checks import check_rows, data_fingerprint, good_rows, media_tokens
+from vgs.data.checks import check_rows, data_fingerprint, good_rows
 from vgs.data.sources import DataSource, Samples, load_samples
 from vgs.errors import ConfigError
+from vgs.models.tokenizers import media_tokens
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -163,7 +164,6 @@ def test_media_tokens_are_those_of_images_and_their_kin() -> None:
     ],
 )
 def test_media_tokens_of_real_processors(tmp_path: Path, name: str, expected: set[str]) -> None:
-    pytest.importorskip("torchvision")
     processor = getattr(importlib.import_module("real_processors"), name)()
     processor.tokenizer.add_tokens(["picture of an image"])  # an added word is no special token
     assert set(media_tokens(processor)) - set(media_tokens(tiny_processor())) == expected

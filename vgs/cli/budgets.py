@@ -71,8 +71,6 @@ def check_lengths(args: Any, longest: int | None, models: Mapping[str, Any]) -> 
         longest = args.max_prompt_length
     if longest is None:
         return
-    # A prompt that is dropped for its length does not count.
-    longest = min(longest, args.max_prompt_length or longest)
     total = f"a prompt of {longest} tokens and a response of max_completion_length {response}"
     for name, config in models.items():
         context = context_length(config)

@@ -133,19 +133,37 @@ def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[st
         if section in config:
             config[section] = _checked(config[section], keys[section], section)
     if "data" in config:
-        config["data"] = {
-            part: _checked(_part(part, section), DATA, f"data.{part}") for part, section in config["data"].items()
-        }
+        parts = _data_parts(config["data"])
+        config["data"] = {part: _checked(section, DATA, f"data.{part}") for part, section in parts.items()}
     _check_effect(config, kind)
     _check_needed(config, name)
     _check_names(config)
     return _with_objective(config)
 
 
-def _part(part: str, section: Any) -> Any:
-    if part not in ("train", "eval"):
-        raise unknown_key(part, ("train", "eval"), "section 'data'")
-    return section
+def _data_parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``"train"``, ``"eval"`` and, of several sets to evaluate on, ``"eval.NAME"`` -> its section."""
+    parts: dict[str, Any] = {}
+    for part, section in data.items():
+        if part not in ("train", "eval") and not part.startswith("eval."):
+            raise unknown_key(part, ("train", "eval"), "section 'data'")
+        several = part == "eval" and isinstance(section, Mapping) and not set(section) & set(DATA)
+        if several and section and all(isinstance(each, Mapping) for each in section.values()):
+            parts |= {f"eval.{name}": each for name, each in section.items()}
+        else:
+            parts[part] = section
+    if "eval" in parts and len(eval_parts(parts)) > 1:
+        raise ConfigError("data.eval must be one set, or several by name, got both.")
+    return parts
+
+
+def eval_parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> what belongs to each set to evaluate on, of a mapping by part of the data; a single set has the name "".
+
+    Args:
+        data: by ``"train"``, ``"eval"`` and ``"eval.NAME"``.
+    """
+    return {part[len("eval.") :]: each for part, each in data.items() if part.split(".")[0] == "eval"}
 
 
 def _check_effect(config: Mapping[str, Any], kind: str) -> None:
@@ -176,9 +194,9 @@ def _check_effect(config: Mapping[str, Any], kind: str) -> None:
             f"training.{unread[0]} has no effect with objective {preset.name!r} (it belongs to {reader!r}, for one); "
             "leave it out."
         )
-    if training.get("eval_strategy", "no") != "no" and not digits and "eval" not in config.get("data", {}):
+    if training.get("eval_strategy", "no") != "no" and not digits and not eval_parts(config.get("data", {})):
         raise ConfigError(f"training.eval_strategy {training['eval_strategy']!r} has no effect without data.eval.")
-    if training.get("eval_on_start") and not digits and "eval" not in config.get("data", {}):
+    if training.get("eval_on_start") and not digits and not eval_parts(config.get("data", {})):
         raise ConfigError("training.eval_on_start has no effect without data.eval.")
     if preset.teacher == "separate":
         for part, section in config.get("data", {}).items():

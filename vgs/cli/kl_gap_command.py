@@ -33,7 +33,9 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any
     if trainer_kind(config) != "self":
         raise ConfigError("kl-gap needs an objective with privileged context: visual_opsd, opsd or vision_opd.")
     before = load_for_eval(config, options.model)
-    model, processor, samples, args = before.model, before.processor, before.samples, before.args
+    if "" not in before.sets:
+        raise ConfigError(f"kl-gap measures one set, but data.eval has {len(before.sets)}: {', '.join(before.sets)}.")
+    model, processor, samples, args = before.model, before.processor, before.sets[""], before.args
     check_columns(samples, "data.eval", "kl-gap", options.control)
     samples = [samples[i] for i in range(min(options.samples or len(samples), len(samples)))]
     sampling = Sampling.from_settings(args, greedy=False)

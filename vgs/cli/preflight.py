@@ -7,13 +7,14 @@ impossible (``ConfigError``) and logs a warning for what only looks wrong.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ..data.checks import data_fingerprint, good_rows
 from ..data.lengths import drop_long_prompts, prompt_lengths
 from ..data.privileged import check_columns
-from ..data.sources import DataSource, Samples, open_samples
+from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
 from ..trainers.checks import check_columns_for, check_teacher_kind
@@ -22,6 +23,8 @@ from . import budgets, pair
 from .keys import DIGITS
 from .resolved import LOADING
 from .steps import Steps, plan_steps, processes, say_steps
+
+logger = logging.getLogger(__name__)
 
 #: Name of a stage -> the method.
 STAGES = {
@@ -144,16 +147,22 @@ class Preflight:
             check_columns_for(preset, self.samples["train"], compares)
 
     def measure_prompts(self) -> None:
-        """Prompts that are longer than ``max_prompt_length`` are dropped; the longest of the others is known then."""
+        """Training prompts longer than ``max_prompt_length`` are dropped; the longest of the others is known then."""
         if self.processor is None:
             return
         limit = self.args.max_prompt_length
         for part, samples in self.samples.items():
             lengths = prompt_lengths(samples, self.processor, **self.template_options)
-            if limit is not None:
-                samples = drop_long_prompts(samples, self.processor, limit, **self.template_options)
-                self.samples[part] = samples
-            self.longest = max([self.longest or 0, *(x for x in lengths if limit is None or x <= limit)])
+            long = [samples.indices[i] for i, length in enumerate(lengths) if limit is not None and length > limit]
+            if part == "train" and limit is not None:
+                self.samples[part] = drop_long_prompts(samples, self.processor, limit, **self.template_options)
+                lengths = [length for length in lengths if length <= limit]
+            elif long:  # whoever drops them would measure on another set
+                logger.warning(
+                    "data.%s: %d of %d prompts are longer than %d tokens; they are answered all the same (rows %s).",
+                    *(part, len(long), len(samples), limit, listed(long)),
+                )
+            self.longest = max([self.longest or 0, *lengths])
 
     def count_steps(self) -> None:
         """Steps of the run, and rows that they leave out."""

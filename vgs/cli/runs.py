@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, config_errors
 from ..trainers.kinds import TRAINERS, needs_teacher, trainer_kind
+from .config import eval_parts
 from .output import report
 from .resolved import LOADING, model_options, resolved, training_arguments
 
@@ -139,7 +140,9 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
     else:
         teacher = config["teacher"]["path"] if needs_teacher(config) else None
         samples = checks.samples
-        run = Run(config["student"]["path"], teacher, checks.processor, samples["train"], samples.get("eval"), None)
+        held_out = eval_parts(samples)
+        held_out = held_out.get("", held_out) or None  # one set, several by name, or none
+        run = Run(config["student"]["path"], teacher, checks.processor, samples["train"], held_out, None)
     models = {"model": run.student} if kind == "self" else {"model": run.student, "teacher_model": run.teacher}
     peft_config = None
     if config.get("lora"):
@@ -176,12 +179,13 @@ class Measured:
     """What a config is measured on: the model on its device, how it is asked, and what it is asked.
 
     Attributes:
+        sets: name -> samples; a single set has the name "".
         args: the trainer's settings, of which template, generation and lengths are the run's.
     """
 
     model: Any
     processor: Any
-    samples: Any
+    sets: dict[str, Any]
     scorer: Any
     args: Any
 
@@ -219,25 +223,25 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> M
     scorer = None if config.get("scorer") is None else find_scorer(config["scorer"])
     if config.get("task") == "digits":
         run = _digits_run(config, "test")
-        model, processor, samples = run.student, run.processor, run.eval_samples
+        model, processor, sets = run.student, run.processor, {"": run.eval_samples}
         scorer = scorer or run.scorer
         if model_path is not None:
             model = _load_model("--model", model_path, {})
     else:
-        if (config.get("data") or {}).get("eval") is None:
+        if not eval_parts(config.get("data") or {}):
             raise ConfigError("The config has no data.eval to evaluate on.")
         text_only = not reads_pictures(model_config(config["student"], "student", needs_pictures=False))
         processor = load_processor(config, text_only)
-        samples = eval_samples(config, processor, not args.disable_tqdm)
+        sets = eval_samples(config, processor, not args.disable_tqdm)
         name = "student.path" if model_path is None else "--model"
         options = model_options(config["student"])
         model = _load_model(name, model_path or config["student"]["path"], options, text_only)
         scorer = scorer or answers_match
-    return Measured(model.to("cuda" if cuda else "cpu"), processor, samples, scorer, args)
+    return Measured(model.to("cuda" if cuda else "cpu"), processor, sets, scorer, args)
 
 
-def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> Any:
-    """The config's eval samples: all of them, but for rows that cannot be used where it says ``on_bad_row: skip``.
+def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> dict[str, Any]:
+    """The config's eval samples by name: all, but for rows that cannot be used where it says ``on_bad_row: skip``.
 
     Raises:
         ConfigError: data that cannot be read.
@@ -245,7 +249,10 @@ def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> A
     from ..data.checks import good_rows
     from ..data.sources import DataSource, open_samples
 
-    return good_rows(open_samples(DataSource(**config["data"]["eval"])), processor, progress)
+    return {
+        name: good_rows(open_samples(DataSource(**section)), processor, progress)
+        for name, section in eval_parts(config["data"]).items()
+    }
 
 
 def _load_model(name: str, path: str, options: Mapping[str, Any], text_only: bool = False) -> Any:
@@ -258,7 +265,7 @@ def _load_model(name: str, path: str, options: Mapping[str, Any], text_only: boo
         return kind.from_pretrained(path, **options)
 
 
-def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int, out: Path | None) -> dict[str, float]:
+def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int, out: Path | None) -> dict[str, Any]:
     """Greedy accuracy of the config's student, or of the model at ``model_path``, on the config's eval data.
 
     Args:
@@ -266,6 +273,9 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
         model_path: a saved model or a name on the hub; None: the student.
         batch_size: prompts per generation.
         out: a JSON file for the result, if any.
+
+    Returns:
+        As ``vgs.evaluation.accuracy.evaluate_accuracy``; of several sets one such result for each name.
 
     Raises:
         ConfigError: as ``load_for_eval``, or eval data without gold answers.
@@ -276,6 +286,10 @@ def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int,
     found = load_for_eval(config, model_path)
     sampling = Sampling.from_settings(found.args, greedy=True)
     with found.as_trained():
-        result = evaluate_accuracy(found.model, found.processor, found.samples, found.scorer, batch_size, sampling)
+        results: dict[str, Any] = {
+            name: evaluate_accuracy(found.model, found.processor, samples, found.scorer, batch_size, sampling)
+            for name, samples in found.sets.items()
+        }
+    result = results.get("", results)
     report(result, out)
     return result

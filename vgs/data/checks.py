@@ -15,17 +15,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..models.tokenizers import media_tokens
 from .cache import processor_fingerprint, remembered
 from .conversations import BadRow, as_list, message_texts
 from .sources import Samples, listed
 
 logger = logging.getLogger(__name__)
 
-ODD_SIDE, ODD_ASPECT = (
-    32,
-    20,
-)  # pictures that are smaller, or longer, are prepared by the processor to see whether it can
-MEDIA_WORDS = ("image", "img", "video", "vision", "audio", "boi", "eoi", "soft_token")
+ODD_SIDE, ODD_ASPECT = 32, 20  # pictures that are smaller, or longer, are shown to the processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +35,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"row {self.row}: {self.sentence}"
-
-
-def media_tokens(processor: Any) -> list[str]:
-    """The texts that a processor or its tokenizer reads as (part of) an image, video or sound: no prompt may say them.
-
-    They are its attributes ``*_token``, ``*_token_id`` and ``*_token_ids`` with one of ``MEDIA_WORDS`` in their name,
-    and special tokens with such a word in their text.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    tokens: set[str] = set()
-    for owner in (processor, tokenizer):
-        for name in {*vars(owner), *(key for key in dir(type(owner)) if "_token" in key)}:
-            if "_token" not in name or name.startswith("_") or not any(word in name for word in MEDIA_WORDS):
-                continue
-            value = getattr(owner, name, None)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            ids = [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
-            if name.endswith(("_token_id", "_token_ids")):
-                tokens |= {token for token in tokenizer.convert_ids_to_tokens(ids) if isinstance(token, str)}
-            elif name.endswith("_token"):
-                tokens |= {item for item in values if isinstance(item, str)}
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens |= {token for token in special if any(word in token.lower() for word in MEDIA_WORDS)}
-    return sorted(token for token in tokens if len(token) > 2)
 
 
 def _check_size(processor: Any, image: Image.Image) -> None:

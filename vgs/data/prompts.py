@@ -24,6 +24,7 @@ from ..errors import ConfigError
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
+from ..models.tokenizers import media_tokens
 from .messages import Messages, fill_images, prompt_images, prompt_texts, remove_images, shared_format
 
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
@@ -39,10 +40,7 @@ def placeholder_texts(processor: Any, forbidden: Sequence[int]) -> list[str]:
         forbidden: placeholder ids of the model, see ``vgs.models.families.placeholder_ids``.
     """
     added = _tokenizer(processor).get_added_vocab()
-    ids = {*forbidden, *(getattr(processor, "image_token_ids", None) or ())}
-    names = {token for token, index in added.items() if index in ids}
-    names |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")} & added.keys()
-    return sorted(names)
+    return sorted({*media_tokens(processor), *(token for token, index in added.items() if index in set(forbidden))})
 
 
 def _tokenizer(processor: Any) -> Any:

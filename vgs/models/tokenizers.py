@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 SHOWN = 3
+MEDIA_WORDS = ("image", "img", "video", "vision", "audio", "boi", "eoi", "soft_token")
 SPECIAL_TOKENS = ("eos_token", "image_token", "video_token")
 
 
@@ -20,6 +21,30 @@ def load_tokenizer(section: Mapping[str, Any]) -> PreTrainedTokenizerBase | None
     except OSError:  # a library that finds no file would make an empty tokenizer
         return None
     return AutoTokenizer.from_pretrained(section["path"], **options)
+
+
+def media_tokens(processor: Any) -> list[str]:
+    """The texts that a processor or its tokenizer reads as (part of) an image, video or sound: no prompt may say them.
+
+    They are its attributes ``*_token``, ``*_token_id`` and ``*_token_ids`` with one of ``MEDIA_WORDS`` in their name,
+    and special tokens with such a word in their text.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens: set[str] = set()
+    for owner in (processor, tokenizer):
+        for name in {*vars(owner), *(key for key in dir(type(owner)) if "_token" in key)}:
+            if "_token" not in name or name.startswith("_") or not any(word in name for word in MEDIA_WORDS):
+                continue
+            value = getattr(owner, name, None)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            ids = [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+            if name.endswith(("_token_id", "_token_ids")):
+                tokens |= {token for token in tokenizer.convert_ids_to_tokens(ids) if isinstance(token, str)}
+            elif name.endswith("_token"):
+                tokens |= {item for item in values if isinstance(item, str)}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens |= {token for token in special if any(word in token.lower() for word in MEDIA_WORDS)}
+    return sorted(token for token in tokens if len(token) > 2)
 
 
 def check_same_tokens(student: Any, teacher: Any, vocab_size: int | None = None) -> None:
