@@ -77,7 +77,7 @@ def test_the_step_of_the_readme(inside):
 def test_training_as_the_readme_says(inside):
     (config,) = [block.text for block in all_blocks("yaml") if block.page == "README.md"]
     assert len(config.splitlines()) == 3
-    (command,) = [
+    commands = [
         words
         for block in all_blocks("bash")
         if block.page == "README.md"
@@ -88,7 +88,9 @@ def test_training_as_the_readme_says(inside):
     small += "--report_to none --output_dir runs/my --disable_tqdm true --gradient_checkpointing false"
     from vgs.cli.main import main
 
-    assert main([*command[1:], *small.split()]) == 0
+    assert [command[1] for command in commands] == ["check", "train"]
+    for command in commands:
+        assert main([*command[1:], *small.split()]) == 0
     assert (inside / "runs/my/model.safetensors").exists()
     assert (inside / "runs/my/processor_config.json").exists()
 
