@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, Pro
 
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import prompt_opening
-from ..models.tokenizers import check_same_tokens, load_tokenizer
+from ..models.tokenizers import check_same_tokens, load_tokenizer, tokenizer_of
 from ..trainers.vocabulary import common_vocabulary, head_rows
 from .keys import unknown_key
 from .resolved import LOADING
@@ -250,7 +250,7 @@ def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[
         tokenizer = load_tokenizer(section)
         if tokenizer is not None:
             check_same_tokens(processor, tokenizer, vocab_size)
-    size = len(getattr(processor, "tokenizer", processor).get_vocab())
+    size = len(tokenizer_of(processor).get_vocab())
     if vocab_size is None and size > head_rows(student):
         logger.warning("The tokenizer has %d tokens, the heads %d rows.", size, head_rows(student))
     own = _teacher_processor(section)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.checks import data_fingerprint, good_rows
-from ..data.lengths import drop_long_prompts, prompt_lengths
+from ..data.lengths import keep_short_prompts, prompt_lengths
 from ..data.privileged import check_columns
 from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
@@ -154,8 +154,8 @@ class Preflight:
         for part, samples in self.samples.items():
             lengths = prompt_lengths(samples, self.processor, **self.template_options)
             long = [samples.indices[i] for i, length in enumerate(lengths) if limit is not None and length > limit]
-            if part == "train" and limit is not None:
-                self.samples[part] = drop_long_prompts(samples, self.processor, limit, **self.template_options)
+            if long and part == "train":
+                self.samples[part] = keep_short_prompts(samples, lengths, limit)
                 lengths = [length for length in lengths if length <= limit]
             elif long:  # whoever drops them would measure on another set
                 logger.warning(

@@ -12,10 +12,12 @@ import datasets
 import transformers
 from datasets.fingerprint import Hasher
 
+from ..models.tokenizers import tokenizer_of
+
 
 def processor_fingerprint(processor: Any, **template_options: Any) -> str:
     """A hash of all that decides how a processor counts: its settings, tokenizer, template and its version."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "class": f"{type(processor).__module__}.{type(processor).__qualname__}",

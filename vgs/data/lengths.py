@@ -134,7 +134,11 @@ def drop_long_prompts(samples: Samples, processor: Any, limit: int, **template_o
     Raises:
         ConfigError: none is left, or a row cannot be read.
     """
-    lengths = prompt_lengths(samples, processor, **template_options)
+    return keep_short_prompts(samples, prompt_lengths(samples, processor, **template_options), limit)
+
+
+def keep_short_prompts(samples: Samples, lengths: Sequence[int], limit: int) -> Samples:
+    """As ``drop_long_prompts``, of prompts whose ``lengths`` are known."""
     kept = [i for i, length in enumerate(lengths) if length <= limit]
     dropped = [samples.indices[i] for i, length in enumerate(lengths) if length > limit]
     if dropped:

@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
-from ..models.tokenizers import media_tokens
+from ..models.tokenizers import media_tokens, tokenizer_of
 from .messages import Messages, fill_images, prompt_images, prompt_texts, remove_images, shared_format
 
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
@@ -39,12 +39,8 @@ def placeholder_texts(processor: Any, forbidden: Sequence[int]) -> list[str]:
         processor: a processor or a tokenizer.
         forbidden: placeholder ids of the model, see ``vgs.models.families.placeholder_ids``.
     """
-    added = _tokenizer(processor).get_added_vocab()
+    added = tokenizer_of(processor).get_added_vocab()
     return sorted({*media_tokens(processor), *(token for token, index in added.items() if index in set(forbidden))})
-
-
-def _tokenizer(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", processor)
 
 
 def _check_texts(messages: Messages | str, marks: Sequence[str]) -> None:
@@ -132,7 +128,7 @@ def unexpanded_ids(processor: Any, messages: Messages | str, **template_options:
     Args:
         processor, messages, template_options: as in ``encode_prompt``.
     """
-    tokenizer = _tokenizer(processor)
+    tokenizer = tokenizer_of(processor)
     if isinstance(messages, str):
         return tokenizer(messages)["input_ids"]
     text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template_options)
@@ -148,7 +144,7 @@ def _text_only(
     _check_texts(messages, marks)
     ids, fields = encode_prompt(processor, remove_images(messages), **template_options)
     if found := set(ids.tolist()) & set(forbidden):  # the chat template's own
-        names = _tokenizer(processor).convert_ids_to_tokens(sorted(found))
+        names = tokenizer_of(processor).convert_ids_to_tokens(sorted(found))
         raise ValueError(
             f"the text-only view still contains the image placeholder {', '.join(names)}, which the chat template "
             "writes without any image."
@@ -206,7 +202,7 @@ def encode_prompts(
             filled = fill_images(sample["prompt"], sample["images"])
             ids, fields = encode_prompt(processor, filled, **template_options)
         groups.append(PromptGroup(ids, ids[:0], (), fields))
-    return pad_prompts(groups, _tokenizer(processor).pad_token_id or 0)
+    return pad_prompts(groups, tokenizer_of(processor).pad_token_id or 0)
 
 
 def encode_groups(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.tokenizers import tokenizer_of
+
 
 def cut_responses(rows: Tensor, ends: Collection[int]) -> list[list[int]]:
     """Rows of generated tokens as responses, each up to and including its first end token.
@@ -32,5 +34,5 @@ def response_texts(processor: Any, responses: Iterable[Sequence[int] | Tensor]) 
         processor: a processor or a tokenizer.
         responses: token ids of each response.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     return tokenizer.batch_decode(list(responses), skip_special_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import GenerationConfig
 from ..data.prompts import encode_prompts
 from ..data.responses import cut_responses
 from ..models.families import placeholder_ids
+from ..models.tokenizers import tokenizer_of
 
 #: Field of the trainers' settings -> field of ``Sampling``.
 SETTINGS = {
@@ -27,8 +29,10 @@ SETTINGS = {
     "generation_kwargs": "generation_kwargs",
     "chat_template_kwargs": "template_options",
 }
-#: What greedy decoding leaves out; generation would warn of it.
-SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+#: Fields of ``GenerationConfig`` for greedy decoding; generation would warn of what only sampling reads.
+GREEDY: Mapping[str, Any] = MappingProxyType(
+    {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Sampling:
             "suppress_tokens": sorted(forbidden) or None,
         }
         if self.greedy:
-            options |= {"do_sample": False, **dict.fromkeys(SAMPLED)}
+            options |= GREEDY
         return GenerationConfig(**options, disable_compile=True)
 
 
@@ -147,7 +151,7 @@ def sample_responses(
     Raises:
         ConfigError: a sample that cannot be encoded; its number is named.
     """
-    tokenizer, responses = getattr(processor, "tokenizer", processor), []
+    tokenizer, responses = tokenizer_of(processor), []
     config, forbidden = sampling.generation_config(model, tokenizer), placeholder_ids(model.config)
     was_training = model.training
     model.eval()

@@ -23,13 +23,18 @@ def load_tokenizer(section: Mapping[str, Any]) -> PreTrainedTokenizerBase | None
     return AutoTokenizer.from_pretrained(section["path"], **options)
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a tokenizer is returned as it is."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def media_tokens(processor: Any) -> list[str]:
     """The texts that a processor or its tokenizer reads as (part of) an image, video or sound: no prompt may say them.
 
     They are its attributes ``*_token``, ``*_token_id`` and ``*_token_ids`` with one of ``MEDIA_WORDS`` in their name,
     and special tokens with such a word in their text.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     tokens: set[str] = set()
     for owner in (processor, tokenizer):
         for name in {*vars(owner), *(key for key in dir(type(owner)) if "_token" in key)}:
@@ -60,7 +65,7 @@ def check_same_tokens(student: Any, teacher: Any, vocab_size: int | None = None)
     Raises:
         ValueError: an id with different strings, an id that only one of them has, or different special tokens.
     """
-    student, teacher = (getattr(x, "tokenizer", x) for x in (student, teacher))
+    student, teacher = (tokenizer_of(x) for x in (student, teacher))
     names = [{index: token for token, index in x.get_vocab().items()} for x in (student, teacher)]
     used = [{index for index in x if vocab_size is None or index < vocab_size} for x in names]
     different = sorted(index for index in used[0] & used[1] if names[0][index] != names[1][index])

@@ -20,6 +20,7 @@ from ..data.messages import fill_images, prompt_images, shared_format
 from ..data.prompts import encode_groups
 from ..data.responses import response_texts
 from ..errors import ConfigError
+from ..evaluation.sampling import GREEDY
 from ..models.groups import PromptGroup
 from ..models.image_fields import join_images
 from ..models.padding import token_fields
@@ -50,10 +51,9 @@ def forbid_tokens(trainer: Any, token_ids: Sequence[int]) -> None:
 def greedy_decoding(trainer: Any) -> Iterator[None]:
     """Make a trainer decode greedily; its sampling is restored afterwards."""
     sampling = trainer.generation_config, trainer.generation_kwargs
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
     trainer.generation_config = copy(trainer.generation_config)
-    trainer.generation_config.update(**greedy)
-    trainer.generation_kwargs = {**trainer.generation_kwargs, **greedy}
+    trainer.generation_config.update(**GREEDY)
+    trainer.generation_kwargs = {**trainer.generation_kwargs, **GREEDY}
     engine = trainer.vllm_generation if trainer.use_vllm else None
     if engine is not None:
         temperature, engine.temperature = engine.temperature, 0.0
