@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import VGSOutput, fused_linear_vgs_loss
-from .linear_divergence import DivergenceOutput, TargetRow, fused_linear_divergence
+from .api import fused_linear_divergence, fused_linear_vgs_loss
+from .heads import TargetRow
 from .objective import VGSObjective
+from .outputs import DivergenceOutput, VGSOutput
 
 
 class FusedLinearVGSLoss(nn.Module):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import scaled, wide
+from .rows.layout import scaled, wide
 
 
 class PolicyTerm(NamedTuple):

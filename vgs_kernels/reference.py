@@ -16,7 +16,7 @@ from .gating import thresholds, token_gamma
 from .objective import VGSObjective
 from .parallel import group_name
 from .policy import PolicyTerm
-from .rows import scaled
+from .rows.layout import scaled
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiles import make_tile
 
-from vgs_kernels import entries_torch, entries_triton, rows_torch, rows_triton
 from vgs_kernels.divergence import Divergence
-from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton
+from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -21,8 +21,8 @@ def test_blocks_of_the_torch_rows(monkeypatch, four, masked):
     torch.manual_seed(n)
     tile = make_tile(n, columns, dtype=torch.float64, four=four, masked=masked, softcap=9.0)
     chosen = torch.randint(columns, (n,))
-    scalars = torch.rand(6, n, dtype=torch.float64)
-    coefficients = RowCoefficients(*scalars[:3], four, *(scalars[3:5] if four else (None, None)), scalars[5], chosen)
+    scalars = torch.rand(4, n, dtype=torch.float64)
+    coefficients = RowCoefficients(*scalars[:3], four, scalars[3], chosen)
     results = []
     for small in (False, True):
         if small:

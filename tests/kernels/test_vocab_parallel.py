@@ -31,8 +31,9 @@ from vocab_parallel import (
     terms,
 )
 
-from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, parallel, rows_torch
-from vgs_kernels.rows import RowTile, RunningStatistics, new_state
+from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, parallel
+from vgs_kernels.rows import rows_torch
+from vgs_kernels.rows.layout import RowTile, RunningStatistics, new_state
 
 LIMIT = 240  # seconds; ranks that wait for each other fail by this clock
 
@@ -239,9 +240,9 @@ def test_statistics_of_shards_meet(cuts, four, masked, seed):
             rows = [None if row is None else row[:, start:stop] for row in tile[:4]]
             rows_torch.statistics(RowTile(*rows, *tile[4:]), states[-1])
     shards = [RunningStatistics(state) for state in states]
-    tops = torch.stack([x.tops() for x in shards]).amax(0)
+    maxima = torch.stack([x.common_maxima() for x in shards]).amax(0)
     for x in shards:
-        x.rise_to(tops)
+        x.rescale_to(maxima)
         x.store()
     sums = [[row.clone() for row in x.addends()] for x in shards]
     for addend, *values in zip(shards[0].addends(), *sums, strict=True):

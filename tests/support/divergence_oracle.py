@@ -116,7 +116,7 @@ def family_from_logits(
     temperature: float = 1.0,
     temperature_squared: bool = False,
     token_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str | None = None,
     target_ids: Tensor | None = None,
     policy: Any = None,
 ) -> FamilyOutput:
@@ -150,7 +150,7 @@ def family_from_logits(
     policies = None if policy is None else policy_values(log_p_y, policy)
     if policy is not None:
         loss = loss + policy.weights.to(student_logits) * policies
-    if reduction == "sum":
+    if reduction != "none":
         loss = loss.sum()
     with torch.no_grad():
         log_e = on_support[0] if support == "teacher_top_k" else log_p  # where the student is renormalised

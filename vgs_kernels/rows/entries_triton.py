@@ -1,4 +1,4 @@
-"""The entry backend in Triton. See entries.py for the mathematics; blocks and loads are those of rows_triton.py."""
+"""Divergences that are summed entry by entry, in Triton; entries_torch.py has the mathematics, in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import Divergence
-from .entries import SUMS, TAILS, EntryCoefficients, log_sums
-from .rows import RowTile
-from .triton_launch import (
+from ..divergence import Divergence
+from .entries_torch import SUMS, TAILS
+from .layout import EntryCoefficients, RowTile, Statistics
+from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
+    NOTHING,
+    OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
+    anchored,
+    cap_slope,
+    exp,
+    lane_sum,
     row_arguments,
     statistics_launch,
     tile_columns,
+    transform,
     transform_arguments,
 )
-from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
@@ -44,7 +50,7 @@ def _log1p(x):
 
 @triton.jit
 def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
-    """An entry and p times its derivative, as entries.entry."""
+    """An entry and p times its derivative, as entries_torch.entry."""
     if KIND == _REVERSE:
         value = p * r
         if MASKED:
@@ -95,8 +101,8 @@ def _distributions(
 def _tail(maximum, total, x, outside):
     """Fold columns outside of a support into a lane's maximum and sum of exponentials. Without any, its sum is void."""
     x = tl.maximum(tl.where(outside, x, NOTHING), NOTHING)
-    raised = tl.maximum(maximum, tl.max(x, axis=1))
-    return raised, total * exp(maximum - raised) + lane_sum(exp(x - raised[:, None]))
+    higher = tl.maximum(maximum, tl.max(x, axis=1))
+    return higher, total * exp(maximum - higher) + lane_sum(exp(x - higher[:, None]))
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def totals_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
+    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [splits, 4, R]."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -209,12 +215,12 @@ def totals(
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, limit)
     layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
-    n_rows, shift = len(tile.student), log_sums(state)
+    n_rows, shift = len(tile.student), Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
         *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
         parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
+        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
     if limit is not None:
@@ -230,8 +236,9 @@ def gradient(
     scalars, options = _options(tile, divergence, coefficients.limit)
     # What a variant does not read is stood in for by what it does.
     vectors = [(coefficients.weight if value is None else value).contiguous() for value in coefficients]
+    shift = Statistics(state).log_sums.to(state.dtype)
     entry_gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), log_sums(state), *vectors,
+        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), shift, *vectors,
         n_columns, n_loaded, *scalars, POLICY=coefficients.policy is not None, **options,
-        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
+        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
