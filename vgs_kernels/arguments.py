@@ -92,6 +92,12 @@ class Call:
         return backend(self.options["backend"])
 
     @property
+    def live(self) -> Tensor | None:
+        """[N] tokens that take part in the loss or in a policy term; None: all."""
+        counted, weights = self.get("counted"), self.get("policy_weights")
+        return counted if counted is None or weights is None else counted | (weights != 0)
+
+    @property
     def policy(self) -> PolicyGradient | None:
         """The policy term of the call."""
         if self.get("advantages") is None:
@@ -151,7 +157,8 @@ class StudentGradients:
         """The view of hidden states whose logits receive gradient."""
         hidden = self._call[name]
         dtype = gradient_dtype(hidden, self.head.weight, self._call.dtype)
-        return GradientView(hidden, self.by_name[name] if name in self._call.needs else None, dtype, alpha, tokens)
+        d_hidden = self.by_name[name] if name in self._call.needs else None
+        return GradientView(hidden, d_hidden, dtype, alpha, self._call.live, tokens)
 
     def sink(self, views: Sequence[GradientView], plan: Plan, *, add: bool = False) -> LinearSink | None:
         """Takes the gradient tiles of these views; None without any."""

@@ -157,7 +157,8 @@ def linear(call: Call) -> Outcome:
     heads = [call.head("student"), *(call.head(f"head{i}") for i in range(len(counts)))]
     shard = call.shard(heads)
     student, *targets = (head.first(shard.columns) for head in heads)
-    parts = [Part(head, _rows(call, index, count, "hidden")) for head, count in zip(targets, counts, strict=True)]
+    pairs = zip(targets, counts, strict=True)
+    parts = [Part(head, _rows(call, index, count, "hidden"), call.live) for head, count in pairs]
     decides = call.options["decides_last"] == "True"  # the last row is no addend, but decides about the support
     rows = [ComposedRow(x) for x in ([parts[:-1], parts[-1:]] if decides else [parts])]
     hidden, temperature = call["student_hidden"], call.number("temperature")
@@ -166,7 +167,12 @@ def linear(call: Call) -> Outcome:
     gradients = StudentGradients(call, shard.columns, len(hidden))
     views = [gradients.view("student_hidden")] if call.needs else []
     source = LinearSource(
-        [StackedRows(student, [hidden]), *rows], transforms, call.integer("workspace_bytes"), shard, call.dtype, views
+        [StackedRows(student, [hidden], call.live), *rows],
+        transforms,
+        call.integer("workspace_bytes"),
+        shard,
+        call.dtype,
+        views,
     )
     sweep(source, call.backend, loss, gradients.sink(views, source.plan))
     shard.sum(gradients.by_name["student_hidden"])
@@ -179,7 +185,7 @@ def dense(call: Call) -> Outcome:
     addends = _rows(call, itertools.count(), int(call.options["head_rows"]), "logits")
     transform = LogitTransform(inv_temperature=1.0 / call.number("temperature"))
     decides = call.options["support"] == "plausible"
-    source = DenseSource([[(1.0, logits)], addends], transform, vocab, DENSE_ROWS, call.dtype, decides)
+    source = DenseSource([[(1.0, logits)], addends], transform, vocab, DENSE_ROWS, call.dtype, decides, call.live)
     loss = DivergenceLoss(call, transform.gain, vocab, call.get("ids"), source.shard)
     d_logits = call.logit_gradient("student_logits", vocab, written=True)
     sweep(source, call.backend, loss, DenseSink([d_logits]) if call.needs else None)

@@ -104,6 +104,6 @@ class LinearSink:
                 view.d_hidden[tokens] = d_hidden
         if self._d_weight is not None:
             out = self._d_weight[columns]
-            add_weight_gradient(d_logits, view.hidden[tokens], out, view.alpha, keep=add or at.start > 0)
+            add_weight_gradient(d_logits, view.states(tokens), out, view.alpha, keep=add or at.start > 0)
         if self._d_bias is not None:
             self._d_bias[columns].add_(d_logits.sum(0, dtype=self._d_bias.dtype), alpha=view.alpha)

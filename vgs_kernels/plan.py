@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gemm import has_mixed_gemm
+from .rows.layout import quiet
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
 _GRADIENT_ROWS = 2048
@@ -39,6 +40,11 @@ def slab_rows(slab: Tensor, rows: slice, columns: int) -> Tensor:
     return slab[rows.start * width : rows.stop * width].view(-1, width)[:, :columns]
 
 
+def states(hidden: Tensor, at: Tensor | slice, live: Tensor | None) -> Tensor:
+    """hidden[at], finite where tokens are not ``live`` [N]."""
+    return quiet(hidden[at], None if live is None else live[at])
+
+
 def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """dtype of logit gradients: 16 bits only where a GEMM takes 16-bit operands and keeps a float32 result."""
     mixed = hidden.dtype == weight.dtype and has_mixed_gemm(hidden.device, hidden.dtype)
@@ -54,6 +60,7 @@ class GradientView:
         d_hidden: their gradient, or None where not required. Overwritten; with ``tokens``, added to.
         dtype: of the gradients of their logits, see ``gradient_dtype``.
         alpha: factor on the gradients of this view, kept out of 16-bit logit gradients.
+        live: [N] tokens that take part; states of others may hold anything. None means all.
         tokens: indices of the tokens that the sweep is over; None means all.
     """
 
@@ -61,7 +68,12 @@ class GradientView:
     d_hidden: Tensor | None
     dtype: torch.dtype
     alpha: float = 1.0
+    live: Tensor | None = None
     tokens: Tensor | None = None
+
+    def states(self, at: Tensor | slice) -> Tensor:
+        """Hidden states of these tokens, [R, D]."""
+        return states(self.hidden, at, self.live)
 
     @property
     def n(self) -> int:

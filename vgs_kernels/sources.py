@@ -12,8 +12,8 @@ from torch import Tensor
 from .gemm import project
 from .heads import Head
 from .parallel import VocabularyShard
-from .plan import GradientView, Plan, pitch, slab_rows
-from .rows.layout import LogitTransform, RowTile, new_state, slices
+from .plan import GradientView, Plan, pitch, slab_rows, states
+from .rows.layout import LogitTransform, RowTile, new_state, quiet, slices
 
 #: Elements of a part of a composed row that is formed on its own.
 _FORMED_ELEMENTS = 1 << 20
@@ -25,10 +25,14 @@ Coefficient = float | Tensor
 
 @dataclass
 class StackedRows:
-    """Logit rows of one head in one or two views, [N, D] each: one GEMM per tile. ``tokens`` selects some of them."""
+    """Logit rows of one head in one or two views, [N, D] each: one GEMM per tile.
+
+    Of tokens that are not ``live`` [N], states may hold anything; ``tokens`` selects some.
+    """
 
     head: Head
     views: Sequence[Tensor]
+    live: Tensor | None = None
     tokens: Tensor | None = None
 
     @property
@@ -41,7 +45,8 @@ class StackedRows:
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         at = rows if self.tokens is None else self.tokens[rows]
-        hidden = self.views[0][at] if len(self.views) == 1 else torch.cat([view[at] for view in self.views])
+        views = [states(view, at, self.live) for view in self.views]
+        hidden = views[0] if len(views) == 1 else torch.cat(views)
         bias = None if self.head.bias is None else self.head.bias[columns]
         project(hidden, self.head.weight[columns], out, bias=bias)
 
@@ -51,6 +56,11 @@ class Part(NamedTuple):
 
     head: Head
     rows: Sequence[tuple[Coefficient, Tensor]]
+    live: Tensor | None = None
+
+    def states(self, index: int, at: slice) -> Tensor:
+        """Hidden states of these tokens, [R, D]."""
+        return states(self.rows[index][1], at, self.live)
 
     def factors(self, at: slice, dtype: torch.dtype) -> list[Coefficient]:
         """The coefficients of these tokens: numbers, or [R, 1]."""
@@ -63,9 +73,7 @@ class Part(NamedTuple):
         """
         factors = self.factors(at, dtype)
         alpha = max((abs(factor) for factor in factors if not isinstance(factor, Tensor)), default=1.0) or 1.0
-        total = sum(
-            factor / alpha * hidden[at].to(dtype) for factor, (_, hidden) in zip(factors, self.rows, strict=True)
-        )
+        total = sum(factor / alpha * self.states(i, at).to(dtype) for i, factor in enumerate(factors))
         return alpha, total.to(self.rows[0][1].dtype)
 
     def add_bias(self, at: slice, bias: Tensor, out: Tensor) -> None:
@@ -97,13 +105,13 @@ class ComposedRow:
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         for index, part in enumerate(self.parts):
-            head, (coefficient, hidden) = part.head, part.rows[0]
+            head, coefficient = part.head, part.rows[0][0]
             bias = None if head.bias is None else head.bias[columns]
             alone = len(part.rows) == 1
             if head.softcap is not None or (alone and isinstance(coefficient, Tensor)):
                 self._add_formed(part, rows, columns, out, keep=index > 0)
                 continue
-            alpha, hidden = (coefficient, hidden[rows]) if alone else part.combined(rows, out.dtype)
+            alpha, hidden = (coefficient, part.states(0, rows)) if alone else part.combined(rows, out.dtype)
             project(hidden, head.weight[columns], out, alpha=alpha * head.scale, keep=index > 0)
             if bias is not None:
                 part.add_bias(rows, bias, out)
@@ -112,11 +120,11 @@ class ComposedRow:
     def _add_formed(part: Part, rows: slice, columns: slice, out: Tensor, *, keep: bool) -> None:
         """Add a row that no GEMM can weigh, for its soft-cap or its tokens' coefficients: a few columns at a time."""
         weight, head = part.head.weight[columns], part.head
-        ((_, hidden),), (factor,) = part.rows, part.factors(rows, out.dtype)
+        (factor,), hidden = part.factors(rows, out.dtype), part.states(0, rows)
         for few in slices(len(weight), max(_FORMED_ELEMENTS // len(out), 1)):
             logits = out.new_empty(len(out), few.stop - few.start)
             bias = None if head.bias is None else head.bias[columns][few]
-            project(hidden[rows], weight[few], logits, bias=bias)
+            project(hidden, weight[few], logits, bias=bias)
             logits = times(factor, head.transform()(logits))
             out[:, few] = out[:, few] + logits if keep else logits
 
@@ -214,6 +222,7 @@ class DenseSource(Source):
         tile_rows: tokens of a tile.
         dtype: of the statistics.
         first_decides: whether the target's first addend decides about a support.
+        live: [N] tokens that take part; the logits of others may hold anything. None: all do.
     """
 
     def __init__(
@@ -224,16 +233,18 @@ class DenseSource(Source):
         tile_rows: int,
         dtype: torch.dtype,
         first_decides: bool = False,
+        live: Tensor | None = None,
     ) -> None:
         first = rows[0][0][1]
         shard, plan = VocabularyShard(vocab, vocab, vocab), Plan(tile_rows, vocab, tile_rows)
         super().__init__(len(first), len(rows) == 4, shard, plan, first.new_empty(0, dtype=dtype), False)
-        self._rows, self._transform, self._first_decides = rows, transform, first_decides
+        self._rows, self._transform, self._first_decides, self._live = rows, transform, first_decides, live
 
     def load(self, rows: slice, columns: slice) -> RowTile:
-        deciding = self._rows[1][0][1][rows, columns] if self._first_decides else None
-        tiles = [self._composed(addends, rows, columns) for addends in self._rows]
-        plain = all(len(addends) == 1 and _is_one(addends[0][0]) for addends in self._rows)
+        live = None if self._live is None else self._live[rows]
+        deciding = quiet(self._rows[1][0][1][rows, columns], live, -torch.inf) if self._first_decides else None
+        tiles = [quiet(self._composed(addends, rows, columns), live, -torch.inf) for addends in self._rows]
+        plain = live is None and all(len(addends) == 1 and _is_one(addends[0][0]) for addends in self._rows)
         # Columns behind the vocabulary can be read, and their gradient is 0; what was computed here has none to spare.
         readable = columns.stop - columns.start
         if any(x.stride(1) != 1 for x in tiles):

@@ -44,7 +44,8 @@ class VGSLoss:
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
         vds, limits = call.get("vds"), call.get("vds_threshold")
         self.vds = None if vds is None else vds.to(self.dtype)
-        self._scope = (call.get("trajectory_ids"), call.options.get("process_group"))
+        self._counted = call.get("counted")
+        self._scope = (call.get("trajectory_ids"), call.options.get("process_group"), self._counted)
         self._bounded = self.objective.vds_scope == "call" and limits is None
         self.limits: list[Tensor] | None = None
         if limits is not None:
@@ -92,6 +93,8 @@ class VGSLoss:
         if self.limits is None:
             self._find_limits()
         self.gate = self.vds > self.limits[-1]
+        if self._counted is not None:
+            self.gate &= self._counted
         gamma = gating.token_gamma(self.vds, self.objective, self.limits)
         standard, visual, language = x.standard, x.visual, x.language
         per_token = (
@@ -111,7 +114,8 @@ class VGSLoss:
         else counting them synchronises a GPU once."""
         if self._bounded:
             count = gating.max_gated(len(self.vds), self.objective)
-            return torch.topk(self.vds, count, sorted=False).indices.sort().values
+            scores = self.vds if self._counted is None else self.vds.masked_fill(~self._counted, -torch.inf)
+            return torch.topk(scores, count, sorted=False).indices.sort().values
         return self.gate.nonzero().squeeze(1)
 
 
@@ -150,7 +154,7 @@ def linear(call: Call) -> Outcome:
     text_gradient = "student_text_hidden" in call.needs or gradients.needs_head
     prior = not objective.detach_prior and objective.gamma > 0 and text_gradient
     loss = VGSLoss(call, transforms[0].gain, shard.local(call.get("ids")), prior)
-    teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text])
+    teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text], call.live)
 
     # Scores first where gamma depends on them: KL(q_I || q_x) of every token, a pair of the teacher's rows.
     if loss.needs_vds_first and call.needs:
@@ -164,7 +168,9 @@ def linear(call: Call) -> Outcome:
         views.append(gradients.view("student_hidden"))
     if prior:
         views.append(gradients.view("student_text_hidden"))
-    source = LinearSource([StackedRows(student, [hidden, text]), teacher_rows], transforms, *source_options, views)
+    source = LinearSource(
+        [StackedRows(student, [hidden, text], call.live), teacher_rows], transforms, *source_options, views
+    )
     found = sweep(source, call.backend, loss, gradients.sink(views, source.plan))
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
@@ -174,7 +180,8 @@ def linear(call: Call) -> Outcome:
     language = objective.lam > 0 and text_gradient
     if language:
         gated = loss.gated_tokens()
-        rows = [StackedRows(student, [text], gated), StackedRows(teacher, [teacher_text], gated)]
+        views = ((student, text), (teacher, teacher_text))
+        rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
         views = [gradients.view("student_text_hidden", objective.lam, gated)]
         source = LinearSource(rows, transforms, *source_options, views)
         weights = (loss.unit_weights * loss.gate)[gated] * loss.gain
@@ -196,8 +203,9 @@ def dense(call: Call) -> Outcome:
     language = objective.lam > 0 and needs_text
     loss = VGSLoss(call, transform.gain, call.get("ids"), prior)
     n = len(call["student_logits"])
-    tile_rows = max(n, 1) if call.options["backend"] == "triton" else DENSE_ROWS
-    source = DenseSource([s, t, a, w], transform, vocab, tile_rows, call.dtype)
+    whole = call.options["backend"] == "triton" and call.live is None
+    tile_rows = max(n, 1) if whole else DENSE_ROWS
+    source = DenseSource([s, t, a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
     found = sweep(source, call.backend, None if loss.ids is None else Picking(loss.ids))
     losses, terms = loss.finish(*found)
 
@@ -209,7 +217,8 @@ def dense(call: Call) -> Outcome:
         sweep(source, call.backend, loss, DenseSink([first, d_text] if prior else [first]), found)
     if language:
         weights = loss.unit_weights * loss.gate * (objective.lam * loss.gain)
-        source = DenseSource([a, w], transform, vocab, DENSE_ROWS if prior else tile_rows, call.dtype)
+        tile_rows = DENSE_ROWS if prior else tile_rows
+        source = DenseSource([a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
         known = language_statistics(found[0]), None
         sweep(source, call.backend, LanguageLoss(weights), DenseSink([d_text], add=prior), known)
     return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}

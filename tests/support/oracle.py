@@ -70,21 +70,32 @@ def steered_target(log_px: Tensor, log_qi: Tensor, log_qx: Tensor) -> Tensor:
     return raw - torch.logsumexp(raw, dim=-1, keepdim=True)
 
 
-def thresholds(vds: Tensor, quantile: float, *, trajectory_ids: Tensor | None, pool: Tensor | None) -> Tensor:
-    """Per-token threshold [N]: the quantile of the token's own trajectory, or of ``pool`` (default: this call)."""
+def thresholds(
+    vds: Tensor, quantile: float, *, trajectory_ids: Tensor | None, pool: Tensor | None, counted: Tensor
+) -> Tensor:
+    """Per-token threshold [N]: the quantile of the token's own trajectory, or of ``pool`` (default: this call).
+
+    Tokens that do not count are in no quantile, and below every threshold.
+    """
+    out = torch.full_like(vds, math.inf)
     if trajectory_ids is None:
-        return torch.quantile(vds if pool is None else pool, quantile).expand_as(vds)
-    out = torch.empty_like(vds)
-    for trajectory in trajectory_ids.unique():
-        members = trajectory_ids == trajectory
-        out[members] = torch.quantile(vds[members], quantile)
+        trajectory_ids = torch.zeros_like(vds)
+    for trajectory in trajectory_ids[counted].unique():
+        members = counted & (trajectory_ids == trajectory)
+        out[members] = torch.quantile(vds[members] if pool is None else pool, quantile)
     return out
 
 
 def gate_and_gamma(
-    vds: Tensor, objective: Any, vds_threshold: Any, trajectory_ids: Tensor | None, pool: Tensor | None
+    vds: Tensor,
+    objective: Any,
+    vds_threshold: Any,
+    trajectory_ids: Tensor | None,
+    pool: Tensor | None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate [N] bool (strictly above the upper threshold) and gamma [N]."""
+    counted = torch.ones_like(vds, dtype=torch.bool) if counted is None else counted
     adaptive = objective.schedule == "adaptive"
     if vds.numel() == 0:
         return vds > 0, vds
@@ -92,12 +103,16 @@ def gate_and_gamma(
         low, high = vds_threshold if adaptive else (None, vds_threshold)
     else:
         ids = trajectory_ids if objective.vds_scope == "trajectory" else None
-        high = thresholds(vds, objective.vds_quantile, trajectory_ids=ids, pool=pool)
-        low = thresholds(vds, objective.adaptive_quantile, trajectory_ids=ids, pool=pool) if adaptive else None
+        high = thresholds(vds, objective.vds_quantile, trajectory_ids=ids, pool=pool, counted=counted)
+        low = (
+            thresholds(vds, objective.adaptive_quantile, trajectory_ids=ids, pool=pool, counted=counted)
+            if adaptive
+            else None
+        )
     gamma = torch.full_like(vds, objective.gamma)
     if adaptive:
         gamma = torch.where(vds > high, gamma, torch.where(vds > low, gamma / 2, torch.zeros_like(vds)))
-    return vds > high, gamma
+    return (vds > high) & counted, gamma
 
 
 def _weighted(coefficient: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -127,9 +142,10 @@ def vgs_from_logits(
     log_star = steered_target(log_px.detach() if objective.detach_prior else log_px, log_qi, log_qx)
 
     scores = kl(log_qi, log_qx) if vds is None else vds
-    gate, gamma = gate_and_gamma(scores.double(), objective, vds_threshold, trajectory_ids, vds_pool)
     if token_weights is None:
         token_weights = student.new_full((tokens,), 1.0 / max(tokens, 1))
+    counted = token_weights != 0
+    gate, gamma = gate_and_gamma(scores.double(), objective, vds_threshold, trajectory_ids, vds_pool, counted)
     step = token_weights.to(dtype) * objective.eta
     loss = (
         _weighted(step, log_pi, log_qi)

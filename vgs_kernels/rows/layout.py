@@ -139,6 +139,14 @@ class EntryCoefficients(NamedTuple):
     chosen: Tensor | None = None
 
 
+def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:
+    """Rows [R, C] of which those that are not ``live`` [R] may hold anything: what is not finite becomes 0.
+
+    ``lowest`` is what becomes of -inf, which masks a logit.
+    """
+    return x if live is None else torch.where(live.unsqueeze(1), x, x.nan_to_num(0.0, 0.0, lowest))
+
+
 def slices(n: int, size: int) -> list[slice]:
     """``range(n)`` in pieces of ``size``, the last one shorter."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]

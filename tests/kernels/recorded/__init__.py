@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).with_name("recorded.json")
-#: Allowed errors of a product, relative to the norm, by the dtype of the inputs.
-TOLERANCES = {"float64": 1e-10, "float32": 3e-5, "bfloat16": 2e-3}
+#: Allowed errors of a product, relative to the norm, by the dtype of the inputs: 16-bit gradients were rounded twice.
+TOLERANCES = {"float64": 1e-10, "float32": 3e-5, "bfloat16": 1e-2}
 #: Values are no better than the float32 logits they come from.
 FLOORS = {"float64": 1e-13, "float32": 3e-6, "bfloat16": 3e-6}
 
