@@ -80,7 +80,7 @@ def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]])
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
-_GRADIENT = "FOUR PRIOR POLICY"
+_GRADIENT = "PRIOR POLICY"
 KERNELS = {
     "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
     "merge_kernel": Kernel(rows_triton.merge_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
@@ -88,17 +88,16 @@ KERNELS = {
         rows_triton.gradient_kernel,
         "write",
         [
-            *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR", ""), _WRITES),
-            *_variants(_GRADIENT, ("FOUR PRIOR POLICY", "POLICY"), _FEW_WRITES),
+            *_variants(_GRADIENT, ("", "PRIOR"), _WRITES),
+            *_variants(_GRADIENT, ("PRIOR POLICY",), _FEW_WRITES),
         ],
     ),
-    # The KLs as they are come out of the statistics, the reverse one's gradient out of the kernel above.
     "totals_kernel": Kernel(
         entries_triton.totals_kernel,
         "read",
         _entries(
             *("CLIP TAIL", _FEW_READS),
-            {"reverse_kl": ("CLIP TAIL",), "forward_kl": ("CLIP TAIL",), "jsd": ("", "CLIP", "CLIP TAIL")},
+            {"reverse_kl": ("", "CLIP TAIL"), "forward_kl": ("", "CLIP TAIL"), "jsd": ("", "CLIP", "CLIP TAIL")},
         ),
     ),
     "entry_gradient_kernel": Kernel(
@@ -107,7 +106,7 @@ KERNELS = {
         _entries(
             *("CLIP TAIL POLICY", _FEW_WRITES),
             {
-                "reverse_kl": ("CLIP TAIL POLICY",),
+                "reverse_kl": ("", "CLIP TAIL POLICY"),
                 "forward_kl": ("", "CLIP TAIL POLICY"),
                 "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
             },
@@ -206,7 +205,8 @@ def _column_bytes(sweep: str, variant: Variant) -> int:
     """Bytes that one token moves for one column: every logit row once, every gradient row once."""
     used = {key for key, value in variant.options.items() if value}
     written = {"read": 0, "write": 2 if "PRIOR" in used else 1}[sweep]
-    return (4 if "FOUR" in used else 2) * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
+    rows = 4 if "FOUR" in used or "PRIOR" in variant.options else 2
+    return rows * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
 
 
 def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = True) -> Resources:

@@ -93,7 +93,7 @@ def fused_linear_vgs_loss(
             summed again, and that of their own columns. ``target_ids`` and ``vocab_size`` count through the ranks;
             padding may fill whole shards. ``vds_scope="ranks"`` then needs a ``process_group`` of its own, one rank of
             each vocabulary group. A rank sends, in one MAX and one SUM for each tile, 16 float32 for a token (17 with
-            ``target_ids``; folded 7 and 8), 7 more for each token that is projected again (those gated; adaptive: all),
+            ``target_ids``; folded 9 and 10), 9 more for each token that is projected again (gated ones; adaptive: all),
             and at the end one [N, Ds] float32 for each gradient of hidden states. The host waits once, for the number
             of each rank's columns.
         workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the hidden states of one tile or

@@ -57,7 +57,7 @@ def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts a linear layer's inputs to; it leaves float64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return None
 

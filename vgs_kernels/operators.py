@@ -94,11 +94,15 @@ def _weighted(student: list[Tensor], fixed: list[Tensor], numbers: Tensor, spec:
 
 
 def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor, rounded once; in place where nobody needs the gradient again.
+    """gradient * factor, rounded once; in place where nobody needs or holds the gradient any more.
 
     The factor is of shape [1]: one without dimensions would be rounded to a 16-bit gradient's dtype first.
     """
-    last = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:  # traced
+        return (gradient * factor).to(dtype)
+    # Three owners: what autograd has saved, its copy for this backward, and the storage asked for here.
+    owners = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+    last = owners <= 3 and not torch._C._autograd._get_current_graph_task_keep_graph()
     out = gradient if last and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from . import gating
 from .arguments import Call, StudentGradients
+from .divergence import Divergence
+from .divergence_loss import DivergenceLoss
 from .driver import Tiles, sweep
 from .gradients import DenseSink
 from .objective import VGSObjective
 from .policy import unit_weights
-from .rows.layout import GAPS, PAIR_STATE, VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
+from .rows.layout import VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
 from .sources import DENSE_ROWS, DenseSource, LinearSource, StackedRows
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
@@ -119,19 +121,6 @@ class VGSLoss:
         return self.gate.nonzero().squeeze(1)
 
 
-class LanguageLoss:
-    """weights_n * KL(p_x || q_x) of a pair of rows, gradient alone. A ``driver.Loss``."""
-
-    ids, picks, divergence = None, 0, None
-
-    def __init__(self, weights: Tensor) -> None:
-        self._weights = weights
-
-    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
-        mean_gap = Statistics(state).mean("s_gap").to(state.dtype)
-        return RowCoefficients(self._weights[rows].to(state.dtype), mean_gap, torch.zeros_like(mean_gap))
-
-
 def objective_of(call: Call) -> VGSObjective:
     """The objective that a call was given."""
     given = {}
@@ -159,7 +148,9 @@ def linear(call: Call) -> Outcome:
     # Scores first where gamma depends on them: KL(q_I || q_x) of every token, a pair of the teacher's rows.
     if loss.needs_vds_first and call.needs:
         pair = LinearSource([teacher_rows], (transforms[1], transforms[1]), *source_options)
-        loss.use_scores(Statistics(sweep(pair, call.backend)[0]).standard)
+        scores = DivergenceLoss(Divergence(), loss.unit_weights, 1.0, shard, call.backend)
+        sweep(pair, call.backend, scores)
+        loss.use_scores(scores.values if len(hidden) else loss.unit_weights)
         del pair  # frees the slabs
 
     # standard + gamma * visual, on all four rows.
@@ -184,11 +175,11 @@ def linear(call: Call) -> Outcome:
         rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
         views = [gradients.view("student_text_hidden", objective.lam, gated)]
         source = LinearSource(rows, transforms, *source_options, views)
-        weights = (loss.unit_weights * loss.gate)[gated] * loss.gain
-        sweep(source, call.backend, LanguageLoss(weights), gradients.sink(views, source.plan, add=True))
-    shard.sum(
-        gradients.by_name["student_hidden"], gradients.by_name["student_text_hidden"] if prior or language else None
-    )
+        weights = (loss.unit_weights * loss.gate)[gated]
+        pair = DivergenceLoss(Divergence(), weights, loss.gain, shard, call.backend, unit=loss.unit)
+        sweep(source, call.backend, pair, gradients.sink(views, source.plan, add=True))
+    of_text = gradients.by_name["student_text_hidden"] if prior or language else None
+    shard.sum(gradients.by_name["student_hidden"], of_text)
     return losses, terms, loss.unit, gradients.by_name
 
 
@@ -216,11 +207,12 @@ def dense(call: Call) -> Outcome:
         first = d_student if "student_logits" in call.needs else torch.empty_like(call["student_logits"])
         sweep(source, call.backend, loss, DenseSink([first, d_text] if prior else [first]), found)
     if language:
-        weights = loss.unit_weights * loss.gate * (objective.lam * loss.gain)
+        weights = loss.unit_weights * loss.gate * objective.lam
         tile_rows = DENSE_ROWS if prior else tile_rows
         source = DenseSource([a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
         known = language_statistics(found[0]), None
-        sweep(source, call.backend, LanguageLoss(weights), DenseSink([d_text], add=prior), known)
+        pair = DivergenceLoss(Divergence(), weights, loss.gain, source.shard, call.backend, unit=loss.unit)
+        sweep(source, call.backend, pair, DenseSink([d_text], add=prior), known)
     return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}
 
 
@@ -237,8 +229,6 @@ class Picking:
 
 
 def language_statistics(state: Tensor) -> Tensor:
-    """What four rows know of the pair (a, w), as statistics of that pair."""
-    assert GAPS["a_gap"] == ("a", "a", "w")
+    """What four rows know of the pair (a, w), as statistics of that pair, without the entropy."""
     x = dict(zip(VGS_STATE, state, strict=True))
-    of_pair = {"s_max": "a_max", "s_sum": "a_sum", "t_max": "w_max", "t_sum": "w_sum", "s_gap": "a_gap"}
-    return torch.stack([x[of_pair[name]] if name in of_pair else torch.zeros_like(state[0]) for name in PAIR_STATE])
+    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], torch.zeros_like(state[0])])

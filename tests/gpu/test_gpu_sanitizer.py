@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V = 33, 1003
 cases = [(kernel, *x) for kernel in ("statistics_kernel", "gradient_kernel") for x in KERNELS[kernel].variants]
 for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1024)):
-    rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
-    rows = [row[:, :V] for row in rows]
+    count = 4 if options.get("FOUR", True) else 2
+    rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits])[:, :V] for _ in range(count)]
     caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
     tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), width)
     state = new_state(N, tile.four, rows[0].float())

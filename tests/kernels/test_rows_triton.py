@@ -43,7 +43,7 @@ def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap
         states.append(state)
     torch.testing.assert_close(states[1], states[0], rtol=2e-5, atol=2e-6)
 
-    for prior in (False, True)[: 1 + four]:
+    for prior in (False, True) if four else ():
         coefficients = RowCoefficients(*torch.rand(3, n), prior)
         whole = torch.full((2, 2, n, width or columns), torch.nan)
         for backend, gradients in zip((rows_torch, rows_triton), whole, strict=True):

@@ -1,4 +1,8 @@
-"""Logit rows of a tile: statistics in one sweep, gradients in another, in PyTorch and in Triton side by side."""
+"""Logit rows of a tile: statistics in one sweep, gradients in another, in PyTorch and in Triton side by side.
+
+layout.py has the notation and what both share. Four rows are the VGS loss (rows_torch.py, rows_triton.py); a pair of
+rows is any divergence (entries_torch.py, entries_triton.py).
+"""
 
 from __future__ import annotations
 

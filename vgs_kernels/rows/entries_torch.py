@@ -3,15 +3,18 @@
 With p = softmax(s), q = softmax(t), r = log(p / q) = (s' - t') - log sum exp s' + log sum exp t' (logits centred at
 their row's maximum, see layout.py), an entry of the divergence and p times its derivative by p are::
 
-    reverse_kl   p * r                         p * (r + 1)
-    forward_kl   -q * r                        -q
+    reverse_kl   p * r [- p + q]               p * (r + 1)
+    forward_kl   -q * r [+ p - q]              -q
     jsd          beta * q * v + (1 - beta) * p * u,  v = log(q / m), u = log(p / m)          (1 - beta) * p * u
 
+What is in brackets sums to 0. It is added where entries are not clipped: then every addend is >= 0 and of second order
+in r, so that nothing cancels when the rows are nearly equal; r must be exact then, and so are expm1 and log1p of it.
+
 With slope_j the second column (0 where the entry is clipped) the gradient by s_j is slope_j - p_j * sum_v slope_v.
-Nearly equal rows have a small r, and u and v must be as exact as it is: they come from expm1 and log1p of it.
+Where p_j is nearly 1 this is (1 - p_j) * slope_j - p_j * (sum of the other slopes), 1 - p_j the sum of the other p.
 
 Columns outside of a support that keeps a *tail* are one entry together, with p = P and q = Q: the gradient by such an
-s_j is p_j * (slope_tail / P - sum_v slope_v).
+s_j is p_j / P * slope_tail - p_j * sum_v slope_v.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from ..divergence import Divergence
 from .layout import PAIR_STATE, EntryCoefficients, RowTile, Statistics, anchor
 from .rows_torch import Blocks, chain, exp, load, one_hot
 
-#: What one sweep over normalised rows sums for each token: divergence and slopes of the entries inside the support ...
-SUMS = ("value", "slope")
+#: What one sweep over normalised rows sums for each token inside the support: the divergence; slopes and p of the
+#: entries with p <= 1/2; the slope of one above, if there is one ...
+SUMS = ("value", "slope", "rest", "top_slope")
 #: ... and log sum exp s' and t' of the columns outside: a tail may weigh less than the least float32.
 TAILS = ("s_tail", "t_tail")
 
@@ -34,11 +38,16 @@ def entry(p: Tensor, q: Tensor, r: Tensor, divergence: Divergence, *, masked: bo
 
     Only where a column can be ``masked`` is r infinite there; else 0 * r is 0 by itself.
     """
+    balanced = divergence.clip is None
     if divergence.kind == "reverse_kl":
         value = _unless_zero(p * r, p, masked)
         slope = value + p
+        if balanced:
+            value = _balanced(value - p + q, p, -r)
     elif divergence.kind == "forward_kl":
         value, slope = _unless_zero(q * r, q, masked).neg_(), -q
+        if balanced:
+            value = _balanced(value + p - q, q, r)
     else:
         larger = _log_larger(r, divergence.beta)
         slope = _student_part(p, r, larger, divergence.beta, masked)
@@ -48,6 +57,11 @@ def entry(p: Tensor, q: Tensor, r: Tensor, divergence: Divergence, *, masked: bo
         slope.masked_fill_(value > divergence.clip, 0)
         value.clamp_(max=divergence.clip)
     return value, slope
+
+
+def _balanced(plain: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """y * (e^x - 1 - x), which is ``plain`` where x is not small."""
+    return torch.where(x.abs() < 0.1, y * (torch.expm1(x) - x), plain)
 
 
 def _log_larger(r: Tensor, beta: float) -> Tensor:
@@ -68,8 +82,8 @@ def _unless_zero(product: Tensor, factor: Tensor, masked: bool) -> Tensor:
 
 def _slope(p: Tensor, q: Tensor, r: Tensor, divergence: Divergence, masked: bool) -> Tensor:
     """The second of ``entry``, without the first where it is not needed."""
-    if divergence.clip is None and divergence.kind == "forward_kl":
-        return -q
+    if divergence.clip is None and divergence.kind in ("forward_kl", "sampled_reverse_kl"):
+        return -q  # the gradient of the sampled one is a policy's alone, and this has a weight of 0
     if divergence.clip is None and divergence.kind == "jsd":
         return _student_part(p, r, _log_larger(r, divergence.beta), divergence.beta, masked)
     return entry(p, q, r, divergence, masked=masked)[1]
@@ -91,7 +105,7 @@ def _distributions(
 def totals(
     tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
 ) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``, [2, R] each.
+    """Add a tile's part to ``SUMS`` [4, R] and, with a limit, to ``TAILS`` [2, R].
 
     Args:
         state: [K, R] statistics over all columns.
@@ -105,14 +119,15 @@ def totals(
             value, slope = entry(p, q, r, divergence, masked=tile.may_be_masked)
             if limit is not None:
                 inside = tile.student[rows, columns] >= limit[rows].unsqueeze(1)
-                value.masked_fill_(~inside, 0)
-                slope.masked_fill_(~inside, 0)
+                value, slope, p = (x.masked_fill_(~inside, 0) for x in (value, slope, p))
                 for name, tail in zip("st", tails[:, rows], strict=True):
                     top = anchor(state[PAIR_STATE.index(f"{name}_max"), rows])
                     found = logits[name].masked_fill(inside, -torch.inf).logsumexp(1).sub_(top)
                     torch.logaddexp(tail, found, out=tail)
-            sums[0, rows] += value.sum(1)
-            sums[1, rows] += slope.sum(1)
+            large = p > 0.5
+            of_block = (value, slope.masked_fill(large, 0), p.masked_fill(large, 0), slope.masked_fill_(~large, 0))
+            for total, values in zip(sums[:, rows], of_block, strict=True):
+                total += values.sum(1)
 
 
 def gradient(
@@ -123,13 +138,16 @@ def gradient(
     shift = Statistics(state).log_sums.to(state.dtype)
     for rows in blocks.rows():
         scalars = [None if value is None else value[rows].unsqueeze(1) for value in coefficients]
-        weight, mean_slope, tail_slope, limit, policy, chosen = scalars
+        weight, mean_slope, top, tail_slope, tail_log, limit, policy, chosen = scalars
         for columns in blocks.columns():
             logits, (p, q, r) = _distributions(tile, rows, columns, state, shift, blocks)
             slope = _slope(p, q, r, divergence, tile.may_be_masked)
             if limit is not None:
-                slope = torch.where(tile.student[rows, columns] < limit, p * tail_slope, slope)
-            d_s = torch.addcmul(slope, p, mean_slope, value=-1, out=r).mul_(weight)
+                share = logits["s"] - (tail_log + anchor(state[PAIR_STATE.index("s_max"), rows]).unsqueeze(1))
+                outside = tile.student[rows, columns] < limit
+                slope = torch.where(outside, exp(share, out=share).mul_(tail_slope), slope)
+            d_s = torch.addcmul(slope, p, mean_slope, value=-1, out=r)
+            d_s = torch.where(p > 0.75, top, d_s).mul_(weight)
             if tile.may_be_masked:
                 d_s.masked_fill_(weight == 0, 0)
             if policy is not None:

@@ -29,7 +29,8 @@ from .triton_common import (
 )
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
-KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+#: The gradient of the sampled one is a policy's alone, whatever is multiplied by its weights of 0.
+KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "sampled_reverse_kl": 1}
 
 
 @triton.jit
@@ -49,6 +50,13 @@ def _log1p(x):
 
 
 @triton.jit
+def _balanced(plain, y, x):
+    """y * (e^x - 1 - x), which is ``plain`` where x is not small."""
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
+    return tl.where(tl.abs(x) < 0.1, y * series, plain)
+
+
+@triton.jit
 def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
     """An entry and p times its derivative, as entries_torch.entry."""
     if KIND == _REVERSE:
@@ -56,11 +64,15 @@ def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: 
         if MASKED:
             value = tl.where(p > 0, value, 0.0)
         slope = value + p
+        if not CLIP:
+            value = _balanced(value - p + q, p, -r)
     elif KIND == _FORWARD:
         value = -q * r
         if MASKED:
             value = tl.where(q > 0, value, 0.0)
         slope = -q
+        if not CLIP:
+            value = _balanced(value + p - q, q, r)
     else:
         larger = r >= 0
         ratio = -_log1p(tl.where(larger, beta, 1 - beta) * _expm1(-tl.abs(r)))
@@ -124,7 +136,7 @@ def totals_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [splits, 4, R]."""
+    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [splits, 6, R]."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -136,7 +148,7 @@ def totals_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
     zero = tl.zeros([LANES], tl.float32)
-    values, slopes = zero, zero
+    values, slopes, rests, tops = zero, zero, zero, zero
     if TAIL:
         s_max, s_tail, t_max, t_tail = zero + NOTHING, zero, zero + NOTHING, zero
     for start in range(begin, end, LANES * WIDTH):
@@ -157,20 +169,27 @@ def totals_kernel(
         if MASKED or TAIL:
             value = tl.where(counted, value, 0.0)
             slope = tl.where(counted, slope, 0.0)
+            p = tl.where(counted, p, 0.0)
+        large = p > 0.5
         values += lane_sum(value)
-        slopes += lane_sum(slope)
-    out_ptr += tl.program_id(1) * 4 * n_rows + row
+        slopes += lane_sum(tl.where(large, 0.0, slope))
+        rests += lane_sum(tl.where(large, 0.0, p))
+        tops += lane_sum(tl.where(large, slope, 0.0))
+    out_ptr += tl.program_id(1) * 6 * n_rows + row
     tl.store(out_ptr, tl.sum(values, axis=0))
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
+    tl.store(out_ptr + 2 * n_rows, tl.sum(rests, axis=0))
+    tl.store(out_ptr + 3 * n_rows, tl.sum(tops, axis=0))
     if TAIL:
-        tl.store(out_ptr + 2 * n_rows, _log_sum(s_max, s_tail))
-        tl.store(out_ptr + 3 * n_rows, _log_sum(t_max, t_tail))
+        tl.store(out_ptr + 4 * n_rows, _log_sum(s_max, s_tail))
+        tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
 def entry_gradient_kernel(
     s_ptr, t_ptr, s_stride, t_stride, out_ptr, out_stride, state_ptr, state_stride,
-    shift_ptr, weight_ptr, mean_slope_ptr, tail_slope_ptr, limit_ptr, policy_ptr, chosen_ptr, n_columns, n_loaded,
+    shift_ptr, weight_ptr, mean_slope_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr, policy_ptr, chosen_ptr,
+    n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
     KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -184,9 +203,11 @@ def entry_gradient_kernel(
     )  # fmt: skip
     _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
     if TAIL:
-        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, p * tl.load(tail_slope_ptr + row))
+        share = exp(s_centred - tl.load(tail_log_ptr + row))
+        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
     weight = tl.load(weight_ptr + row)
-    d_s = weight * (slope - p * tl.load(mean_slope_ptr + row))
+    d_s = tl.where(p > 0.75, tl.load(top_ptr + row), slope - p * tl.load(mean_slope_ptr + row))
+    d_s *= weight
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:

@@ -17,12 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_COMMON_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
-#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s') or exp(t').
-PAIR_STATE = (*_COMMON_STATE, "t_gap")
+#: Running statistics of a pair: max and sum of exp(x') of both rows, and the sum of s' weighted with exp(s').
+PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *_COMMON_STATE,
+    *(*PAIR_STATE, "s_gap"),
     *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
     *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
@@ -30,7 +29,6 @@ VGS_STATE = (
 GAPS = {
     "s_logit": ("s", "s", None),
     "s_gap": ("s", "s", "t"),
-    "t_gap": ("t", "t", "s"),
     "s_prior_gap": ("s", "a", "w"),
     "s_view_gap": ("s", "s", "a"),
     "t_view_gap": ("t", "t", "w"),
@@ -109,11 +107,11 @@ class RowTile(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient sweep, [R] each, and whether d_a has the term of a live prior.
+    """Per-token scalars of the gradient of four rows, [R] each, and whether d_a has the term of a live prior.
 
-    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
-    rows has gamma = 0. With ``live_prior``, d_a = weight * gamma * (softmax(q) - p). Where ``policy`` is given, d_s
-    gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside) and -policy * p elsewhere.
+    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). With
+    ``live_prior``, d_a = weight * gamma * (softmax(q) - p). Where ``policy`` is given, d_s gains policy * (1 - p) at
+    the column ``chosen`` of the tile (int64, may lie outside) and -policy * p elsewhere.
     """
 
     weight: Tensor
@@ -125,16 +123,21 @@ class RowCoefficients(NamedTuple):
 
 
 class EntryCoefficients(NamedTuple):
-    """Per-token scalars of a gradient by entries, [R] each: d_s = weight * (slope - p * mean_slope), and outside of a
-    support weight * p * (tail_slope - mean_slope); plus the policy's part as above.
+    """Per-token scalars of the gradient of a pair, [R] each.
+
+    d_s = weight * (slope - p * mean_slope); weight * top where p > 3/4: such an entry is the difference of two numbers
+    that nearly cancel, and ``top`` comes from all others. Outside of a support weight * (share * tail_slope - p *
+    mean_slope), with the share exp(s' - tail_log) of the tail. Plus the policy's part as above.
 
     ``limit`` is the least logit of the student, as it lies in the tile, that is inside the support; None: all are.
     """
 
     weight: Tensor
     mean_slope: Tensor
-    tail_slope: Tensor | None
-    limit: Tensor | None
+    top: Tensor
+    tail_slope: Tensor | None = None
+    tail_log: Tensor | None = None
+    limit: Tensor | None = None
     policy: Tensor | None = None
     chosen: Tensor | None = None
 
@@ -275,11 +278,6 @@ class Statistics:
     def standard(self) -> Tensor:
         """KL(softmax(s) || softmax(t))."""
         return self._divergence("s_gap")
-
-    @property
-    def forward(self) -> Tensor:
-        """KL(softmax(t) || softmax(s)); of a pair alone."""
-        return self._divergence("t_gap")
 
     @property
     def visual(self) -> Tensor:

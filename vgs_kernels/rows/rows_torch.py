@@ -113,15 +113,15 @@ def chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
 def gradient(
     tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
 ) -> None:
-    """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; they may be the student's tiles themselves.
+    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
 
     Args:
         state: [K, R] statistics over all columns.
     """
     masked = tile.may_be_masked
-    blocks = Blocks(tile, state, 6 if tile.four else 3)
+    blocks = Blocks(tile, state, 6)
     for rows in blocks.rows():
-        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
+        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=True)}
         scalars = [value[rows].unsqueeze(1) if isinstance(value, Tensor) else value for value in coefficients]
         weight, mean_gap, gamma, live_prior, policy, chosen = scalars
         for columns in blocks.columns():
@@ -139,12 +139,10 @@ def gradient(
                     d_a.masked_fill_(weight * gamma == 0, 0)
                 out_text[rows, columns] = chain(d_a, logits["a"], tile)
             gap = centred["s"].sub_(centred["t"])
-            if tile.four:
-                prior_gap = centred["a"].sub_(centred["w"])
-                if masked:  # 0 * inf is 0
-                    prior_gap.masked_fill_(gamma == 0, 0)
-                gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1)
-            gap.sub_(mean_gap)
+            prior_gap = centred["a"].sub_(centred["w"])
+            if masked:  # 0 * inf is 0
+                prior_gap.masked_fill_(gamma == 0, 0)
+            gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1).sub_(mean_gap)
             pull = None if policy is None else one_hot(chosen - columns.start, p).sub_(p).mul_(policy)
             p_weight = p.mul_(weight)
             d_s = gap.mul_(p_weight)

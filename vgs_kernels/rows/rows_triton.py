@@ -87,7 +87,7 @@ def _steered(a, t, w, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _merge_common(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
+def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, MASKED: tl.constexpr):
     """Statistics [LANES] of s and t, each lane a block centred at its own anchors: merge them and store them."""
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
@@ -98,19 +98,12 @@ def _merge_common(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, M
     tl.store(pointer + 2 * stride, t_top)
     tl.store(pointer + 3 * stride, tl.sum(t_sum * t_discount, axis=0))
     tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
-    tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
     return s_shift, s_discount, t_shift, t_discount
 
 
 @triton.jit
-def _merge_pair(pointer, stride, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED: tl.constexpr):
-    """What a pair has more; the order of layout.PAIR_STATE."""
-    tl.store(pointer + 6 * stride, tl.sum(_kept(t_gap, t_sum, t_shift - s_shift, t_discount, MASKED), axis=0))
-
-
-@triton.jit
 def _merge_text(
-    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
     a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What four rows have more than a pair; the order of layout.VGS_STATE."""
@@ -124,6 +117,8 @@ def _merge_text(
     prior_gap = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount, MASKED)
     s_view_gap = _kept(s_view_gap, s_sum, s_shift - a_shift, s_discount, MASKED)
     t_view_gap = _kept(t_view_gap, t_sum, t_shift - w_shift, t_discount, MASKED)
+    gap = _kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED)
+    tl.store(pointer + 5 * stride, tl.sum(gap, axis=0))
     tl.store(pointer + 6 * stride, a_top)
     tl.store(pointer + 7 * stride, tl.sum(a_sum * a_discount, axis=0))
     tl.store(pointer + 8 * stride, w_top)
@@ -160,12 +155,10 @@ def statistics_kernel(
 
     zero = tl.zeros([LANES], tl.float32)
     lowest = zero + (float("-inf") if MASKED else NOTHING)
-    s_max, s_sum, t_max, t_sum, s_logit, s_gap = lowest, zero, lowest, zero, zero, zero
+    s_max, s_sum, t_max, t_sum, s_logit = lowest, zero, lowest, zero, zero
     if FOUR:
         a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
-        s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero
-    else:
-        t_gap = zero
+        s_gap, s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero, zero
 
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
@@ -176,8 +169,8 @@ def statistics_kernel(
         p_s = exp(s)
         p_t = exp(t)
         s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s, MASKED)
-        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
         if FOUR:
+            s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
             a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
             w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
             a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
@@ -195,22 +188,16 @@ def statistics_kernel(
             a_sum = a_sum * a_discount + lane_sum(p_a)
             w_sum = w_sum * w_discount + lane_sum(exp(w))
             q_sum = q_sum * q_discount + lane_sum(exp(q))
-        else:
-            t_gap = _expect(t_gap, t_sum, t_shift - s_shift, t_discount, p_t, t - s, MASKED)
         s_sum = s_sum * s_discount + lane_sum(p_s)
         t_sum = t_sum * t_discount + lane_sum(p_t)
 
-    out_ptr += tl.program_id(1) * (16 if FOUR else 7) * n_rows + row
-    s_shift, s_discount, t_shift, t_discount = _merge_common(
-        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
-    )
+    out_ptr += tl.program_id(1) * (16 if FOUR else 5) * n_rows + row
+    s_shift, s_discount, t_shift, t_discount = _merge_pair(out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, MASKED)
     if FOUR:
         _merge_text(
-            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED,
         )  # fmt: skip
-    else:
-        _merge_pair(out_ptr, n_rows, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED)
 
 
 # The number of tokens decides strides and offsets: no recompilation for another batch length.
@@ -226,7 +213,7 @@ def merge_kernel(
     lane = tl.arange(0, LANES)
     inside = lane <= n_splits
     earlier = lane == 0
-    split = split_ptr + (lane - 1) * ((16 if FOUR else 7) * n_rows)
+    split = split_ptr + (lane - 1) * ((16 if FOUR else 5) * n_rows)
     lanes = tl.where(earlier, state_ptr, split) + row
     stride = tl.where(earlier, state_stride, n_rows)
     s_max = tl.load(lanes, mask=inside, other=float("-inf"))
@@ -234,9 +221,9 @@ def merge_kernel(
     t_max = tl.load(lanes + 2 * stride, mask=inside, other=float("-inf"))
     t_sum = tl.load(lanes + 3 * stride, mask=inside, other=0.0)
     s_logit = tl.load(lanes + 4 * stride, mask=inside, other=0.0)
-    s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
     state_ptr += row
     if FOUR:
+        s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
         a_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
         a_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
         w_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
@@ -247,19 +234,15 @@ def merge_kernel(
         s_view_gap = tl.load(lanes + 13 * stride, mask=inside, other=0.0)
         t_view_gap = tl.load(lanes + 14 * stride, mask=inside, other=0.0)
         a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
-    else:
-        t_gap = tl.load(lanes + 6 * stride, mask=inside, other=0.0)
     tl.debug_barrier()  # the state is read before it is written
-    s_shift, s_discount, t_shift, t_discount = _merge_common(
-        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
+    s_shift, s_discount, t_shift, t_discount = _merge_pair(
+        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, True
     )
     if FOUR:
         _merge_text(
-            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, True,
         )  # fmt: skip
-    else:
-        _merge_pair(state_ptr, state_stride, t_sum, s_shift, t_shift, t_discount, t_gap, True)
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
@@ -269,7 +252,7 @@ def gradient_kernel(
     state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr,
     policy_ptr, chosen_ptr, n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr,
+    PRIOR: tl.constexpr, POLICY: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -286,19 +269,17 @@ def gradient_kernel(
     s_centred = s - anchored(tl.load(state_ptr), MASKED)
     t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
     exp_s = exp(s_centred)
-    gap = s_centred - t_centred
-    if FOUR:
-        a_ptr += row * a_stride
-        w_ptr += row * w_stride
-        a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-        w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-        a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
-        w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
-        gamma = tl.load(gamma_ptr + row)
-        prior_gap = gamma * (a_centred - w_centred)
-        if MASKED:  # 0 * inf is 0
-            prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
-        gap = (1 + gamma) * gap - prior_gap
+    a_ptr += row * a_stride
+    w_ptr += row * w_stride
+    a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+    w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+    a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
+    w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
+    gamma = tl.load(gamma_ptr + row)
+    prior_gap = gamma * (a_centred - w_centred)
+    if MASKED:  # 0 * inf is 0
+        prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+    gap = (1 + gamma) * (s_centred - t_centred) - prior_gap
     p_weight = (weight * inv_sum) * exp_s
     d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
     if MASKED:
@@ -350,14 +331,14 @@ def statistics(tile: RowTile, state: Tensor) -> None:
 def gradient(
     tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
 ) -> None:
-    """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; they may be the student's tiles themselves.
+    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
 
     Columns behind C that are ``readable`` are overwritten with 0.
 
     Args:
         state: [K, R] statistics over all columns.
     """
-    rows = _four(row_arguments(tile))
+    rows = row_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = transform_arguments(tile)
     weight, mean_gap, gamma, prior, *policy = coefficients
@@ -367,7 +348,7 @@ def gradient(
     gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
         *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
         state, state.stride(0), *vectors, n_columns, n_loaded, *scalars,
-        FOUR=tile.four, PRIOR=prior, POLICY=coefficients.policy is not None,
+        PRIOR=prior, POLICY=coefficients.policy is not None,
         **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
 
