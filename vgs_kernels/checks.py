@@ -62,7 +62,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, bias_name: str = "", **loose: Any) -> Head:
+def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, **loose: Any) -> Head:
     """Check a head against hidden states [..., D]; ``loose`` fields come with a bare weight [V, D] alone.
 
     Only a shard may have no column.
@@ -80,9 +80,9 @@ def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, bias_n
             "A head sharded by ZeRO-3 must be gathered before the call."
         )
     tensor(name, weight, (None, hidden.shape[-1]), like=hidden)
-    prefix = name.removesuffix("_weight") + "_" if name.endswith("_weight") else f"{name}."
+    prefix = name.removesuffix("weight")
     if value.bias is not None:
-        tensor(bias_name or f"{prefix}bias", value.bias, (weight.shape[0],), like=hidden)
+        tensor(f"{prefix}bias", value.bias, (weight.shape[0],), like=hidden)
     number(f"{prefix}softcap", value.softcap, positive=True, optional=True)
     number(f"{prefix}logit_scale", value.scale, positive=True)
     return value
