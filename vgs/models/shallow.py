@@ -69,7 +69,7 @@ def _shake(model: nn.Module, device: torch.device) -> None:
             noise = torch.randn(parameter.shape, generator=generator, device=device)
             parameter.add_(0.1 * noise)
             continue
-        # Of a convolution over pictures or videos, what one place reads; the experts of a layer are a stack of matrices.
+        # Of a convolution over pictures, what one place reads; the experts of a layer are a stack of matrices.
         inputs = parameter[0].numel() if parameter.ndim >= 4 else parameter.shape[-1]
         scale = 0.5 if id(parameter) in tables else 1.1 / inputs**0.5
         parameter.normal_(std=scale, generator=generator)

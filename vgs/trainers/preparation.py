@@ -59,7 +59,8 @@ def both_pack(trainer: Any) -> bool:
     """
     groups = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
     models = [trainer.accelerator.unwrap_model(x) for x in (trainer.model, trainer.teacher_model)]
-    return all([packs(model, groups) for model in models])  # both are asked
+    answers = [packs(model, groups) for model in models]  # both are asked, on every rank
+    return all(answers)
 
 
 def anchor_prompt(trainer: Any) -> PromptGroup | None:
