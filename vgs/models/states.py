@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import is_peft_model
 from .families import backbone
 from .groups import PromptGroup
+from .heads import output_layer
 from .padding import PaddedViews, pad_groups
 from .shared_images import images_once, shares_images
 
@@ -28,7 +29,7 @@ def final_states(model: nn.Module, **inputs: Any) -> Tensor:
     the first time. Logits are never formed.
 
     Args:
-        model: with output embeddings.
+        model: with an output head.
         **inputs: of the body's forward.
 
     Raises:
@@ -60,7 +61,7 @@ def _equal(states: Tensor, others: Tensor) -> bool:
 def _entering_states(model: nn.Module, **inputs: Any) -> Tensor:
     """The input of the head in the model's own forward, with a head that makes one column of zeros."""
     owner = model.base_model.model if is_peft_model(model) else model
-    head, entered = model.get_output_embeddings(), []
+    head, entered = output_layer(model), []
 
     def no_logits(states: Tensor, *_: Any, **__: Any) -> Tensor:
         entered.append(states)
