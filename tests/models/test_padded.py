@@ -102,3 +102,41 @@ def test_padded_rows_equal_separate_forwards(family: str, checkpoint: Checkpoint
     seen = pixels_seen(model, lambda: score_padded(model, groups[:1], False, [], device))
     each = pixels_seen(model, lambda: plain_rows(model, groups[:1], True))
     assert seen == each[:1] and len(each) == 4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_next"])
+def test_adapters_in_the_tower_under_checkpointing(
+    family: str, reentrant: bool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The tower's gradients are those of a plain forward for each response, summed."""
+    model, groups = prepared(checkpoint(family), tmp_path)
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    model = model.double().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    plain = plain_rows(model, groups, True), plain_rows(model, groups, False)
+    expected = gradients(model, plain)
+    padded = score_padded(model, groups, True, [True] * 7, torch.device("cpu"))
+    found = gradients(model, padded)
+    assert found.keys() == expected.keys()
+    assert any("vis" in name and value.any() for name, value in expected.items())
+    scale = float(max(value.abs().max() for value in expected.values()))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+@torch.no_grad()
+def test_repeated_images_say_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, groups = prepared(checkpoint("llava_next"), tmp_path)
+    once, repeated = (
+        score_padded(model, groups, True, [True] * 7, torch.device("cpu"), share_images=share)
+        for share in (True, False)
+    )
+    for rows, others in zip(once, repeated, strict=True):
+        torch.testing.assert_close(rows, others, rtol=0, atol=1e-6)
+    calls = pixels_seen(
+        model, lambda: score_padded(model, groups[:1], False, [], torch.device("cpu"), share_images=False)
+    )
+    assert calls == [4 * groups[0].images["pixel_values"].numel()]

@@ -58,8 +58,11 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
     return inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid.cpu())[0][:, 0]
 
 
-#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin or end them.
-_MEDIA_TOKEN = re.compile(r"((image|img|video|audio|vision|speech)\w*|[be]o[iav])_token_(id|index)")
+#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin, end or divide them.
+_MEDIA_TOKEN = re.compile(
+    r"(low_res_)?((image|img|video|audio|vision|visual|speech|frame|slice)\w*|[be]o[iav]_token)_(id|ids|index)"
+    r"|im_(start|end|newline)_id"
+)
 
 
 def placeholder_ids(config: Any) -> list[int]:
