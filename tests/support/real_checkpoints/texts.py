@@ -96,7 +96,8 @@ class Speech:
         )
 
 
-def _chatml(image: str, *, system: str = "", answer: str = "", **options: object) -> Speech:
+def chatml(image: str, *, system: str = "", answer: str = "", **options: object) -> Speech:
+    """Qwen's way to write a conversation, which many have taken over."""
     opening = f"{{%- if messages[0].role != 'system' -%}}{{{{ {system!r} }}}}{{%- endif -%}}" if system else ""
     return Speech(
         image=image,
@@ -112,7 +113,7 @@ def _chatml(image: str, *, system: str = "", answer: str = "", **options: object
 
 def _qwen(**options: str) -> Speech:
     marks = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    return _chatml(
+    return chatml(
         "<|vision_start|><|image_pad|><|vision_end|>", specials=marks, words=("<think>", "</think>"), **options
     )
 
@@ -167,7 +168,7 @@ SPEECH = {
     "qwen2_5_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen3_vl": _qwen(),
     "qwen3_5": _qwen(answer="<think>\n\n</think>\n\n"),
-    "internvl": _chatml(
+    "internvl": chatml(
         "<IMG_CONTEXT>\n",
         specials=("<|im_start|>",),
         named={
@@ -202,7 +203,7 @@ SPEECH = {
         roles={"user": "", "assistant": "", "system": ""},
         images_first=True,
     ),
-    "llava_onevision": _chatml(
+    "llava_onevision": chatml(
         "<image>\n",
         specials=("<|im_start|>",),
         named={"image_token": "<image>", "video_token": "<video>"},
