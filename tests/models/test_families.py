@@ -11,10 +11,11 @@ from families import FAMILIES, LLAVA_NEXT, separate_rows
 from torch import Tensor, nn
 
 from vgs.log import warn_once
-from vgs.models.families import is_verified, prompt_positions
+from vgs.models.families import is_verified
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
 from vgs.models.image_fields import join_images
+from vgs.models.positions import prompt_positions
 
 GROUPS = {name: family.groups() for name, family in FAMILIES.items()}
 LENGTHS = [length for group in GROUPS["llava"] for length in group.response_lengths]

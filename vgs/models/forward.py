@@ -19,11 +19,12 @@ from vgs_kernels import (
 
 from ..log import warn_once
 from .attention import use_packed_attention
-from .families import backbone, is_verified, prompt_positions
+from .families import backbone, is_verified
 from .groups import PromptGroup, response_lengths
 from .heads import Head
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .padding import PaddedViews, pad_groups
+from .positions import prompt_positions
 
 logger = logging.getLogger(__name__)
 
