@@ -9,8 +9,10 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from .recipes import RECIPES
+from . import gemma, llava, qwen, tiles
 from .texts import SPEECH
+
+RECIPES = {**qwen.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES}
 
 #: Families with a real checkpoint here.
 REAL_FAMILIES = tuple(RECIPES)
