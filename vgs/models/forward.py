@@ -18,7 +18,7 @@ from vgs_kernels import (
 )
 
 from ..log import warn_once
-from .attention import use_packed_attention
+from .attention import use_packed_attention, whole_rows
 from .families import backbone, is_verified
 from .groups import PromptGroup, response_lengths
 from .heads import Head
@@ -52,13 +52,12 @@ def final_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
-    use_packed_attention(backbone(model))
+    body = backbone(model)
+    use_packed_attention(body)
+    # The mask of ones keeps the library from guessing sequences out of positions.
+    inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **row.images}
     with row.layout.active():
-        # The mask of ones keeps the library from guessing sequences out of positions.
-        mask = torch.ones_like(row.input_ids)
-        states = final_states(
-            model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids, **row.images
-        )
+        states = final_states(model, position_ids=row.position_ids, **inputs, **whole_rows(body))
     return states[0].index_select(0, row.scored.to(states.device))
 
 
