@@ -102,6 +102,11 @@ class RowLayout:
 _ACTIVE: ContextVar[RowLayout | None] = ContextVar("packed_row", default=None)
 
 
+def active_layout() -> RowLayout | None:
+    """The layout of the packed row that is running; None outside a packed pass."""
+    return _ACTIVE.get()
+
+
 @functools.cache
 def _compiled_block_mask() -> Callable:
     return torch.compile(create_block_mask)  # uncompiled it would form the whole mask
@@ -210,7 +215,7 @@ def _attention(
 
 
 def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
-    layout = _ACTIVE.get()
+    layout = active_layout()
     if layout is None:
         return base(*arguments, **options)
     return layout.mask(options["mask_function"], options["dtype"])
