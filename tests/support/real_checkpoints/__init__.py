@@ -9,8 +9,11 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from .recipes import RECIPES
-from .texts import SPEECH
+from . import gemma, grids, llava, qwen, tiles
+from .texts import SPEECH as USUAL_SPEECH
+
+RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES}
+SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH}
 
 #: Families with a real checkpoint here.
 REAL_FAMILIES = tuple(RECIPES)
