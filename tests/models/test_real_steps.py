@@ -130,11 +130,11 @@ def test_a_field_without_a_rule_is_refused_with_its_class(checkpoint: Checkpoint
 
     class Later(type(processor)):
         def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-            return {**original(self, *args, **kwargs), "target_sizes": torch.ones(1, 2)}
+            return {**original(self, *args, **kwargs), "cross_attention_mask": torch.ones(1, 2)}
 
     processor.__class__ = Later
     with pytest.raises(
-        ConfigError, match=r"^sample 0: Later returns the field 'target_sizes', for which there is no rule"
+        ConfigError, match=r"^sample 0: Later returns the field 'cross_attention_mask', for which there is no rule"
     ):
         encode_prompts(processor, samples)
 

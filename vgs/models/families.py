@@ -18,8 +18,11 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model  # `get_decoder()` would be the text stack alone
 
 
-#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin or end them.
-_MEDIA_TOKEN = re.compile(r"((image|img|video|audio|vision|speech)\w*|[be]o[iav])_token_(id|index)")
+#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin, end or divide them.
+_MEDIA_TOKEN = re.compile(
+    r"(low_res_)?((image|img|video|audio|vision|visual|speech|frame|slice)\w*|[be]o[iav]_token)_(id|ids|index)"
+    r"|im_(start|end|newline)_id"
+)
 
 
 def placeholder_ids(config: Any) -> list[int]:
