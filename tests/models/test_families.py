@@ -10,10 +10,10 @@ import torch
 from families import FAMILIES, LLAVA_NEXT, separate_rows
 from torch import Tensor, nn
 
-from vgs.models.families import prompt_positions
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
 from vgs.models.image_fields import join_images
+from vgs.models.positions import prompt_positions
 from vgs.models.self_check import packs
 
 GROUPS = {name: family.groups() for name, family in FAMILIES.items()}

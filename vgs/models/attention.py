@@ -237,3 +237,12 @@ def use_packed_attention(backbone: PreTrainedModel) -> None:
     AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(base, sdpa_mask)))
     for config in (decoder.config, backbone.config.get_text_config()):
         config._attn_implementation = name
+
+
+def whole_rows(backbone: PreTrainedModel) -> dict[str, Any]:
+    """Arguments with which a multimodal backbone's decoder runs all tokens of a packed row through all layers.
+
+    Layers that share keys and values may be given the last tokens alone (Gemma 4), by cutting masks that ours are not.
+    """
+    takes = inspect.signature(type(backbone.get_decoder()).forward).parameters
+    return {"logits_to_keep": slice(None)} if "logits_to_keep" in takes else {}

@@ -1,22 +1,14 @@
-"""Where a token stands in its sequence: the rotary positions of each family.
-
-A packed row holds many sequences, so no model can infer positions from it; they are computed per prompt, on the CPU.
-"""
+"""What a family of models is: its body, its image tokens, and the parts of it that can be frozen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .adapters import is_peft_model
-
-#: Families with one position each for time, height and width (mRoPE).
-MROPE = frozenset({"qwen2_5_vl", "qwen3_vl"})
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -24,38 +16,6 @@ def backbone(model: nn.Module) -> nn.Module:
     if is_peft_model(model):
         model = model.base_model.model
     return model.base_model  # `get_decoder()` would be the text stack alone
-
-
-def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, Tensor]) -> Tensor:
-    """Rotary positions of one prompt, as the model would compute them for this prompt alone.
-
-    A response counts on, on every axis, from the largest of them.
-
-    Args:
-        model: an unwrapped (possibly PEFT) model of a verified family, on any device.
-        prompt_ids: [P] int64 on the CPU, image placeholders expanded; the text-only prompt for the text-only view.
-        images: the prompt's image fields; only ``image_grid_thw`` is read, best kept on the CPU. Empty for text.
-
-    Returns:
-        [R, P] int64 on the CPU; R is 3 (time, height, width) for mRoPE families, else 1.
-
-    Raises:
-        ValueError: the prompt does not have as many placeholders as its images make tokens.
-    """
-    inner = backbone(model)
-    rows = 3 if inner.config.model_type in MROPE else 1
-    grid = images.get("image_grid_thw")
-    if rows == 1 or grid is None:
-        return torch.arange(len(prompt_ids)).expand(rows, -1)
-    ids = prompt_ids[None]
-    kinds = (ids == inner.config.image_token_id).int()
-    tokens = int(grid.prod(dim=-1).sum()) // inner.config.vision_config.spatial_merge_size**2
-    if tokens != kinds.sum():
-        raise ValueError(
-            f"prompt_ids has {int(kinds.sum())} image placeholders, but its images of grids {grid.tolist()} make "
-            f"{tokens} tokens: prompt and images have lost their alignment."
-        )
-    return inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid.cpu())[0][:, 0]
 
 
 #: Names in a config of the tokens that stand for pictures, videos or sounds, or begin, end or divide them.

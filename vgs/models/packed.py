@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import use_packed_attention
-from .families import backbone, prompt_positions
+from .attention import use_packed_attention, whole_rows
+from .families import backbone
 from .groups import PromptGroup, response_lengths
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
+from .positions import prompt_positions
 from .states import final_states
 
 
 def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
-    use_packed_attention(backbone(model))
+    body = backbone(model)
+    use_packed_attention(body)
+    # The mask of ones keeps the library from guessing sequences out of positions.
+    inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **row.images}
     with row.layout.active():
-        # The mask of ones keeps the library from guessing sequences out of positions.
-        mask = torch.ones_like(row.input_ids)
-        states = final_states(
-            model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids, **row.images
-        )
+        states = final_states(model, position_ids=row.position_ids, **inputs, **whole_rows(body))
     return states[0].index_select(0, row.scored.to(states.device))
 
 

@@ -26,7 +26,7 @@ class Stem:
 
     Attributes:
         ids: [P] int64.
-        positions: [R, P] int64 rotary positions; R is 1, or 3 for multimodal ones.
+        positions: [R, P] rotary positions, on R axes; see ``vgs.models.positions.prompt_positions``.
         responses: tensors [T_g] int64.
         images: as in ``PromptGroup``; empty in the text-only view.
     """
@@ -47,7 +47,8 @@ class PackedRow:
 
     Attributes:
         input_ids: [1, T] int64.
-        position_ids: [1, T], or [4, 1, T] for multimodal rotary positions (place in the sequence; time, height, width).
+        position_ids: [1, T], or [1 + R, 1, T] where tokens have positions on R > 1 axes, behind their place in the
+            sequence: all such decoders take this form.
         layout: who attends to whom.
         scored: [N] int64, the token whose hidden state predicts each response token; order: stem, response, token.
         images: the image fields of the whole row; per-token ones are [1, T].
@@ -123,7 +124,7 @@ def pack(
         return torch.cat(list(parts), dim=-1).to(device, non_blocking=True)
 
     axes = placed(positions)
-    if len(axes) == 3:
+    if len(axes) > 1:
         axes = torch.cat([placed(places)[None], axes])[:, None]
     shared = any(len(stem.responses) > 1 for stem in stems)
     layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), shared, kernel)

@@ -99,13 +99,9 @@ def padded_states(model: nn.Module, views: PaddedViews) -> Tensor:
         ValueError: shared images of a body that cannot share them.
     """
     inputs = {"input_ids": views.input_ids, "attention_mask": views.attention_mask, **views.images}
-    # Padding on the left must not count: some stacks scale queries by the place in the sequence (Ministral 3).
-    if not hasattr(backbone(model), "get_rope_index"):
-        inputs["position_ids"] = (views.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     with images_once(backbone(model), views.shared) if views.shared else nullcontext():
         states = final_states(model, **inputs)
-    columns = views.response_mask.shape[1]
-    return states[:, -columns - 1 : -1][views.row_mask.to(states.device)]
+    return states[views.scored.to(states.device)]
 
 
 def score_padded(

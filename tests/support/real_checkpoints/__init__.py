@@ -9,13 +9,14 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from .field_recipes import FIELD_RECIPES
-from .field_texts import FIELD_SPEECH
-from .recipes import RECIPES
-from .texts import SPEECH
+from . import fields, gemma, grids, llava, qwen, tiles
+from .texts import SPEECH as USUAL_SPEECH
 
-#: Families with a real checkpoint here, and those whose image fields have rules of their own.
-REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(FIELD_RECIPES)
+RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES}
+SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH}
+
+#: Families with a real checkpoint here, and further ones, whose image fields have rules of their own.
+REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(fields.RECIPES)
 HEAD = 16  # dimensions of an attention head
 #: (width, height) in pixels of the photos.
 SIZES = ((48, 32), (32, 64))
@@ -35,7 +36,7 @@ def real_checkpoint(family: str, folder: Path, *, teacher: bool = False) -> Path
     Returns:
         ``folder``, for ``AutoProcessor`` and ``AutoModelForImageTextToText``.
     """
-    speech, recipe = (SPEECH | FIELD_SPEECH)[family], (RECIPES | FIELD_RECIPES)[family]
+    speech, recipe = (SPEECH | fields.SPEECH)[family], (RECIPES | fields.RECIPES)[family]
     tokenizer = speech.tokenizer()
     ids = dict(tokenizer.get_vocab())
     heads = 3 if teacher else 2

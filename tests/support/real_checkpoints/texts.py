@@ -97,7 +97,6 @@ class Speech:
 
 
 def chatml(image: str, *, system: str = "", answer: str = "", **options: object) -> Speech:
-    """Qwen's way to write a conversation, which many have taken over."""
     opening = f"{{%- if messages[0].role != 'system' -%}}{{{{ {system!r} }}}}{{%- endif -%}}" if system else ""
     return Speech(
         image=image,
@@ -162,11 +161,29 @@ _MISTRAL = Speech(
     roles={"user": "", "assistant": "", "system": ""},
 )
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "opening": "{{ bos_token }}", "roles": {"assistant": "model"}}
+_GEMMA4 = Speech(
+    image="<|image|>",
+    turn="<|turn>{role}\n",
+    close="<turn|>\n",
+    answer="<|turn>model\n",
+    stops=("<turn|>",),
+    specials=("<|turn>", "<turn|>", "<|video|>"),
+    named={
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    },
+    **_GEMMA,
+)
 
 SPEECH = {
     "qwen2_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen2_5_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen3_vl": _qwen(),
+    "qwen3_vl_moe": _qwen(),
     "qwen3_5": _qwen(answer="<think>\n\n</think>\n\n"),
     "internvl": chatml(
         "<IMG_CONTEXT>\n",
@@ -224,23 +241,7 @@ SPEECH = {
         adds_bos=True,
         **_GEMMA,
     ),
-    "gemma4": Speech(
-        image="<|image|>",
-        turn="<|turn>{role}\n",
-        close="<turn|>\n",
-        answer="<|turn>model\n",
-        stops=("<turn|>",),
-        specials=("<|turn>", "<turn|>", "<|video|>"),
-        named={
-            "image_token": "<|image|>",
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>",
-            "eoa_token": "<audio|>",
-        },
-        **_GEMMA,
-    ),
+    **dict.fromkeys(("gemma4", "gemma4_small", "gemma4_moe", "gemma4_unified"), _GEMMA4),
     "smolvlm": _SMOL,
     "idefics3": _SMOL,
     "aya_vision": Speech(

@@ -7,7 +7,8 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from .recipes import PATCH, SIDE, Ids, Options, Recipe
+from .common import PATCH, SIDE, WINDOW, Ids, Options, Recipe
+from .texts import Speech, chatml
 
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": PATCH}
 #: Of a text stack with one layer of linear attention.
@@ -86,7 +87,7 @@ def _step3p7(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "share_expert_dim": 16}
     kinds = {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["sliding_attention", "full_attention"]}
     return hf.Step3p7Config(
-        text_config={**text, **experts, **kinds, "sliding_window": 8, "tie_word_embeddings": tie},
+        text_config={**text, **experts, **kinds, "sliding_window": WINDOW, "tie_word_embeddings": tie},
         vision_config={**ENCODER, "image_size": 2 * SIDE, "mlp_ratio": 1.5, "max_position_embeddings": 64},
         image_token_id=ids["<im_patch>"],
         tie_word_embeddings=tie,
@@ -128,10 +129,37 @@ _MARKERS = {
     "slice_end_id": "</slice>",
     "newline_id": "Ċ",
 }
-FIELD_RECIPES = {
+RECIPES = {
     "minicpmv4_6": Recipe(_minicpm_config("MiniCPMV4_6Config"), _minicpm_processor("MiniCPMV4_6Processor")),
     "minicpmv4_7": Recipe(_minicpm_config("MiniCPMV4_7Config", **_MARKERS), _minicpm_processor("MiniCPMV4_7Processor")),
     "molmo2": Recipe(_molmo2, _molmo2_processor),
     "step3p7": Recipe(_step3p7, _step3p7_processor),
     "nemotron_h_omni": Recipe(_nemotron, _nemotron_processor),
+}
+
+_MINICPM = chatml(
+    "<|image_pad|>",
+    specials=("<|im_start|>",),
+    named={
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    },
+)
+_STEP = ("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>")
+_MOLMO = ("<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<im_end>", "<im_low>")
+_FRAMES = ("<frame_start>", "<frame_end>")
+_NEMOTRON = ("<image>", "<video>", "<so_embedding>", "<so_start>", "<so_end>", "<img>", "</img>")
+
+SPEECH: dict[str, Speech] = {
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "molmo2": chatml("<|image|>", specials=("<|im_start|>", "<|image|>", "<|video|>", *_MOLMO, *_FRAMES)),
+    "step3p7": chatml("<im_patch>", specials=("<|im_start|>", *_STEP)),
+    "nemotron_h_omni": chatml("<image>", specials=("<|im_start|>", *_NEMOTRON)),
 }
