@@ -9,14 +9,14 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from . import gemma, grids, llava, qwen, tiles
+from . import fields, gemma, grids, llava, qwen, tiles
 from .texts import SPEECH as USUAL_SPEECH
 
 RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES}
 SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH}
 
-#: Families with a real checkpoint here.
-REAL_FAMILIES = tuple(RECIPES)
+#: Families with a real checkpoint here, and further ones, whose image fields have rules of their own.
+REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(fields.RECIPES)
 HEAD = 16  # dimensions of an attention head
 #: (width, height) in pixels of the photos.
 SIZES = ((48, 32), (32, 64))
@@ -29,14 +29,14 @@ def real_checkpoint(family: str, folder: Path, *, teacher: bool = False) -> Path
     teacher three heads, width 48 and a head of its own.
 
     Args:
-        family: one of ``REAL_FAMILIES``.
+        family: one of ``REAL_FAMILIES`` or ``FIELD_FAMILIES``.
         folder: where to save; made if it does not exist.
         teacher: which of the two.
 
     Returns:
         ``folder``, for ``AutoProcessor`` and ``AutoModelForImageTextToText``.
     """
-    speech, recipe = SPEECH[family], RECIPES[family]
+    speech, recipe = (SPEECH | fields.SPEECH)[family], (RECIPES | fields.RECIPES)[family]
     tokenizer = speech.tokenizer()
     ids = dict(tokenizer.get_vocab())
     heads = 3 if teacher else 2
