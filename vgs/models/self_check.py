@@ -160,7 +160,7 @@ def verdict(
             return found
 
     def compute() -> dict[str, Any]:
-        return asdict(_checked(model_class, config, chosen, device))
+        return asdict(examine(model_class, config, chosen, device))
 
     name = hashlib.sha256(json.dumps([key, sorted(fields)]).encode()).hexdigest()[:32]
     raw = [remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute)]
@@ -214,9 +214,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _checked(
+def examine(
     model_class: type[nn.Module], config: PreTrainedConfig, groups: Sequence[PromptGroup], device: torch.device
 ) -> Verdict:
+    """The check, whatever is known already.
+
+    Args:
+        model_class, config, device: as of ``verdict``.
+        groups: of ``check_groups``.
+    """
     start, ways, error = time.perf_counter(), {}, None
     try:
         model = shallow_copy(model_class, config, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ LENGTHS = {
     "original_max_position_embeddings": 32,
 }
 FEW_LAYERS = 4  # so many are kept as they are
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # experts of a token
+FEW_EXPERTS = 8
+GROUPS = ("n_group", "topk_group")  # of experts, to choose among first
 
 
 def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, device: torch.device) -> nn.Module:
@@ -40,6 +45,7 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
         device: where it is built.
 
     Raises:
+        MemoryError: there is no room for it.
         Exception: what the class raises if it cannot be built so.
     """
     config = shallow_config(config)
@@ -50,13 +56,29 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
     torch.set_default_dtype(torch.float32)
     try:
         # Not by a constructor of the library that would cut the weights for ZeRO-3.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with torch.device("meta"):
+                needed = 4 * sum(parameter.numel() for parameter in model_class(config).parameters())
+            _check_room(needed, device)
             torch.manual_seed(0)
-            model = model_class(config)
+            with torch.device(device):
+                model = model_class(config)
     finally:
         torch.set_default_dtype(before)
     _shake(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _check_room(needed: int, device: torch.device) -> None:
+    """A copy and what runs through it against the device's free memory."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if 1.5 * needed > free:
+        raise MemoryError(f"it needs {1.5 * needed / 2**30:.1f} GiB on {device}, of which {free / 2**30:.1f} are free")
 
 
 @torch.no_grad()
@@ -107,6 +129,13 @@ def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if "'dynamic'" in str(rope):
             text.max_position_embeddings = min(text.max_position_embeddings, 2 * LENGTHS["floor_scale"])
     _keep_one_of_each(text)
+    chosen = max([1, *(value for name in CHOSEN if isinstance(value := getattr(text, name, None), int))])
+    for name in EXPERTS:
+        if isinstance(count := getattr(text, name, None), int) and count > max(FEW_EXPERTS, 2 * chosen):
+            setattr(text, name, max(FEW_EXPERTS, 2 * chosen))
+            for group in GROUPS:
+                if hasattr(text, group):
+                    setattr(text, group, 1)
     return config
 
 
