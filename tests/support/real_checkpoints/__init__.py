@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from families import shaken
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from . import fields, gemma, grids, llava, qwen, tiles
 from .texts import SPEECH as USUAL_SPEECH
@@ -64,6 +66,14 @@ def real_checkpoint(family: str, folder: Path, *, teacher: bool = False) -> Path
     model.save_pretrained(folder)
     recipe.processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def pair(checkpoint: Callable[..., Path], family: str) -> dict[str, Any]:
+    """Student, teacher and processor as a user loads them, by the names that trainers give them."""
+    folders = checkpoint(family), checkpoint(family, teacher=True)
+    student, teacher = (AutoModelForImageTextToText.from_pretrained(x, attn_implementation="sdpa") for x in folders)
+    processor = AutoProcessor.from_pretrained(folders[0])
+    return {"model": student, "teacher_model": teacher, "processing_class": processor}
 
 
 def photos(folder: Path, count: int = 4) -> list[Path]:
