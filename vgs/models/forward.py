@@ -22,6 +22,7 @@ from .attention import use_packed_attention
 from .families import backbone, is_verified
 from .groups import PromptGroup, response_lengths
 from .heads import Head
+from .linear_attention import carried_states
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .padding import PaddedViews, pad_groups
 from .positions import prompt_positions
@@ -57,7 +58,12 @@ def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
         # The mask of ones keeps the library from guessing sequences out of positions.
         mask = torch.ones_like(row.input_ids)
         states = final_states(
-            model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids, **row.images
+            model,
+            input_ids=row.input_ids,
+            attention_mask=mask,
+            position_ids=row.position_ids,
+            **row.images,
+            **carried_states(model, row),
         )
     return states[0].index_select(0, row.scored.to(states.device))
 
