@@ -9,10 +9,11 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from . import gemma, llava, qwen, tiles
-from .texts import SPEECH
+from . import gemma, linear, llava, qwen, tiles
+from .texts import SPEECH as USUAL_SPEECH
 
-RECIPES = {**qwen.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES}
+RECIPES = {**qwen.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES, **linear.RECIPES}
+SPEECH = {**USUAL_SPEECH, **linear.SPEECH}
 
 #: Families with a real checkpoint here.
 REAL_FAMILIES = tuple(RECIPES)

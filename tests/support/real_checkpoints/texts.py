@@ -167,6 +167,7 @@ SPEECH = {
     "qwen2_5_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen3_vl": _qwen(),
     "qwen3_5": _qwen(answer="<think>\n\n</think>\n\n"),
+    "qwen3_5_moe": _qwen(answer="<think>\n\n</think>\n\n"),
     "internvl": _chatml(
         "<IMG_CONTEXT>\n",
         specials=("<|im_start|>",),
