@@ -40,6 +40,7 @@ class RowLayout:
         home: [T] int64, the place in the row where the token would stand if its response followed the prompt at once:
             the family's own mask (its sliding window, say) is asked about these places.
         starts: the places in the row where a prompt begins, and T.
+        lengths: for every prompt, its tokens in the row and then those of each of its responses.
         shared: whether any prompt has several responses.
         kernel: ``"dense"`` (a padded batch of prompts with their responses, and a mask [L, L] each), ``"flex"``,
             ``"varlen"`` (sequence lengths alone, 16 bits, CUDA), or ``"auto"``: varlen where it applies and flex
@@ -50,6 +51,7 @@ class RowLayout:
     branch: Tensor
     home: Tensor
     starts: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     shared: bool
     kernel: str = "auto"
 

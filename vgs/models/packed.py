@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .attention import use_packed_attention, whole_rows
 from .families import backbone
 from .groups import PromptGroup, response_lengths
+from .linear_attention import carried_states
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .positions import prompt_positions
 from .states import final_states
@@ -22,7 +23,9 @@ def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     # The mask of ones keeps the library from guessing sequences out of positions.
     inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **row.images}
     with row.layout.active():
-        states = final_states(model, position_ids=row.position_ids, **inputs, **whole_rows(body))
+        states = final_states(
+            model, position_ids=row.position_ids, **inputs, **whole_rows(body), **carried_states(model, row)
+        )
     return states[0].index_select(0, row.scored.to(states.device))
 
 

@@ -92,7 +92,7 @@ def pack(
         stems = [single for stem in stems for single in stem.alone()]
     names = [name for name in PER_TOKEN_FIELDS if any(name in stem.images for stem in stems)]
     kinds: dict[str, list[Tensor]] = {name: [] for name in names}
-    ids, positions, places, prompts, branches, homes = [], [], [], [], [], []
+    ids, positions, places, prompts, branches, homes, lengths = [], [], [], [], [], [], []
     scored, starts = [torch.zeros(0, dtype=torch.int64)], [0]
     for index, stem in enumerate(stems):
         start, prompt = starts[-1], len(stem.ids)
@@ -114,6 +114,7 @@ def pack(
                 scored += [torch.tensor([start + prompt - 1]), cursor + count]
             cursor += len(inputs)
         starts.append(cursor)
+        lengths.append((prompt, *[max(len(response) - 1, 0) for response in stem.responses]))
         prompts.append(torch.full((cursor - start,), index, dtype=torch.int32))
         for name in names:
             kind = stem.images.get(name)
@@ -127,7 +128,7 @@ def pack(
     if len(axes) > 1:
         axes = torch.cat([placed(places)[None], axes])[:, None]
     shared = any(len(stem.responses) > 1 for stem in stems)
-    layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), shared, kernel)
+    layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), tuple(lengths), shared, kernel)
     images = {name: x.to(device) for name, x in join_images([stem.images for stem in stems]).items()}
     images |= {name: placed(parts)[None] for name, parts in kinds.items()}
     return PackedRow(placed(ids)[None], axes, layout, placed(scored), images)

@@ -71,27 +71,35 @@ def _qwen3_vl_moe(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     )
 
 
-def _qwen3_5(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
-    linear = {
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
-    rope = _rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5)
-    return hf.Qwen3_5Config(
-        text_config={**text, **linear, **rope, "tie_word_embeddings": tie},
-        vision_config=_qwen3_vision(text),
-        tie_word_embeddings=tie,
-        **special_ids(ids),
-    )
+def _qwen3_5(config: str, **experts: int) -> Callable[[Options, Ids, bool], PreTrainedConfig]:
+    def build(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+        linear = {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        }
+        rope = _rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5)
+        return getattr(hf, config)(
+            text_config={**text, **linear, **rope, **experts, "tie_word_embeddings": tie},
+            vision_config=_qwen3_vision(text),
+            tie_word_embeddings=tie,
+            **special_ids(ids),
+        )
 
+    return build
+
+
+_EXPERTS = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}
 
 RECIPES = {
     "qwen2_vl": Recipe(_qwen2_vl, _qwen_processor("Qwen2VLProcessor")),
     "qwen2_5_vl": Recipe(_qwen2_5_vl, _qwen_processor("Qwen2_5_VLProcessor")),
     "qwen3_vl": Recipe(_qwen3_vl, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "qwen3_vl_moe": Recipe(_qwen3_vl_moe, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
-    "qwen3_5": Recipe(_qwen3_5, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
+    "qwen3_5": Recipe(_qwen3_5("Qwen3_5Config"), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
+    "qwen3_5_moe": Recipe(
+        _qwen3_5("Qwen3_5MoeConfig", **_EXPERTS), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
+    ),
 }

@@ -185,6 +185,7 @@ SPEECH = {
     "qwen3_vl": _qwen(),
     "qwen3_vl_moe": _qwen(),
     "qwen3_5": _qwen(answer="<think>\n\n</think>\n\n"),
+    "qwen3_5_moe": _qwen(answer="<think>\n\n</think>\n\n"),
     "internvl": chatml(
         "<IMG_CONTEXT>\n",
         specials=("<|im_start|>",),
