@@ -110,7 +110,7 @@ def _score(step: Step, model: nn.Module, score: Callable[..., Any], *arguments: 
 
 def _padded(model: nn.Module, batch: Batch, views: Sequence[str], device: str) -> tuple[Tensor, ...]:
     """One padded pass for each view."""
-    return tuple(padded_states(model, pad_groups(batch, (view,), device)) for view in views)
+    return tuple(padded_states(model, pad_groups(batch, view, device)) for view in views)
 
 
 def _loss(step: Step, function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Both views as one padded batch: how a family runs whose packed rows are not exact.
+"""A view as one padded batch: how a family runs whose packed rows are not exact.
 
 Padding stands on the right, behind the response: then every token has the place that it has in a sequence alone, and
 nothing that a model carries from token to token has met padding before it. (``generate`` needs it on the left.)
@@ -18,13 +18,13 @@ from .image_fields import is_pixels, join_images
 from .shared_images import SharedImages
 
 
-class PaddedViews(NamedTuple):
-    """B responses behind their prompts in one or both views, one row each, padded on the right.
+class PaddedView(NamedTuple):
+    """B responses behind their prompts in one view, one row each, padded on the right.
 
     Attributes:
-        input_ids, attention_mask: [B, L] or, with both views, [2B, L] int64, the text-only view below.
-        scored: [B, L] or [2B, L] bool, the tokens whose hidden states predict the response tokens.
-        images: the image fields, of the multimodal view alone; per-token ones of every row (text-only: zeros).
+        input_ids, attention_mask: [B, L] int64.
+        scored: [B, L] bool, the tokens whose hidden states predict the response tokens.
+        images: the image fields, of the multimodal view alone; per-token ones of both (text-only: zeros).
         shared: where the pixels in ``images`` are those of each prompt once: of which prompts, for how many rows.
     """
 
@@ -67,24 +67,24 @@ def token_fields(groups: Sequence[PromptGroup]) -> dict[str, list[Tensor]]:
 
 def pad_groups(
     groups: Sequence[PromptGroup],
-    views: Sequence[str],
+    view: str,
     device: torch.device | str,
     pad_token_id: int = 0,
     *,
     share_images: bool = False,
-) -> PaddedViews:
-    """One row for every response of every group in every view; images are repeated with their prompts.
+) -> PaddedView:
+    """One row for every response of every group; images are repeated with their prompts.
 
     Args:
         groups: prompts with their responses.
-        views: ``"multimodal"``, ``"text"`` or both, in this order.
+        view: ``"multimodal"`` or ``"text"``.
         device: where the tensors go.
         pad_token_id: fills padding columns.
         share_images: whether pixels are those of each prompt once, for ``vgs.models.shared_images``.
     """
-    singles = [single for group in groups for single in group.alone()]
-    prompts = [x.prompt_ids if view == "multimodal" else x.text_prompt_ids for view in views for x in singles]
-    tails = [x.responses[0] for x in singles] * len(views)
+    singles, with_images = [single for group in groups for single in group.alone()], view == "multimodal"
+    prompts = [x.prompt_ids if with_images else x.text_prompt_ids for x in singles]
+    tails = [x.responses[0] for x in singles]
     width = max(len(x) + len(tail) for x, tail in zip(prompts, tails, strict=True))
 
     def rows(values: Sequence[Tensor], behind: Sequence[Tensor], fill: int) -> Tensor:
@@ -93,17 +93,17 @@ def pad_groups(
 
     mask = rows([torch.ones_like(x) for x in prompts], [torch.ones_like(x) for x in tails], 0)
     scored = rows([torch.zeros_like(x[1:]) for x in prompts], [torch.ones_like(x) for x in tails], 0).bool()
-    fields = [x.images for x in singles] if "multimodal" in views else []
-    shared = _shared_images(groups, device) if share_images and "multimodal" in views else None
+    fields = [x.images if with_images else {} for x in singles]
+    shared = _shared_images(groups, device) if share_images and with_images else None
     images = {name: value.to(device) for name, value in join_images(fields, pixels=shared is None).items()}
     if shared:
         images |= {name: value for name, value in shared.fields.items() if is_pixels(name)}
     for name in PER_TOKEN_FIELDS:  # in the text-only view too: some models want them of every batch in training
         if any(name in x.images for x in singles):
             zeros = [torch.zeros_like(x) for x in prompts]
-            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=False)]
-            images[name] = rows([*kinds, *zeros[len(kinds) :]], [torch.zeros_like(x) for x in tails], 0)
-    return PaddedViews(rows(prompts, tails, pad_token_id), mask, scored, images, shared)
+            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=True)]
+            images[name] = rows(kinds, [torch.zeros_like(x) for x in tails], 0)
+    return PaddedView(rows(prompts, tails, pad_token_id), mask, scored, images, shared)
 
 
 def _shared_images(groups: Sequence[PromptGroup], device: torch.device | str) -> SharedImages | None:

@@ -14,7 +14,7 @@ from .adapters import is_peft_model
 from .families import backbone
 from .groups import PromptGroup
 from .heads import output_layer
-from .padding import PaddedViews, pad_groups
+from .padding import PaddedView, pad_groups
 from .shared_images import images_once, shares_images
 
 #: Whether what a model's body returns last enters its head unchanged, as the forward of its class has shown.
@@ -88,20 +88,20 @@ def _replace(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     return lambda: delattr(module, name) if before is None else setattr(module, name, before)
 
 
-def padded_states(model: nn.Module, views: PaddedViews) -> Tensor:
-    """[N, D] (or [2N, D], text-only view last) hidden states that predict the response tokens of padded rows.
+def padded_states(model: nn.Module, view: PaddedView) -> Tensor:
+    """[N, D] hidden states that predict the response tokens of padded rows.
 
     Args:
         model: an unwrapped (possibly PEFT) model.
-        views: from ``pad_groups``.
+        view: from ``pad_groups``.
 
     Raises:
         ValueError: shared images of a body that cannot share them.
     """
-    inputs = {"input_ids": views.input_ids, "attention_mask": views.attention_mask, **views.images}
-    with images_once(backbone(model), views.shared) if views.shared else nullcontext():
+    inputs = {"input_ids": view.input_ids, "attention_mask": view.attention_mask, **view.images}
+    with images_once(backbone(model), view.shared) if view.shared else nullcontext():
         states = final_states(model, **inputs)
-    return states[views.scored.to(states.device)]
+    return states[view.scored.to(states.device)]
 
 
 def score_padded(
@@ -113,7 +113,9 @@ def score_padded(
     *,
     share_images: bool = True,
 ) -> tuple[Tensor, ...]:
-    """As ``vgs.models.forward.score_groups``, in padded batches.
+    """As ``vgs.models.forward.score_groups``, in one padded batch for each view.
+
+    Prompts without their images are much shorter: in one batch with the others they would be padding for the most part.
 
     Args:
         model, groups, text: see there.
@@ -121,17 +123,9 @@ def score_padded(
         device: where the batches go.
         share_images: whether each prompt's images run once for all its responses, where the model's body allows it.
     """
-    share_images = share_images and shares_images(model)
-
-    def run(*views: str) -> Tensor:
-        return padded_states(model, pad_groups(groups, views, device, share_images=share_images))
-
-    # Without image grids, a family may batch its pixels by row, where text-only rows do not fit in.
-    stackable = all("image_grid_thw" in group.images or not group.has_images for group in groups)
-    if text and stackable and all(wanted):
-        return run("multimodal", "text").chunk(2)
-    rows = run("multimodal")
+    shared = share_images and shares_images(model)
+    rows = padded_states(model, pad_groups(groups, "multimodal", device, share_images=shared))
     if not text:
         return (rows,)
     with torch.set_grad_enabled(any(wanted) and torch.is_grad_enabled()):
-        return rows, run("text")
+        return rows, padded_states(model, pad_groups(groups, "text", device))
