@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vgs.models.families import placeholder_ids
-from vgs.models.padding import pad_groups
+from vgs.models.padding import pad_prompts
 
 from .loss import attempt
 from .measure import memory_limit, peak_extra_bytes, seconds
@@ -196,16 +196,16 @@ def measure_rollout(step: Step, load: Load) -> Row:
     """
     groups = [group for batch in step.batches for group in batch]
     lengths = [length for group in groups for length in group.response_lengths]
-    empty = [replace(group, responses=tuple(x[:0] for x in group.responses)) for group in groups]
-    views = pad_groups(empty, ("multimodal",), step.device)
+    prompts = [single for group in groups for single in group.alone()]
+    ids, mask, fields = pad_prompts(prompts, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, **fields}
+    inputs = {name: value.to(step.device) for name, value in inputs.items()}
 
     @torch.no_grad()
     def generate(tokens: int) -> None:
         with step.computing():
             step.student.generate(
-                input_ids=views.input_ids,
-                attention_mask=views.attention_mask,
-                **views.images,
+                **inputs,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=True,

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgs.models.forward import fused_loss, padded_states, score_groups
+from vgs.models.forward import fused_loss, score_groups
 from vgs.models.groups import PromptGroup, response_lengths
 from vgs.models.heads import read_head, visual_dependency
 from vgs.models.padding import pad_groups
+from vgs.models.states import padded_states
 from vgs_kernels import VGSObjective
 from vgs_kernels.gating import thresholds
 

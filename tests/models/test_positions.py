@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from real_checkpoints import REAL_FAMILIES, photo_samples
 from torch import Tensor, nn
@@ -64,12 +66,32 @@ def test_positions_are_the_models_own(family: str, checkpoint: Callable[..., Pat
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-def test_prompts_that_do_not_fit_to_their_images_are_refused(family: str) -> None:
+@pytest.mark.parametrize(("grids", "tokens"), [([[1, 4, 4]], 4), ([[1, 2, 4], [1, 2, 2]], 3)], ids=["other", "missing"])
+def test_prompts_that_do_not_fit_to_their_images_are_refused(family: str, grids: list, tokens: int) -> None:
     model, group = FAMILIES[family].build(), FAMILIES[family].group([(2, 4)], [1], 0)
-    with pytest.raises(
-        ValueError, match=r"^prompt_ids has 2 image placeholders.*\[\[1, 4, 4\]\].*lost their alignment"
-    ):
-        prompt_positions(model, group.prompt_ids, {"image_grid_thw": torch.tensor([[1, 4, 4]])})
+    match = (
+        rf"^prompt_ids has 2 image placeholders.*{re.escape(str(grids))} make {tokens} tokens: .*lost their alignment"
+    )
+    with pytest.raises(ValueError, match=match):
+        prompt_positions(model, group.prompt_ids, {"image_grid_thw": torch.tensor(grids)})
+
+
+def test_a_family_may_count_other_tokens_than_squares_of_patches() -> None:
+    """HunYuan: a token more for every row, and four axes."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
+    text = {"head_dim": 16, "num_hidden_layers": 1, "rope_parameters": rope}
+    config = transformers.HunYuanVLConfig(text_config=text, vision_config={"num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = transformers.HunYuanVLForConditionalGeneration(config)
+    side = config.vision_config.spatial_merge_size
+    grid = torch.tensor([[1, 2 * side, 3 * side]])
+    prompt = torch.tensor([7, *[config.image_token_id] * (2 * 4 + 2), 8])
+    kinds = (prompt == config.image_token_id).long()
+    positions = prompt_positions(model, prompt, {"image_grid_thw": grid, "mm_token_type_ids": kinds})
+    assert len(positions) == 4
+    assert positions[-2].tolist() == [0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 10, 11]
+    with pytest.raises(ValueError, match="span"):
+        prompt_positions(model, prompt[2:], {"image_grid_thw": grid, "mm_token_type_ids": kinds[2:]})
 
 
 def test_positions_on_any_number_of_axes_are_packed_behind_the_places() -> None:

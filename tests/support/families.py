@@ -272,5 +272,4 @@ FAMILIES = {
     "llava_pixtral": Family(_builder(LlavaForConditionalGeneration, _pixtral), _pixtral_images, (2, 3), (4, 2)),
     "gemma3": Family(_builder(Gemma3ForConditionalGeneration, _gemma3), _tiles(4), token_field="token_type_ids"),
 }
-#: Not verified in packed rows.
 LLAVA_NEXT = Family(_builder(LlavaNextForConditionalGeneration, _llava_next), _llava_next_images, (1, 2), (2, 2))

@@ -104,6 +104,11 @@ class RowLayout:
 _ACTIVE: ContextVar[RowLayout | None] = ContextVar("packed_row", default=None)
 
 
+def active_layout() -> RowLayout | None:
+    """The layout of the packed row that is running; None outside a packed pass."""
+    return _ACTIVE.get()
+
+
 @functools.cache
 def _compiled_block_mask() -> Callable:
     return torch.compile(create_block_mask)  # uncompiled it would form the whole mask
@@ -212,7 +217,7 @@ def _attention(
 
 
 def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
-    layout = _ACTIVE.get()
+    layout = active_layout()
     if layout is None:
         return base(*arguments, **options)
     return layout.mask(options["mask_function"], options["dtype"])
@@ -234,3 +239,12 @@ def use_packed_attention(backbone: PreTrainedModel) -> None:
     AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(base, sdpa_mask)))
     for config in (decoder.config, backbone.config.get_text_config()):
         config._attn_implementation = name
+
+
+def whole_rows(backbone: PreTrainedModel) -> dict[str, Any]:
+    """Arguments with which a multimodal backbone's decoder runs all tokens of a packed row through all layers.
+
+    Layers that share keys and values may be given the last tokens alone (Gemma 4), by cutting masks that ours are not.
+    """
+    takes = inspect.signature(type(backbone.get_decoder()).forward).parameters
+    return {"logits_to_keep": slice(None)} if "logits_to_keep" in takes else {}

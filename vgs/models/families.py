@@ -1,31 +1,14 @@
-"""What a family of models is: its body, its image tokens, its parts that can be frozen, and whether it packs."""
+"""What a family of models is: its body, its image tokens, and the parts of it that can be frozen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from .adapters import is_peft_model
-
-#: Families whose packed rows equal separate passes, by ``config.model_type``.
-VERIFIED = frozenset({"gemma3", "internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"})
-#: Text stacks under them: full or sliding attention, rotary positions, nothing carried from token to token.
-VERIFIED_TEXT = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"})
-
-#: Rotary embeddings whose frequencies do not depend on the longest sequence at hand, by ``rope_type``.
-FIXED_ROPE = frozenset({"default", "linear", "llama3", "mrope", "yarn"})
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """Every ``rope_type`` in a text config's ``rope_parameters``, which may differ by kind of layer."""
-    if not isinstance(parameters, Mapping):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    return set().union({parameters.get("rope_type", "default")}, *nested)
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -35,19 +18,11 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model  # `get_decoder()` would be the text stack alone
 
 
-def is_verified(model: nn.Module) -> bool:
-    """Whether the packed forward is known to be exact for the family of an unwrapped (possibly PEFT) model."""
-    config = backbone(model).config
-    text = config.get_text_config()
-    # Some stacks without ``rope_parameters`` have no rotary positions, or carry a state from token to token.
-    rope = _rope_types(getattr(text, "rope_parameters", None))
-    if getattr(text, "use_bidirectional_attention", None) or not rope or rope - FIXED_ROPE:
-        return False
-    return config.model_type in VERIFIED | VERIFIED_TEXT and text.model_type in VERIFIED_TEXT
-
-
-#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin or end them.
-_MEDIA_TOKEN = re.compile(r"((image|img|video|audio|vision|speech)\w*|[be]o[iav])_token_(id|index)")
+#: Names in a config of the tokens that stand for pictures, videos or sounds, or begin, end or divide them.
+_MEDIA_TOKEN = re.compile(
+    r"(low_res_)?((image|img|video|audio|vision|visual|speech|frame|slice)\w*|[be]o[iav]_token)_(id|ids|index)"
+    r"|im_(start|end|newline)_id"
+)
 
 
 def placeholder_ids(config: Any) -> list[int]:

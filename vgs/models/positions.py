@@ -38,15 +38,31 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
         return torch.arange(len(prompt_ids))[None]
     sizes = {name: value.cpu() for name, value in images.items() if name not in PER_TOKEN_FIELDS}
     placeholders = prompt_ids == inner.config.image_token_id if sizes else torch.zeros_like(prompt_ids)
+    if "image_grid_thw" in sizes:
+        _check_alignment(inner, placeholders, sizes["image_grid_thw"])
     kinds = images.get("mm_token_type_ids", placeholders).cpu()
-    known = {"attention_mask": torch.ones_like(prompt_ids)[None], "mm_token_type_ids": kinds[None].int(), **sizes}
+    return _rope_index(inner, prompt_ids, kinds, sizes)
+
+
+def _rope_index(inner: nn.Module, ids: Tensor, kinds: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
+    """[R, P] of ids [P] whose types are ``kinds``, by the body's own method with those arguments that it has."""
+    known = {"attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": kinds[None].int(), **sizes}
     wanted = inspect.signature(inner.get_rope_index).parameters
-    known = {name: value for name, value in known.items() if name in wanted}
+    return inner.get_rope_index(ids[None], **{name: known[name] for name in known if name in wanted})[0][:, 0]
+
+
+def _check_alignment(inner: nn.Module, placeholders: Tensor, grids: Tensor) -> None:
+    """Compare placeholders with grids, if a token stands for a square of patches: others have a check of their own."""
+    side = getattr(inner.config.vision_config, "spatial_merge_size", 1)
+    sizes, found = grids.prod(dim=-1) // side**2, int(placeholders.sum())
+    if int(sizes.sum()) == found:
+        return
+    picture = torch.full((int(sizes[0]),), inner.config.image_token_id)
     try:
-        return inner.get_rope_index(prompt_ids[None], **known)[0][:, 0]
-    except (RuntimeError, ValueError, StopIteration) as error:
-        grids = {name: known[name].tolist() for name in sizes if name in known}
-        raise ValueError(
-            f"prompt_ids has {int(placeholders.sum())} image placeholders, but its images of {grids} make another "
-            "number of tokens: prompt and images have lost their alignment."
-        ) from error
+        _rope_index(inner, picture, torch.ones_like(picture), {"image_grid_thw": grids[:1]})
+    except (RuntimeError, ValueError):  # HunYuan has a token more for every row
+        return
+    raise ValueError(
+        f"prompt_ids has {found} image placeholders, but its images of grids {grids.tolist()} make "
+        f"{int(sizes.sum())} tokens: prompt and images have lost their alignment."
+    )

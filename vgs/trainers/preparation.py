@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from ..data.check_prompts import check_prompts
 from ..data.messages import remove_images
 from ..data.prompts import anchor_group, encode_prompt
-from ..models.families import freeze, is_verified, placeholder_ids
+from ..models.families import freeze, placeholder_ids
 from ..models.groups import PromptGroup
+from ..models.self_check import packs
 from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
 from .rollouts import expand_images_once, forbid_tokens
 from .vocabulary import unknown_to_teacher
@@ -50,8 +52,15 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
 
 
 def both_pack(trainer: Any) -> bool:
-    """Whether student and teacher are of families that run as packed rows."""
-    return all(is_verified(trainer.accelerator.unwrap_model(x)) for x in (trainer.model, trainer.teacher_model))
+    """Whether student and teacher run in packed rows.
+
+    Raises:
+        ConfigError: one of them cannot be run as its own forward would (``vgs.models.self_check``).
+    """
+    groups = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
+    models = [trainer.accelerator.unwrap_model(x) for x in (trainer.model, trainer.teacher_model)]
+    answers = [packs(model, groups) for model in models]  # both are asked, on every rank
+    return all(answers)
 
 
 def anchor_prompt(trainer: Any) -> PromptGroup | None:

@@ -9,11 +9,11 @@ from families import shaken
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from . import gemma, linear, llava, qwen, tiles
+from . import gemma, grids, linear, llava, qwen, tiles
 from .texts import SPEECH as USUAL_SPEECH
 
-RECIPES = {**qwen.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES, **linear.RECIPES}
-SPEECH = {**USUAL_SPEECH, **linear.SPEECH}
+RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES, **linear.RECIPES}
+SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH, **linear.SPEECH}
 
 #: Families with a real checkpoint here.
 REAL_FAMILIES = tuple(RECIPES)

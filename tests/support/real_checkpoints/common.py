@@ -11,6 +11,8 @@ SIDE, PATCH = 32, 8  # pixels: the side of an encoder's picture, and of its patc
 MERGED = (SIDE // PATCH // 2) ** 2  # tokens of such a picture where two by two patches make one token
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 WINDOW = 8  # of sliding attention: shorter than a prompt
+#: Of a mixture of experts: two of them for every token.
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
 Ids = Mapping[str, int]
 Options = dict[str, Any]
@@ -45,3 +47,10 @@ def special_ids(ids: Ids) -> Options:
         "vision_end_token_id": "<|vision_end|>",
     }
     return {name: ids[token] for name, token in names.items()}
+
+
+def latent(text: Options) -> Options:
+    """Options of a text model with DeepSeek's latent attention and its mixture of experts."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    router = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    return {**text, **sizes, **router, **EXPERTS, "head_dim": 8, "num_key_value_heads": text["num_attention_heads"]}

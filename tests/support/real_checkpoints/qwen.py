@@ -8,7 +8,7 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from .common import PATCH, SIDE, Ids, Options, Recipe, special_ids
+from .common import EXPERTS, PATCH, SIDE, Ids, Options, Recipe, special_ids
 
 
 def _qwen_processor(name: str, video: str = "Qwen2VLVideoProcessor") -> Callable[[Any], ProcessorMixin]:
@@ -61,6 +61,16 @@ def _qwen3_vl(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     )
 
 
+def _qwen3_vl_moe(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    rope = _rope([4, 2, 2], mrope_interleaved=True)
+    return hf.Qwen3VLMoeConfig(
+        text_config={**text, **rope, **EXPERTS, "num_experts": 4, "tie_word_embeddings": tie},
+        vision_config={**_qwen3_vision(text), "deepstack_visual_indexes": [0]},
+        tie_word_embeddings=tie,
+        **special_ids(ids),
+    )
+
+
 def _qwen3_5(config: str, **experts: int) -> Callable[[Options, Ids, bool], PreTrainedConfig]:
     def build(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
         linear = {
@@ -81,15 +91,14 @@ def _qwen3_5(config: str, **experts: int) -> Callable[[Options, Ids, bool], PreT
     return build
 
 
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-_EXPERTS |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-
 RECIPES = {
     "qwen2_vl": Recipe(_qwen2_vl, _qwen_processor("Qwen2VLProcessor")),
     "qwen2_5_vl": Recipe(_qwen2_5_vl, _qwen_processor("Qwen2_5_VLProcessor")),
     "qwen3_vl": Recipe(_qwen3_vl, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
+    "qwen3_vl_moe": Recipe(_qwen3_vl_moe, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "qwen3_5": Recipe(_qwen3_5("Qwen3_5Config"), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "qwen3_5_moe": Recipe(
-        _qwen3_5("Qwen3_5MoeConfig", **_EXPERTS), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
+        _qwen3_5("Qwen3_5MoeConfig", **EXPERTS, num_experts=4, shared_expert_intermediate_size=16),
+        _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
     ),
 }

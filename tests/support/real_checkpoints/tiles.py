@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import transformers as hf
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from .common import MERGED, PATCH, SIDE, WINDOW, Ids, Options, Recipe, square, vision
+from .common import EXPERTS, MERGED, PATCH, SIDE, WINDOW, Ids, Options, Recipe, square, vision
+from .texts import SPEECH as USUAL_SPEECH
+from .texts import chatml
 
 
-def _internvl(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+def _internvl(text_class: str, text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     return hf.InternVLConfig(
-        text_config=hf.Qwen2Config(**text, tie_word_embeddings=tie),
+        text_config=getattr(hf, text_class)(**text, tie_word_embeddings=tie),
         vision_config=vision(image_size=(SIDE, SIDE), patch_size=(PATCH, PATCH)),
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=MERGED,
@@ -29,6 +32,28 @@ def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
         image_seq_length=MERGED,
         chat_template=tokenizer.chat_template,
     )
+
+
+def _internvl_moe(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    return _internvl("Qwen3MoeConfig", {**text, **EXPERTS, "num_experts": 4}, ids, tie)
+
+
+def _ovis2(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    return hf.Ovis2Config(
+        text_config=hf.Qwen2Config(**text, tie_word_embeddings=tie),
+        vision_config={**vision(), "vocab_size": 24, "hidden_stride": 2},
+        image_token_id=ids["<IMG_ATOM>"],
+        visual_indicator_token_ids=[ids[mark] for mark in marks],
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
+        tie_word_embeddings=tie,
+    )
+
+
+def _ovis2_processor(tokenizer: Any) -> ProcessorMixin:
+    images = hf.Ovis2ImageProcessor(**square(crop_to_patches=True, min_patches=1, max_patches=4))
+    return hf.Ovis2Processor(images, tokenizer, tokenizer.chat_template, image_seq_length=MERGED)
 
 
 def _idefics(config: str, encoder: str) -> Callable[[Options, Ids, bool], PreTrainedConfig]:
@@ -106,9 +131,21 @@ def _cohere2_processor(tokenizer: Any) -> ProcessorMixin:
 
 
 RECIPES = {
-    "internvl": Recipe(_internvl, _internvl_processor),
+    "internvl": Recipe(partial(_internvl, "Qwen2Config"), _internvl_processor),
+    "internvl_moe": Recipe(_internvl_moe, _internvl_processor),
+    "ovis2": Recipe(_ovis2, _ovis2_processor),
     "smolvlm": Recipe(_idefics("SmolVLMConfig", "smolvlm_vision"), _smolvlm_processor),
     "idefics3": Recipe(_idefics("Idefics3Config", "idefics3_vision"), _idefics3_processor),
     "aya_vision": Recipe(_aya, _aya_processor),
     "cohere2_vision": Recipe(_cohere2_vision, _cohere2_processor),
+}
+SPEECH = {
+    "internvl_moe": USUAL_SPEECH["internvl"],
+    "ovis2": chatml(
+        "<image>\n",
+        specials=(
+            *("<|im_start|>", "<image>", "<IMG_ATOM>"),
+            *("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
+        ),
+    ),
 }
