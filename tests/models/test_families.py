@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, LLAVA_NEXT, separate_rows
+from families import FAMILIES, LLAVA_NEXT, assert_same_gradients, gradients_of, separate, separate_rows
 from torch import Tensor, nn
 
 from vgs.models.forward import score_groups
-from vgs.models.groups import PromptGroup
 from vgs.models.image_fields import join_images
 from vgs.models.positions import prompt_positions
 from vgs.models.self_check import packs
@@ -45,26 +44,9 @@ def trained(model: nn.Module) -> Iterator[nn.Module]:
     model.eval()
 
 
-def separate(model: nn.Module, groups: Sequence[PromptGroup]) -> list[Tensor]:
-    return [torch.cat([separate_rows(model, group, with_image) for group in groups]) for with_image in (True, False)]
-
-
 def gradients(model: nn.Module, rows: Sequence[Tensor], marks: Sequence[bool]) -> dict[str, Tensor]:
-    """Of a random linear functional of the rows, the text-only ones of responses with a mark only."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(x.shape, generator=generator) for x in rows]
-    weights[1] *= torch.tensor(marks).repeat_interleave(torch.tensor(LENGTHS))[:, None]
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    value = sum((x * weight).sum() for x, weight in zip(rows, weights, strict=True))
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    largest = max(grad.abs().max() for grad in expected.values())
-    for name, grad in expected.items():
-        assert (actual[name] - grad).abs().max() <= 1e-5 * largest, name
+    """Of the rows, the text-only ones of responses with a mark only."""
+    return gradients_of(model, rows, torch.tensor(marks).repeat_interleave(torch.tensor(LENGTHS)))
 
 
 @torch.no_grad()

@@ -21,21 +21,23 @@ class Trace:
     Attributes:
         calls: (name, number of the call) -> input and output, in the order in which the modules finished. The input is
             None where it is no tensor.
-        places: [L] the columns of the first row of the batch where its first sequence stands.
+        shape: rows and columns of the batch. row: where the sequence stands. places: [L] its columns.
     """
 
     calls: dict[tuple[str, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    shape: tuple[int, int] = (0, 0)
+    row: int = 0
     places: Tensor | None = None
 
     def rows(self, value: Tensor | None) -> Tensor | None:
-        """[L, ...] of the sequence, of a tensor over all columns; None for tensors of other things."""
-        if value is None or value.ndim < 2:
+        """[L, ...] of the sequence, of a tensor over all tokens; None for tensors of other things."""
+        if value is None or self.places is None or value.ndim < 2:
             return None
-        if value.ndim == 2:  # the experts of a layer take the tokens of all rows as one list
-            value = value[None]
-        if self.places is None or value.shape[1] <= int(self.places.max()):
-            return None
-        return value[0, self.places.to(value.device)]
+        if value.shape[0] == self.shape[0] * self.shape[1]:  # the experts of a layer take all tokens as one list
+            value = value.unflatten(0, self.shape)
+        if value.shape[:2] == (1, self.shape[1]):  # what is the same for all rows
+            return value[0, self.places.to(value.device)]
+        return value[self.row, self.places.to(value.device)] if value.shape[:2] == self.shape else None
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -46,22 +48,26 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 @contextmanager
-def traced(model: nn.Module) -> Iterator[Trace]:
+def traced(model: nn.Module, prompt: int, branch: int, row: int) -> Iterator[Trace]:
     """Record what runs inside.
 
     Args:
-        model: unwrapped; its modules are watched, and of its body's first call, where the first sequence stands.
+        model: unwrapped; its modules are watched, and at its body's first call, where the sequence stands.
+        prompt, branch: numbers of the sequence's prompt and response in a packed row.
+        row: of the sequence in any other batch.
     """
     trace, counts = Trace(), {}
 
     def find(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         if trace.places is not None:
             return
-        layout = active_layout()
+        layout, mask = active_layout(), named["attention_mask"]
+        trace.shape = tuple(mask.shape)
         if layout is None:
-            trace.places = named["attention_mask"][0].nonzero().flatten()
+            trace.row, found = row, mask[row] > 0
         else:
-            trace.places = ((layout.prompt == 0) & (layout.branch <= 1)).nonzero().flatten()
+            found = (layout.prompt == prompt) & ((layout.branch == 0) | (layout.branch == branch))
+        trace.places = found.nonzero().flatten()
 
     def watch(name: str) -> Callable[..., None]:
         def record(module: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> None:

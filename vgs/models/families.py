@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import ConfigError
 from .adapters import is_peft_model
 
 
@@ -40,27 +41,28 @@ def placeholder_ids(config: Any) -> list[int]:
     return sorted(found)
 
 
-VISION_TOWERS = ("visual", "vision_tower", "vision_model")
-
-
 def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) -> None:
     """Take a student's vision tower or input embeddings (and with them a tied output head) out of training.
 
-    Input embeddings are all tables of the text stack that are looked up by token: Gemma 4 has one for all layers, too.
+    The tower is what the model's config describes as ``vision_config``; what maps its output to the text model's width
+    still trains. Input embeddings are all tables of the text model that are looked up by tokens: Gemma 4 has one for
+    all layers, too, and Qwen 4 one of several tokens together.
 
     Raises:
-        ValueError: no vision tower is found under a known name.
+        ConfigError: the model has no vision tower.
     """
+    body = backbone(model)
     if vision:
-        towers = [module for name in VISION_TOWERS if (module := getattr(backbone(model), name, None)) is not None]
+        described = type(getattr(body.config, "vision_config", None))
+        towers = [x for x in body.modules() if isinstance(x, PreTrainedModel) and type(x.config) is described]
         if not towers:
-            raise ValueError(f"freeze_vision found none of {', '.join(VISION_TOWERS)} in {type(model).__name__}.")
+            raise ConfigError(
+                f"freeze_vision is true, but {type(model).__name__} has no vision tower: nothing in it is a model of "
+                "its config's vision_config. Set freeze_vision to false."
+            )
         for tower in towers:
             tower.requires_grad_(False)
     if embeddings:
-        table = model.get_input_embeddings()
-        table.requires_grad_(False)
-        size = getattr(table, "num_embeddings", None) or len(table.weight)
-        for module in backbone(model).modules():
-            if isinstance(module, nn.Embedding) and module.num_embeddings >= size:
-                module.requires_grad_(False)
+        tables = [x for x in body.get_decoder().modules() if isinstance(x, nn.Embedding)]
+        for table in (model.get_input_embeddings(), *tables):
+            table.requires_grad_(False)

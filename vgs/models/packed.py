@@ -23,8 +23,9 @@ def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     # The mask of ones keeps the library from guessing sequences out of positions.
     inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **row.images}
     with row.layout.active():
-        carried = {**whole_rows(body), **carried_states(model, row)}
-        states = final_states(model, position_ids=row.position_ids, **inputs, **carried)
+        states = final_states(
+            model, position_ids=row.position_ids, **inputs, **whole_rows(body), **carried_states(model, row)
+        )
     return states[0].index_select(0, row.scored.to(states.device))
 
 

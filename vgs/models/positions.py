@@ -36,7 +36,8 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
     inner = backbone(model)
     if not hasattr(inner, "get_rope_index"):
         return torch.arange(len(prompt_ids))[None]
-    sizes = {name: value.cpu() for name, value in images.items() if name not in PER_TOKEN_FIELDS}
+    wanted = inspect.signature(inner.get_rope_index).parameters
+    sizes = {name: images[name].cpu() for name in images if name in wanted and name not in PER_TOKEN_FIELDS}
     placeholders = prompt_ids == inner.config.image_token_id if sizes else torch.zeros_like(prompt_ids)
     if "image_grid_thw" in sizes:
         _check_alignment(inner, placeholders, sizes["image_grid_thw"])

@@ -120,13 +120,25 @@ def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
     for seen, answer in answers.items():
         if fields <= seen:
             return answer
-    answers[fields] = _packs(inner, groups)
+    answers[fields] = runs_packed(type(inner), inner.config, groups, _device(inner))
     return answers[fields]
 
 
-def _packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
-    found = verdict(type(model), model.config, groups, _device(model))
-    name = f"{type(model).__name__} ({model.config.model_type})"
+def runs_packed(
+    model_class: type[nn.Module], config: PreTrainedConfig, groups: Sequence[PromptGroup], device: torch.device
+) -> bool:
+    """As ``packs``, of a model that need not be loaded.
+
+    Args:
+        model_class: of the model with its head. config: its config.
+        groups: see ``packs``.
+        device: where it is to run.
+
+    Raises:
+        ConfigError: neither way says what the model says of each sequence alone.
+    """
+    found = verdict(model_class, config, groups, device)
+    name = f"{model_class.__name__} ({config.model_type})"
     if found.way == "packed":
         return True
     if found.error is not None:
@@ -364,14 +376,15 @@ def _relative(value: Tensor, expected: Tensor, scale: Tensor) -> float:
 
 @torch.no_grad()
 def _where(model: nn.Module, groups: Sequence[PromptGroup], way: str) -> str | None:
-    """The first module that says something else of the first sequence, in either view."""
-    for view in range(2):
-        first = groups[0] if view == 0 else groups[-1]
-        alone = first.select([0])
-        with traced(model) as plain:
-            plain_states(model, [alone])
-        with traced(model) as other:
-            WAYS[way](model, [first, *[group for group in groups if group is not first]])
-        if found := first_difference(model, plain, other, STATE_TOLERANCE):
-            return found
+    """The first module that says something else of a sequence which stands behind others."""
+    for target in reversed(groups):
+        ordered = [*(group for group in groups if group is not target), target]
+        before = len(response_lengths(ordered[:-1]))
+        for number in range(len(target.responses)):
+            with traced(model, 0, 1, 0) as plain:
+                plain_states(model, [target.select([number])])
+            with traced(model, len(ordered) - 1, number + 1, before + number) as other:
+                WAYS[way](model, ordered)
+            if found := first_difference(model, plain, other, STATE_TOLERANCE):
+                return found
     return None

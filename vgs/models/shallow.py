@@ -126,8 +126,6 @@ def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, Mapping):
         text.rope_parameters = _short_rope(rope)
-        if "'dynamic'" in str(rope):
-            text.max_position_embeddings = min(text.max_position_embeddings, 2 * LENGTHS["floor_scale"])
     _keep_one_of_each(text)
     chosen = max([1, *(value for name in CHOSEN if isinstance(value := getattr(text, name, None), int))])
     for name in EXPERTS:

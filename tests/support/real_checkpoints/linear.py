@@ -1,15 +1,15 @@
-"""LFM2-VL, LFM3-VL and MiniCPM-V 4.6: text stacks with short convolutions or linear attention."""
+"""LFM2-VL and LFM3-VL: text stacks with short convolutions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import transformers as hf
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from . import qwen
 from .common import PATCH, SIDE, Ids, Options, Recipe, special_ids, vision
-from .texts import chatml
+from .texts import SPEECH as QWEN_SPEECH
 
 CONV = {"layer_types": ["conv", "full_attention"]}
 
@@ -51,55 +51,22 @@ def _lfm3_vl_processor(tokenizer: Any) -> ProcessorMixin:
     return hf.Lfm3VlProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
 
 
-def _minicpmv4_6(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
-    stack = qwen.RECIPES["qwen3_5"].config(text, {"<|vision_start|>": 0, "<|vision_end|>": 0, **ids}, tie).text_config
-    return hf.MiniCPMV4_6Config(
-        text_config=stack,
-        vision_config=vision(image_size=2 * SIDE),
-        insert_layer_id=0,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        tie_word_embeddings=tie,
-    )
-
-
-def _minicpmv4_6_processor(tokenizer: Any) -> ProcessorMixin:
-    sizes = {"patch_size": PATCH, "scale_resolution": SIDE, "max_slice_nums": 4}
-    images, videos = hf.MiniCPMV4_6ImageProcessor(**sizes), hf.MiniCPMV4_6VideoProcessor(**sizes)
-    return hf.MiniCPMV4_6Processor(images, videos, tokenizer, chat_template=tokenizer.chat_template)
-
-
+_QWEN = QWEN_SPEECH["qwen3_5"]
 _CELLS = tuple(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5))
 
 RECIPES = {
     "lfm2_vl": Recipe(_lfm2_vl, _lfm2_vl_processor),
     "lfm3_vl": Recipe(_lfm3_vl, _lfm3_vl_processor),
-    "minicpmv4_6": Recipe(_minicpmv4_6, _minicpmv4_6_processor),
 }
 SPEECH = {
-    "lfm2_vl": chatml(
-        "<image>",
+    "lfm2_vl": replace(
+        _QWEN,
+        image="<image>",
         bos="<|startoftext|>",
+        opening="{{ bos_token }}",
+        answer="<|im_start|>assistant\n",
         specials=("<|im_start|>", "<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *_CELLS),
+        words=(),
     ),
-    "lfm3_vl": chatml(
-        "<|vision_start|><|image_pad|><|vision_end|>",
-        specials=("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-    ),
-    "minicpmv4_6": chatml(
-        "<|image_pad|>",
-        answer="<think>\n\n</think>\n\n",
-        specials=("<|im_start|>",),
-        words=("<think>", "</think>"),
-        named={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "image_start_token": "<image>",
-            "image_end_token": "</image>",
-            "slice_start_token": "<slice>",
-            "slice_end_token": "</slice>",
-            "image_id_start_token": "<image_id>",
-            "image_id_end_token": "</image_id>",
-        },
-    ),
+    "lfm3_vl": replace(_QWEN, answer="<|im_start|>assistant\n"),
 }

@@ -110,10 +110,12 @@ def _granite4_vision(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     scales = {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7}
     encoder = hf.SiglipVisionConfig(**vision(hidden_size=64), vision_use_head=False)
     widths = {"hidden_size": 64, "encoder_hidden_size": 64, "intermediate_size": 32, "cross_attention_frequency": 1}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 1, "attention_probs_dropout_prob": 0.0}
     return hf.Granite4VisionConfig(
         text_config={**text, **scales, "attention_multiplier": 0.25, "tie_word_embeddings": tie},
         vision_config=encoder,
-        qformer_config={"model_type": "blip_2_qformer", **widths, "num_hidden_layers": 1, "num_attention_heads": 1},
+        qformer_config={"model_type": "blip_2_qformer", **widths, **layers},
+        projector_dropout=0.0,
         vision_feature_select_strategy="full",
         image_token_index=ids["<image>"],
         image_grid_pinpoints=PINPOINTS,

@@ -91,6 +91,8 @@ def _qwen3_5(config: str, **experts: int) -> Callable[[Options, Ids, bool], PreT
     return build
 
 
+_EXPERTS = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}
+
 RECIPES = {
     "qwen2_vl": Recipe(_qwen2_vl, _qwen_processor("Qwen2VLProcessor")),
     "qwen2_5_vl": Recipe(_qwen2_5_vl, _qwen_processor("Qwen2_5_VLProcessor")),
@@ -98,7 +100,6 @@ RECIPES = {
     "qwen3_vl_moe": Recipe(_qwen3_vl_moe, _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "qwen3_5": Recipe(_qwen3_5("Qwen3_5Config"), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "qwen3_5_moe": Recipe(
-        _qwen3_5("Qwen3_5MoeConfig", **EXPERTS, num_experts=4, shared_expert_intermediate_size=16),
-        _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+        _qwen3_5("Qwen3_5MoeConfig", **_EXPERTS), _qwen_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
     ),
 }
