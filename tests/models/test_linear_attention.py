@@ -26,7 +26,7 @@ from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
 from vgs.models.linear_attention import StateTree, carries_state, handles_state
 
-REAL = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl")
+REAL = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl", "minicpmv4_6")
 RESPONSES = [[[70, 71, 72], [80] * 70, [81]], [[90, 91], [], [73, 74, 75, 76]], [[100], [75, 76, 77]]]
 
 
@@ -114,7 +114,7 @@ def test_gradient_checkpointing_recomputes_with_the_same_tree(case: Case, traine
 @torch.no_grad()
 def test_positions_alone_do_not_keep_sequences_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a packed row gives without the tree."""
-    monkeypatch.setattr("vgs.models.forward.carried_states", lambda model, row: {})
+    monkeypatch.setattr("vgs.models.packed.carried_states", lambda model, row: {})
     for share_prefix in (True, False):
         rows = score_groups(case.model, case.groups, share_prefix=share_prefix)
         assert min(map(relative, rows, case.rows)) > 1e-2
@@ -323,6 +323,8 @@ def test_a_convolution_of_its_own_is_not_handled() -> None:
         model = hf.AutoModelForCausalLM.from_config(hf.Qwen3Config(**SMALL))
         backbone(model).layers[0].filter = nn.Conv1d(32, 32, 3)
     assert carries_state(model) and not handles_state(model)
+    with pytest.raises(ValueError, match=r"^Conv1d carries something from token to token in a way that packed rows"):
+        score_groups(model, text_groups())
 
 
 @pytest.mark.parametrize(

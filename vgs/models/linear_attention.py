@@ -355,10 +355,18 @@ def carried_states(model: nn.Module, row: PackedRow) -> dict[str, StateTree]:
     """Further arguments of the body's forward for a packed row; none for a model that carries no state.
 
     Args:
-        model: an unwrapped (possibly PEFT) model of which ``handles_state`` is true.
+        model: an unwrapped (possibly PEFT) model.
         row: what its body will be called with.
+
+    Raises:
+        ValueError: a layer carries something in a way that we do not know.
     """
-    mixers = _mixers(backbone(model).get_decoder())
+    decoder = backbone(model).get_decoder()
+    if strangers := _strangers(decoder):
+        raise ValueError(
+            f"{type(strangers[0]).__name__} carries something from token to token in a way that packed rows do not know"
+        )
+    mixers = _mixers(decoder)
     for kind in {type(mixer) for mixer in mixers}:
         found, names = _functions(kind)
         for name in names & HANDLED.keys():
