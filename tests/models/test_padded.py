@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vgs
-from vgs.models.families import VISION_TOWERS, backbone, placeholder_ids
+from vgs.models.families import backbone, placeholder_ids
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 from vgs.models.heads import output_layer
 from vgs.models.states import score_padded
@@ -76,7 +76,7 @@ def gradients(model: nn.Module, rows: tuple[Tensor, Tensor]) -> dict[str, Tensor
 
 def pixels_seen(model: nn.Module, task: Callable[[], Any]) -> list[int]:
     """Numbers that enter the vision tower, one entry for each call."""
-    names = (*VISION_TOWERS, "embed_vision")
+    names = ("visual", "vision_tower", "vision_model", "embed_vision")
     tower = next(module for name in names if (module := getattr(backbone(model), name, None)) is not None)
     seen: list[int] = []
 
