@@ -225,6 +225,34 @@ def test_a_family_that_no_batch_serves_is_refused_with_the_numbers() -> None:
         score_groups(model, FAMILIES["llava"].groups())
 
 
+class HalvesForConditionalGeneration(NewbornForConditionalGeneration):
+    """A family whose features come in halves, of which nobody can tell what belongs to which token."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        features = self.model.get_image_features
+
+        def halved(*args: Any, **options: Any) -> Any:
+            output = features(*args, **options)
+            output.pooler_output = [x.reshape(-1, x.shape[-1] // 2) for x in output.pooler_output]
+            return output
+
+        self.model.get_image_features = halved
+
+
+def test_images_that_rows_cannot_share_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("vgs.models.self_check.logger.warning", lines.append)
+    warn_once.cache_clear()
+    groups = FAMILIES["llava"].groups()
+    model = HalvesForConditionalGeneration(FAMILIES["llava"].build().config).eval()
+    found = examine(type(model), model.config, check_groups(groups), CPU)
+    assert found.way == "repeated" and "does not return one feature for each image placeholder" in str(found.ways)
+    for actual, expected in zip(score_groups(model, groups), self_check.plain_states(model, groups), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert "runs in padded batches, with an image for every response, which takes longer" in lines[0]
+
+
 @pytest.mark.parametrize("family", ["llava", "paligemma"])
 def test_a_family_whose_responses_see_what_follows_is_refused(family: str) -> None:
     """PaliGemma's prompts attend in both directions, and its token types say that all else is prompt as well."""

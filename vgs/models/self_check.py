@@ -81,7 +81,7 @@ class Verdict:
     """What the check found.
 
     Attributes:
-        ways: name of the way (``"packed"``, ``"padded"``) -> its agreement; those that were tried.
+        ways: name of the way (of ``WAYS``) -> its agreement; those that were tried.
         seconds: that it took.
         error: why no copy of the model could be asked.
     """
@@ -96,13 +96,13 @@ class Verdict:
         return next((name for name, found in self.ways.items() if found.exact), None)
 
 
-# Fields of the prompts that were tried -> what was found, by hash; and whether it packs, by model.
+# Fields of the prompts that were tried -> what was found, by hash; and the way, by model.
 _KNOWN: dict[str, dict[frozenset[str], Verdict]] = {}
-_ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], bool]] = WeakKeyDictionary()
+_ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], str]] = WeakKeyDictionary()
 
 
-def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
-    """Whether a model runs in packed rows; else it runs in padded batches, which one line says.
+def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
+    """How a model runs, a key of ``WAYS``; one line says so where it is not the best.
 
     The first call for a family takes seconds. On several processes all of them call together.
 
@@ -111,7 +111,7 @@ def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
         groups: prompts as the model's own processor encodes them; the shortest with an image, and its text, are used.
 
     Raises:
-        ConfigError: neither way says what the model says of each sequence alone.
+        ConfigError: no way says what the model says of each sequence alone.
     """
     inner = model.base_model.model if is_peft_model(model) else model
     fields = frozenset(name for group in groups for name in group.images)
@@ -119,37 +119,46 @@ def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
     for seen, answer in answers.items():
         if fields <= seen:
             return answer
-    answers[fields] = runs_packed(type(inner), inner.config, groups, _device(inner))
+    answers[fields] = way_of(type(inner), inner.config, groups, _device(inner))
     return answers[fields]
 
 
-def runs_packed(
+def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
+    """Whether a model runs in packed rows; arguments and errors as of ``chosen_way``."""
+    return chosen_way(model, groups) == "packed"
+
+
+def way_of(
     model_class: type[nn.Module], config: PreTrainedConfig, groups: Sequence[PromptGroup], device: torch.device
-) -> bool:
-    """As ``packs``, of a model that need not be loaded.
+) -> str:
+    """As ``chosen_way``, of a model that need not be loaded.
 
     Args:
         model_class: of the model with its head. config: its config.
-        groups: see ``packs``.
+        groups: see ``chosen_way``.
         device: where it is to run.
 
     Raises:
-        ConfigError: neither way says what the model says of each sequence alone.
+        ConfigError: no way says what the model says of each sequence alone.
     """
     found = verdict(model_class, config, groups, device)
     name = f"{model_class.__name__} ({config.model_type})"
     if found.way == "packed":
-        return True
+        return found.way
     if found.error is not None:
         warn_once(logger, f"{name} runs in padded batches: a small copy of it cannot be asked, {found.error}.")
-        return False
+        return "repeated"
     if found.way is None:
         ways = "; ".join(f"{way}: {agreement}" for way, agreement in found.ways.items())
         raise ConfigError(
             f"{name} cannot be run as its own forward would, neither in packed rows nor in padded batches ({ways})."
         )
-    warn_once(logger, f"{name} runs in padded batches, which takes longer: in packed rows its {found.ways['packed']}.")
-    return False
+    repeated = ", with an image for every response" if found.way == "repeated" else ""
+    warn_once(
+        logger,
+        f"{name} runs in padded batches{repeated}, which takes longer: in packed rows its {found.ways['packed']}.",
+    )
+    return found.way
 
 
 def verdict(
@@ -159,7 +168,7 @@ def verdict(
 
     Args:
         model_class: of the model with its head. config: its config, of any size.
-        groups: see ``packs``.
+        groups: see ``chosen_way``.
         device: whose kernels are asked.
     """
     chosen = check_groups(groups)
@@ -285,10 +294,16 @@ def _padded(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ..
     return score_padded(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
 
 
-#: Ways to run a model, the best first.
+def _repeated(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
+    wanted = [True] * len(response_lengths(groups))
+    return score_padded(model, groups, True, wanted, _device(model), share_images=False)
+
+
+#: Ways to run a model, the best first: packed rows; padded batches; and these with an image for every response.
 WAYS: dict[str, Callable[[nn.Module, Sequence[PromptGroup]], tuple[Tensor, ...]]] = {
     "packed": _packed,
     "padded": _padded,
+    "repeated": _repeated,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from .families import backbone
 from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
 from .heads import output_layer
 from .padding import PaddedView, pad_groups
-from .shared_images import images_once, shares_images
+from .shared_images import images_once, replaced, shares_images
 
 #: Whether what a model's body returns last enters its head unchanged, as the forward of its class has shown.
 _UNCHANGED: WeakKeyDictionary[nn.Module, tuple[type, bool]] = WeakKeyDictionary()
@@ -69,25 +69,16 @@ def _entering_states(model: nn.Module, **inputs: Any) -> Tensor:
         entered.append(states)
         return states.new_zeros((*states.shape[:-1], 1))
 
-    put_back = _replace(head, "forward", no_logits)
     try:
         # That of the class: engines and kernels replace an instance's by one with a loss or a wrapper of their own.
-        type(owner).forward(owner, **inputs, use_cache=False)
+        with replaced(head, "forward", no_logits):
+            type(owner).forward(owner, **inputs, use_cache=False)
     except Exception:
         if not entered:  # what follows the head is not wanted, and may miss the other columns
             raise
-    finally:
-        put_back()
     if not entered:
         raise ValueError(f"{type(owner).__name__}.forward does not call its output head, a {type(head).__name__}.")
     return entered[-1]
-
-
-def _replace(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of this instance, and return what puts back the one before."""
-    before = vars(module).get(name)
-    setattr(module, name, value)
-    return lambda: delattr(module, name) if before is None else setattr(module, name, before)
 
 
 def padded_states(model: nn.Module, view: PaddedView) -> Tensor:
