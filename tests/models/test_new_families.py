@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import torch
 from families import assert_same_gradients, gradients_of, separate, shaken
 from real_checkpoints import REAL_FAMILIES, photo_samples
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Gemma2Config,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    PreTrainedConfig,
+)
 
 import vgs
 from vgs.errors import ConfigError
@@ -51,6 +61,13 @@ def gemma3n_text() -> nn.Module:
     return shaken(Gemma3nForCausalLM(config))
 
 
+def text_groups() -> list[PromptGroup]:
+    """Two prompts without images, with two responses each."""
+    prompts = [torch.arange(1, 1 + length) for length in (12, 20)]
+    answers = (torch.tensor([40, 41, 42, 43]), torch.tensor([50, 51]))
+    return [PromptGroup(ids, ids, answers, {}) for ids in prompts]
+
+
 def assert_close(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
     for rows, oracle in zip(actual, expected, strict=True):
         assert (rows - oracle).abs().max() <= 1e-5 * oracle.abs().max()
@@ -75,15 +92,36 @@ def test_packed_rows_equal_plain_forwards(family: str, checkpoint: Checkpoint, t
 
 
 def test_the_text_model_of_gemma_3n_packs() -> None:
-    model, plain = gemma3n_text(), gemma3n_text()
-    prompts = [torch.arange(1, 1 + length) for length in (12, 20)]
-    answers = (torch.tensor([40, 41, 42, 43]), torch.tensor([50, 51]))
-    groups = [PromptGroup(ids, ids, answers, {}) for ids in prompts]
+    model, plain, groups = gemma3n_text(), gemma3n_text(), text_groups()
     assert packs(model, groups)
     oracle = separate(plain, groups)
     rows = vgs.score_groups(model, groups)
     assert_close(rows, oracle)
     assert_same_gradients(gradients_of(model, rows), gradients_of(plain, oracle), 2e-5)
+
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16}
+LAYERS = {"num_hidden_layers": 2, "num_key_value_heads": 1, "sliding_window": 8}
+CAPPED = Gemma2Config(**SIZES, **LAYERS, attn_logit_softcapping=1.0, query_pre_attn_scalar=16)
+SINKS = GptOssConfig(**SIZES, **LAYERS, num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("config", [CAPPED, SINKS], ids=["capped scores", "sinks"])
+def test_attention_that_sdpa_has_not(config: PreTrainedConfig) -> None:
+    """Packed, and in plain forwards of the same model afterwards."""
+    model, groups = shaken(AutoModelForCausalLM.from_config(config)), text_groups()
+    plain = copy.deepcopy(model)
+    assert packs(model, groups)
+    oracle = separate(plain, groups)
+    rows = vgs.score_groups(model, groups)
+    assert_close(rows, oracle)
+    assert_same_gradients(gradients_of(model, rows), gradients_of(plain, oracle), 2e-5)
+    assert_close(separate(model, groups), oracle)
+    plain.config.attn_logit_softcapping = None  # otherwise the comparison would mean nothing
+    for layer in plain.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+        layer.self_attn.sinks = nn.Parameter(torch.full((2,), -100.0))
+    assert (separate(plain, groups)[0] - oracle[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", [x for x in REAL_FAMILIES if x != "gemma4_unified"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vgs
-from vgs.models.families import VISION_TOWERS, backbone, placeholder_ids
+from vgs.models.families import backbone, placeholder_ids
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 from vgs.models.heads import output_layer
 from vgs.models.states import score_padded
@@ -23,6 +23,8 @@ Checkpoint = Callable[..., Path]
 #: Of one image, two images of different sizes, and none.
 RESPONSES = [[[70, 71, 72], [80, 81], [82], [83, 84, 85, 86]], [[90, 91], [92]], [[100, 75, 76]]]
 COUNT = 16
+#: Names of the module that takes pixels.
+TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision")
 #: One family for each form in which features come, and for each rule of joining fields; the others are slow.
 FORMS = {"qwen3_vl", "internvl", "llava_next", "mistral3", "gemma4", "smolvlm", *FIELD_FAMILIES} - {"minicpmv4_6"}
 FAMILIES = [pytest.param(x, marks=() if x in FORMS else pytest.mark.slow) for x in (*REAL_FAMILIES, *FIELD_FAMILIES)]
@@ -76,8 +78,7 @@ def gradients(model: nn.Module, rows: tuple[Tensor, Tensor]) -> dict[str, Tensor
 
 def pixels_seen(model: nn.Module, task: Callable[[], Any]) -> list[int]:
     """Numbers that enter the vision tower, one entry for each call."""
-    names = (*VISION_TOWERS, "embed_vision")
-    tower = next(module for name in names if (module := getattr(backbone(model), name, None)) is not None)
+    tower = next(module for name in TOWERS if (module := getattr(backbone(model), name, None)) is not None)
     seen: list[int] = []
 
     def note(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ def test_every_real_family_runs_packed(family: str, checkpoint: Checkpoint) -> N
     found = examine(model_class, config, groups, CPU)
     assert found.way == "packed", str(found)
     agreement = found.ways["packed"]
-    assert agreement.states < 1e-5 and agreement.gradients < 1e-4, "rounding alone"
+    assert agreement.states < 1e-4 and agreement.gradients < 1e-3, "rounding alone"
     assert any(group.has_images for group in groups) and not groups[-1].has_images
 
 

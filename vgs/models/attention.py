@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 KERNELS = ("auto", "dense", "flex", "varlen")
 PREFIX = "vgs_packed_"  # + the model's own implementation
+#: What layers can ask of attention that sdpa and sequence lengths have not: capped scores, sinks.
+BEYOND_SDPA = ("softcap", "s_aux")
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -161,11 +164,25 @@ class Blocks:
         seen = seen | (torch.eye(len(at), dtype=torch.bool, device=device) & ~real[:, None, :, None])
         return cls(gather, real.flatten().nonzero().squeeze(1), seen)
 
-    def attend(self, attention: Callable, module: nn.Module, *rows: Tensor, **options: Any) -> Tensor:
-        """[1, H, T, D] queries, keys and values -> [1, T, H, D]."""
+    def attend(self, module: nn.Module, *rows: Tensor, plain: bool, **options: Any) -> Tensor:
+        """[1, H, T, D] queries, keys and values -> [1, T, H, D]; ``plain`` says that sdpa knows all that is asked."""
         batch = [x[0].transpose(0, 1)[self.gather].transpose(1, 2) for x in rows]
-        out, _ = attention(module, *batch, self.mask, **options)
+        if plain:
+            out, _ = sdpa_attention_forward(module, *batch, self.mask, **options)
+        else:
+            dtype = batch[0].dtype
+            mask = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            mask = mask.masked_fill(~self.mask, torch.finfo(dtype).min)
+            out, _ = _own_attention(module)(module, *batch, mask, **options)
         return out.flatten(0, 1)[self.scatter][None]
+
+
+def _own_attention(module: nn.Module) -> Callable:
+    """The eager attention of the file that a layer's class stands in: families have soft-caps and sinks there."""
+    for kind in type(module).__mro__:  # FSDP2 makes a class of its own
+        if own := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return own
+    raise AttributeError(f"{type(module).__name__} has no eager attention in its file.")
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -199,14 +216,19 @@ def _attention(
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(attention_mask, Blocks):
-        return attention_mask.attend(sdpa_attention_forward, module, query, key, value, **options), None
+        plain = base != "eager" and all(options.get(name) is None for name in BEYOND_SDPA)
+        return attention_mask.attend(module, query, key, value, plain=plain, **options), None
     if isinstance(attention_mask, Segments):
         if "flash" not in base:
-            if unknown := [name for name in ("dropout", "softcap", "s_aux") if options.get(name)]:
-                raise ValueError(f'packed_attention="varlen" has no attention {unknown[0]}; use "flex" or "dense".')
+            unknown = [name for name in BEYOND_SDPA if options.get(name) is not None]
+            if unknown or options.get("dropout"):
+                lacks = unknown[0] if unknown else "dropout"
+                raise ValueError(f'packed_attention="varlen" has no attention {lacks}; use "flex" or "dense".')
             return _varlen(query, key, value, attention_mask, options.get("scaling")), None
         options |= attention_mask.flash_options()
         attention_mask = None
+    if base == "eager":
+        return _own_attention(module)(module, query, key, value, attention_mask, **options)
     # Flash attention looks its kernel up by the name in the config.
     config = module.config
     config._attn_implementation = base
@@ -226,13 +248,14 @@ def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
 def use_packed_attention(backbone: PreTrainedModel) -> None:
     """Give a multimodal backbone's text decoder the implementation described above; once is enough.
 
-    Eager attention becomes sdpa: the same function, which one implementation serves in both uses.
+    Eager attention becomes sdpa where the family has it: the same function, which one implementation serves in both
+    uses. Families with capped scores or sinks have none.
     """
     decoder = backbone.get_decoder()
     current = decoder.config._attn_implementation
     if current.startswith(PREFIX):
         return
-    base = "sdpa" if current == "eager" else current
+    base = "sdpa" if current == "eager" and decoder._supports_sdpa else current
     name = PREFIX + base
     masks = AttentionMaskInterface()
     AttentionInterface.register(name, functools.partial(_attention, base))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .attention import use_packed_attention, whole_rows
 from .families import backbone
 from .groups import PromptGroup, response_lengths
+from .kernel_limits import usable_kernel
 from .linear_attention import carried_states
 from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .positions import prompt_positions
@@ -46,7 +47,7 @@ def score_packed(
         wanted: for each response whether its text-only rows carry gradient.
         device: where the row's tensors go.
     """
-    lengths = response_lengths(groups)
+    lengths, kernel = response_lengths(groups), usable_kernel(model, kernel, device)
     stems = [image_stem(group, prompt_positions(model, group.prompt_ids, group.images)) for group in groups]
     axes = len(stems[0].positions)
     flags = iter(wanted)

@@ -122,6 +122,43 @@ def _nemotron_processor(tokenizer: Any) -> ProcessorMixin:
     )
 
 
+def _video_llama3(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    return hf.VideoLlama3Config(
+        text_config={"model_type": "qwen2", **text, "tie_word_embeddings": tie},
+        vision_config={**ENCODER, "intermediate_size": 48},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        tie_word_embeddings=tie,
+    )
+
+
+def _video_llama3_processor(tokenizer: Any) -> ProcessorMixin:
+    sizes = {"patch_size": PATCH, "size": {"shortest_edge": SIDE**2, "longest_edge": 4 * SIDE**2}}
+    images = hf.VideoLlama3ImageProcessor(**sizes, merge_size=2)
+    videos = hf.VideoLlama3VideoProcessor(**sizes)
+    return hf.VideoLlama3Processor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
+
+
+def _deepseek_hybrid(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    large = {"output_channels": 32, "global_attn_indexes": [1], "window_size": 2, "mlp_dim": 48}
+    return hf.DeepseekVLHybridConfig(
+        text_config={"model_type": "llama", **text, "tie_word_embeddings": tie},
+        vision_config={"model_type": "siglip_vision_model", **ENCODER, "intermediate_size": 48, "image_size": SIDE},
+        high_res_vision_config={"model_type": "sam_vision_model", **ENCODER, **large, "image_size": 2 * SIDE},
+        image_token_id=ids["<image_placeholder>"],
+        tie_word_embeddings=tie,
+    )
+
+
+def _deepseek_hybrid_processor(tokenizer: Any) -> ProcessorMixin:
+    sizes = {"size": {"height": SIDE, "width": SIDE}, "high_res_size": {"height": 2 * SIDE, "width": 2 * SIDE}}
+    images = hf.DeepseekVLHybridImageProcessor(**sizes)
+    tokens = (SIDE // PATCH) ** 2
+    return hf.DeepseekVLHybridProcessor(
+        images, tokenizer, num_image_tokens=tokens, chat_template=tokenizer.chat_template
+    )
+
+
 _MARKERS = {
     "image_start_id": "<image>",
     "image_end_id": "</image>",
@@ -135,6 +172,8 @@ RECIPES = {
     "molmo2": Recipe(_molmo2, _molmo2_processor),
     "step3p7": Recipe(_step3p7, _step3p7_processor),
     "nemotron_h_omni": Recipe(_nemotron, _nemotron_processor),
+    "video_llama_3": Recipe(_video_llama3, _video_llama3_processor),
+    "deepseek_vl_hybrid": Recipe(_deepseek_hybrid, _deepseek_hybrid_processor),
 }
 
 _MINICPM = chatml(
@@ -161,5 +200,9 @@ SPEECH: dict[str, Speech] = {
     "minicpmv4_7": _MINICPM,
     "molmo2": chatml("<|image|>", specials=("<|im_start|>", "<|image|>", "<|video|>", *_MOLMO, *_FRAMES)),
     "step3p7": chatml("<im_patch>", specials=("<|im_start|>", *_STEP)),
+    "video_llama_3": chatml("<|image_pad|>", specials=("<|im_start|>", "<|image_pad|>", "<|video_pad|>")),
+    "deepseek_vl_hybrid": chatml(
+        "<image_placeholder>", specials=("<|im_start|>",), named={"image_token": "<image_placeholder>"}
+    ),
     "nemotron_h_omni": chatml("<image>", specials=("<|im_start|>", *_NEMOTRON)),
 }
