@@ -46,6 +46,9 @@ STATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
 #: Tokens of the responses: the first is longer than windows of the copy and chunks of linear attention.
 RESPONSES = (70, 3)
 SMALL = 2**20  # entries of a parameter whose gradient is compared
+#: Fields of a config that the check does not depend on.
+UNASKED = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})
+UNASKED |= {"pad_token_id", "bos_token_id", "eos_token_id", "quantization_config", "output_router_logits"}
 VERSIONS = ("torch", "transformers", "triton", "flash-linear-attention", "causal-conv1d", "flash-attn", "peft")
 
 
@@ -212,12 +215,19 @@ def _key(model_class: type, config: PreTrainedConfig, device: torch.device) -> s
     parts = {
         "class": f"{model_class.__module__}.{model_class.__qualname__}",
         "source": _source(model_class),
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+        "config": _described(config.to_dict()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: _version(name) for name in VERSIONS},
         "vgs": hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _described(config: Any) -> Any:
+    """A config's fields at all depths, without what every run sets for itself."""
+    if not isinstance(config, dict):
+        return config
+    return {str(name): _described(value) for name, value in config.items() if name not in UNASKED}
 
 
 def _source(model_class: type) -> str:
