@@ -17,10 +17,12 @@ from ..data.check_prompts import check_prompts
 from ..data.checks import data_fingerprint, good_rows
 from ..data.lengths import keep_short_prompts, prompt_lengths
 from ..data.privileged import check_columns
+from ..data.prompts import check_text_view
 from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
 from ..models.families import placeholder_ids
+from ..models.routers import check_routers
 from ..models.self_check import runs_packed
 from ..trainers.checks import check_columns_for, check_teacher_kind
 from ..trainers.kinds import needs_teacher, trainer_kind
@@ -133,7 +135,10 @@ class Preflight:
         """Whether both models run in packed rows, or in padded batches, as their own forward would."""
         if self.processor is None or any(self.config[name].get("trust_remote_code") for name in self.models):
             return  # of code that comes with the weights, the trainer asks
-        groups = check_prompts(self.processor, placeholder_ids(self.models["student"]), **self.template_options)
+        forbidden = placeholder_ids(self.models["student"])
+        check_routers("student", self.models["student"])
+        check_text_view(self.processor, forbidden, **self.template_options)
+        groups = check_prompts(self.processor, forbidden, **self.template_options)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for config in self.models.values():
             runs_packed(pair.model_class(config), config, groups, device)

@@ -82,13 +82,17 @@ class Batch:
         offsets = None if self.offsets is None else self.offsets.to(device)
         return Batch(self.places.to(device), self.parents.to(device), offsets)
 
-    def gather(self, value: Any, size: int) -> Any:
-        """[1, T, ...] -> [B, L, ...], zero in padding; what is no tensor of the row's T tokens stays as it is."""
+    def gather(self, value: Any, size: int, blank: bool) -> Any:
+        """[1, T, ...] -> [B, L, ...]; what is no tensor of the row's T tokens stays as it is.
+
+        Padding is zero if ``blank``, and else repeats some token.
+        """
         if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[:2] != (1, size):
             return value
-        places = self.places.to(value.device)
-        rows = value[0] if self.offsets is not None else torch.cat([value[0], value.new_zeros(1, *value.shape[2:])])
-        return rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+        places, rows = self.places.to(value.device), value[0]
+        if blank and self.offsets is None:
+            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+        return rows.index_select(0, places.flatten().clamp(max=len(rows) - 1)).unflatten(0, places.shape)
 
 
 class Plan(NamedTuple):
@@ -184,9 +188,11 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not isinstance(tree, StateTree):
             return function(hidden_states, weight, *arguments, **options)
         tokens, kept = (x.to(hidden_states.device) for x in tree.halo(weight.shape[-1]))
-        longer = pad(hidden_states, (0, 1)).transpose(1, 2).index_select(1, tokens).transpose(1, 2)
         del options[ARGUMENT]
-        return function(longer, weight, *arguments, **options).index_select(2, kept)
+        rows = hidden_states.transpose(1, 2)  # as a row lies in memory
+        longer = torch.cat([rows, rows.new_zeros(1, 1, rows.shape[2])], dim=1).index_select(1, tokens)
+        out = function(longer.transpose(1, 2), weight, *arguments, **options)
+        return out.transpose(1, 2).index_select(1, kept).transpose(1, 2)
 
     return convolve
 
@@ -200,15 +206,18 @@ def _run(
     end: str,
     by_length: bool,
 ) -> Tensor:
-    """[1, T, H, D] of a rule whose options ``start`` and ``end`` take the first state, and ask for the last."""
+    """[1, T, H, D] of a rule whose options ``start`` and ``end`` take the first state, and ask for the last.
+
+    Options that are zero leave the state alone, whatever the ``arguments`` are.
+    """
     plan = tree.plan(by_length)
 
     def call(batch: Batch, state: Tensor | None) -> Any:
-        own = {name: batch.gather(value, tree.size) for name, value in options.items()}
+        own = {name: batch.gather(value, tree.size, blank=True) for name, value in options.items()}
         if batch.offsets is not None:
             own["cu_seqlens"] = batch.offsets
         own |= {start: state, end: state is None}
-        return function(*[batch.gather(value, tree.size) for value in arguments], **own)
+        return function(*[batch.gather(value, tree.size, blank=False) for value in arguments], **own)
 
     rows, states = zip(*[call(batch, None) for batch in plan.prompts], strict=True)
     state = torch.cat(states)
@@ -259,10 +268,10 @@ def _takes_lengths(rule: Callable[..., Any], decay: Tensor) -> bool:
 def _scan(function: Callable[..., Any]) -> Callable[..., Any]:
     """Around Mamba 2's ``mamba2_chunk_scan``, [1, T, H, D] -> [1, T, H, D]."""
 
-    def scan(hidden_states: Tensor, dt: Tensor, *arguments: Any, **options: Any) -> Any:
+    def scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
         tree = options.get(ARGUMENT)
         if not isinstance(tree, StateTree):
-            return function(hidden_states, dt, *arguments, **options)
+            return function(hidden_states, dt, A, B, C, **options)
         del options[ARGUMENT]
         # Padding must not move the state: there a step takes no time, whatever bias and limits say.
         bias, softened = options.pop("dt_bias", None), options.pop("dt_softplus", False)
@@ -271,7 +280,8 @@ def _scan(function: Callable[..., Any]) -> Callable[..., Any]:
         steps = steps if bias is None else steps + bias
         steps = (softplus(steps) if softened else steps).clamp(least, most)
         states = ("initial_states", "return_final_states")
-        return _run(function, tree, (hidden_states, steps, *arguments), options, *states, by_length=False)
+        options |= {"dt": steps, "A": A, "B": B, "C": C}
+        return _run(function, tree, (hidden_states,), options, *states, by_length=False)
 
     return scan
 

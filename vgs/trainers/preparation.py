@@ -8,9 +8,11 @@ from transformers import ProcessorMixin
 
 from ..data.check_prompts import check_prompts
 from ..data.messages import remove_images
-from ..data.prompts import anchor_group, encode_prompt
+from ..data.prompts import anchor_group, check_text_view, encode_prompt
 from ..models.families import freeze, placeholder_ids
 from ..models.groups import PromptGroup
+from ..models.kernel_limits import check_kernel
+from ..models.routers import check_routers
 from ..models.self_check import packs
 from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
 from .rollouts import expand_images_once, forbid_tokens
@@ -37,6 +39,10 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
     check_columns_for(preset, trainer.train_dataset, compares)
     check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
     check_engine(args, teacher, trainer.accelerator.distributed_type)
+    check_routers("model", student.config)
+    for name, model in (("model", student), ("teacher_model", teacher)):
+        check_kernel(name, model, args.packed_attention, trainer.accelerator.device)
+    check_text_view(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
     forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown_to_teacher(student.config, teacher.config)])
     if trainer.use_vllm and trainer.vllm_mode == "colocate":
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)

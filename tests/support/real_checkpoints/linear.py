@@ -28,7 +28,7 @@ def _lfm2_vl(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
 def _lfm2_vl_processor(tokenizer: Any) -> ProcessorMixin:
     sizes = {"encoder_patch_size": PATCH, "tile_size": SIDE, "max_tiles": 4}
     images = hf.Lfm2VlImageProcessor(
-        **sizes, min_image_tokens=4, max_image_tokens=4, max_num_patches=16, max_pixels_tolerance=1.0
+        **sizes, min_image_tokens=4, max_image_tokens=16, max_num_patches=64, max_pixels_tolerance=1.0
     )
     return hf.Lfm2VlProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
