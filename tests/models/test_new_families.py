@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import assert_same_gradients, gradients_of, separate, shaken
 from real_checkpoints import REAL_FAMILIES, photo_samples
 from torch import nn
@@ -159,3 +160,18 @@ def test_a_smaller_table_is_frozen_too() -> None:
     freeze(model, embeddings=True)
     assert not model.model.embed_tokens_per_layer.weight.requires_grad
     assert all(p.requires_grad for p in model.model.layers.parameters())
+
+
+def test_a_table_of_several_tokens_is_frozen_too() -> None:
+    """Qwen 4 looks up words of two and three tokens."""
+    pairs = {"ple_layer_ids": [1], "ple_embed_dim": 32, "ngram_vocab_size_base": 500, "split_ngram_parts": 1}
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16}
+    text = {**SIZES, "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 2}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    text |= {**pairs, **indexer, "indexer_compress_ratio": 4}
+    config = transformers.Qwen4ExpConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = transformers.Qwen4ExpForConditionalGeneration(config)
+    freeze(model, embeddings=True)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 2 and any("ngram_embedding" in name for name in frozen)
