@@ -32,7 +32,7 @@ RESPONSES = [[[70, 71, 72], [80] * 70, [81]], [[90, 91], [], [73, 74, 75, 76]], 
 
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vgs.models.forward.packs", lambda *_: True)
+    monkeypatch.setattr("vgs.models.forward.chosen_way", lambda *_: "packed")
 
 
 @pytest.fixture(scope="module")

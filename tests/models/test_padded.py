@@ -26,7 +26,8 @@ COUNT = 16
 #: Names of the module that takes pixels.
 TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision")
 #: One family for each form in which features come, and for each rule of joining fields; the others are slow.
-FORMS = {"qwen3_vl", "internvl", "llava_next", "mistral3", "gemma4", "smolvlm", *FIELD_FAMILIES} - {"minicpmv4_6"}
+FORMS = {"qwen3_vl", "internvl", "llava_next", "mistral3", "gemma4", "smolvlm"}
+FORMS |= {"minicpmv4_7", "molmo2", "step3p7", "nemotron_h_omni"}
 FAMILIES = [pytest.param(x, marks=() if x in FORMS else pytest.mark.slow) for x in (*REAL_FAMILIES, *FIELD_FAMILIES)]
 
 
@@ -147,3 +148,15 @@ def test_repeated_images_say_the_same(checkpoint: Checkpoint, tmp_path: Path) ->
         model, lambda: score_padded(model, groups[:1], False, [], torch.device("cpu"), share_images=False)
     )
     assert calls == [4 * groups[0].images["pixel_values"].numel()]
+
+
+def test_text_only_batches_have_token_types_in_training(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Molmo 2 demands them of every batch."""
+    model, groups = prepared(checkpoint("molmo2"), tmp_path)
+    device = torch.device("cpu")
+    expected = score_padded(model, groups, True, [True] * 7, device)
+    model.train()
+    for rows, others in zip(score_padded(model, groups, True, [True] * 7, device), expected, strict=True):
+        torch.testing.assert_close(rows, others)
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        model(input_ids=groups[2].prompt_ids[None])

@@ -146,6 +146,8 @@ def test_pictures_of_different_sizes_are_filled_up() -> None:
     joined = join_images(parts)
     assert joined["pixel_values"].shape == (1, 3, 3, 6, 4) and joined["pixel_attention_mask"].shape == (1, 3, 6, 4)
     assert joined["pixel_values"].sum() == small.sum() + large.sum()
+    patches = join_images([{"pixel_values": torch.ones(n, 2, 40, 40, 3)} for n in (4, 4)])["pixel_values"]
+    assert patches.shape == (8, 2, 40, 40, 3), "patches of Inkling, channels last"
     counts = join_images([{"pixel_values": torch.ones(n, 3), "batch_num_images": torch.tensor([n])} for n in (1, 2)])
     assert counts["batch_num_images"].tolist() == [1, 2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     Gemma4TextConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PaliGemmaForConditionalGeneration,
     PreTrainedConfig,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
@@ -34,6 +36,7 @@ from vgs.models.forward import score_groups
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 from vgs.models.self_check import Agreement, check_groups, compare, examine, packs
 from vgs.models.shallow import shallow_config, shallow_copy
+from vgs.models.survey_models import tiny_config
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., Path]
@@ -162,31 +165,37 @@ def test_rotary_embeddings_of_the_longest_sequence_are_noticed() -> None:
 class Behind(nn.Module):
     """Something that reaches over the tokens of a row, before a layer of the text stack."""
 
-    def __init__(self, layer: nn.Module, causal: bool) -> None:
+    def __init__(self, layer: nn.Module, sees: str) -> None:
         super().__init__()
-        self.layer, self.causal = layer, causal
+        self.layer, self.sees = layer, sees
 
     def forward(self, states: Tensor) -> Tensor:
         count = torch.arange(1, states.shape[1] + 1, device=states.device)[:, None]
-        mean = states.cumsum(dim=1) / count if self.causal else states.mean(dim=1, keepdim=True)
-        return self.layer(states + mean)
+        mean = states.mean(dim=1, keepdim=True) if self.sees == "row" else states.cumsum(dim=1) / count
+        return self.layer(states + (len(states) if self.sees == "batch" else 1) * mean)
 
 
 class NewbornForConditionalGeneration(LlavaForConditionalGeneration):
     """A family of tomorrow: its text stack carries a running mean, which no field of its config tells."""
 
-    causal = True
+    sees = "past"
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
         layer = self.model.language_model.layers[0]
-        layer.mlp = Behind(layer.mlp, self.causal)
+        layer.mlp = Behind(layer.mlp, self.sees)
+
+
+class AloneForConditionalGeneration(NewbornForConditionalGeneration):
+    """A family that nobody can batch: its tokens see how many rows there are."""
+
+    sees = "batch"
 
 
 class WholeRowForConditionalGeneration(NewbornForConditionalGeneration):
-    """A family that nobody can batch: its tokens see the mean of their whole row, padding included."""
+    """A family that reads the answer: its tokens see the mean of their whole row."""
 
-    causal = False
+    sees = "row"
 
 
 def test_an_unknown_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,14 +215,55 @@ def test_an_unknown_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_family_that_no_batch_serves_is_refused_with_the_numbers() -> None:
-    model = WholeRowForConditionalGeneration(FAMILIES["llava"].build().config).eval()
+    model = AloneForConditionalGeneration(FAMILIES["llava"].build().config).eval()
     match = (
-        r"^WholeRowForConditionalGeneration \(llava\) cannot be run as its own forward would, neither in packed rows "
+        r"^AloneForConditionalGeneration \(llava\) cannot be run as its own forward would, neither in packed rows "
         r"nor in padded batches \(packed: states differ by \d.\de-\d\d, gradients by .* of the largest; first in "
         r"model.language_model.layers.0.mlp \(Behind\); padded: states differ by "
     )
     with pytest.raises(ConfigError, match=match):
         score_groups(model, FAMILIES["llava"].groups())
+
+
+class HalvesForConditionalGeneration(NewbornForConditionalGeneration):
+    """A family whose features come in halves, of which nobody can tell what belongs to which token."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        features = self.model.get_image_features
+
+        def halved(*args: Any, **options: Any) -> Any:
+            output = features(*args, **options)
+            output.pooler_output = [x.reshape(-1, x.shape[-1] // 2) for x in output.pooler_output]
+            return output
+
+        self.model.get_image_features = halved
+
+
+def test_images_that_rows_cannot_share_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("vgs.models.self_check.logger.warning", lines.append)
+    warn_once.cache_clear()
+    groups = FAMILIES["llava"].groups()
+    model = HalvesForConditionalGeneration(FAMILIES["llava"].build().config).eval()
+    found = examine(type(model), model.config, check_groups(groups), CPU)
+    assert found.way == "repeated" and "does not return one feature for each image placeholder" in str(found.ways)
+    for actual, expected in zip(score_groups(model, groups), self_check.plain_states(model, groups), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert "runs in padded batches, with an image for every response, which takes longer" in lines[0]
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_a_family_whose_responses_see_what_follows_is_refused(family: str) -> None:
+    """PaliGemma's prompts attend in both directions, and its token types say that all else is prompt as well."""
+    groups = FAMILIES["llava"].groups()
+    if family == "llava":
+        model = WholeRowForConditionalGeneration(FAMILIES["llava"].build().config)
+    else:
+        model = PaliGemmaForConditionalGeneration(tiny_config("paligemma"))
+        groups = [replace(x, prompt_ids=x.text_prompt_ids, images={}) for x in groups]
+    with pytest.raises(ConfigError, match=r"\(plain: states change by .* with tokens that stand behind them\)\.$"):
+        packs(model, groups)
 
 
 def test_a_family_that_cannot_be_asked_is_padded_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

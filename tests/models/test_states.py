@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
 from allocations import AllocationMeter
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vgs.models.heads import output_layer, read_head
 from vgs.models.states import final_states
+from vgs.models.wrappers import run_inside
 
 VOCABULARY = 4096
 TEXT = {
@@ -158,6 +164,38 @@ def test_hooks_on_every_module_run_to_their_end() -> None:
         final_states(model, **INPUTS)
         assert entered and sorted(map(id, entered)) == sorted(map(id, left))
     assert output_layer(model) in left
+
+
+def test_states_of_sharded_models(tmp_path: Path) -> None:
+    """FSDP2 around every layer, the head and the whole: values and gradients, step after step."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for family in ("minicpm3", "llama4", "nemotron_h_omni"):
+            plain, model = built(family), built(family)
+            states = final_states(plain, **INPUTS)
+            states.square().sum().backward()
+            expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+            layers = next(x for name, x in model.named_modules() if name.endswith("layers") and "vision" not in name)
+            tied = output_layer(model).weight is model.get_input_embeddings().weight
+            for part in (*layers, *(() if tied else (output_layer(model),)), model):
+                fully_shard(part, mesh=mesh)
+            for _ in range(3):
+                model.zero_grad()
+                loss, found = run_inside(model, partial(_task, model))
+                loss.backward()
+                torch.testing.assert_close(found, states, rtol=0, atol=1e-5)
+                own = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+                assert own.keys() == expected.keys()
+                for name, value in expected.items():
+                    torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
+
+
+def _task(model: nn.Module) -> tuple[Tensor, Tensor]:
+    states = final_states(model, **INPUTS)
+    return states.square().sum(), states
 
 
 @torch.no_grad()

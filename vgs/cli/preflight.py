@@ -23,7 +23,7 @@ from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
 from ..models.families import placeholder_ids
 from ..models.routers import check_routers
-from ..models.self_check import runs_packed
+from ..models.self_check import way_of
 from ..trainers.checks import check_columns_for, check_teacher_kind
 from ..trainers.kinds import needs_teacher, trainer_kind
 from . import budgets, pair
@@ -141,7 +141,7 @@ class Preflight:
         groups = check_prompts(self.processor, forbidden, **self.template_options)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for config in self.models.values():
-            runs_packed(pair.model_class(config), config, groups, device)
+            way_of(pair.model_class(config), config, groups, device)
 
     def open_data(self) -> None:
         """Files and columns."""

@@ -182,7 +182,7 @@ def _own_attention(module: nn.Module) -> Callable:
     for kind in type(module).__mro__:  # FSDP2 makes a class of its own
         if own := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
             return own
-    raise AttributeError(f"{type(module).__name__} has no eager attention in its file.")
+    return sdpa_attention_forward
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -216,7 +216,8 @@ def _attention(
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(attention_mask, Blocks):
-        plain = base != "eager" and all(options.get(name) is None for name in BEYOND_SDPA)
+        beyond = any(options.get(name) is not None for name in BEYOND_SDPA)
+        plain = base == "sdpa" or (base != "eager" and not beyond)
         return attention_mask.attend(module, query, key, value, plain=plain, **options), None
     if isinstance(attention_mask, Segments):
         if "flash" not in base:
@@ -248,18 +249,16 @@ def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
 def use_packed_attention(backbone: PreTrainedModel) -> None:
     """Give a multimodal backbone's text decoder the implementation described above; once is enough.
 
-    Eager attention becomes sdpa where the family has it: the same function, which one implementation serves in both
-    uses. Families with capped scores or sinks have none.
+    What a family's own eager attention knows (capped scores, sinks), packed rows know too.
     """
     decoder = backbone.get_decoder()
     current = decoder.config._attn_implementation
     if current.startswith(PREFIX):
         return
-    base = "sdpa" if current == "eager" and decoder._supports_sdpa else current
-    name = PREFIX + base
+    name = PREFIX + current
     masks = AttentionMaskInterface()
-    AttentionInterface.register(name, functools.partial(_attention, base))
-    AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(base, sdpa_mask)))
+    AttentionInterface.register(name, functools.partial(_attention, current))
+    AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(current, sdpa_mask)))
     for config in (decoder.config, backbone.config.get_text_config()):
         config._attn_implementation = name
 

@@ -19,7 +19,7 @@ from vgs_kernels import (
 from .groups import PromptGroup, response_lengths
 from .heads import Head
 from .packed import score_packed
-from .self_check import packs
+from .self_check import chosen_way
 from .states import score_padded
 
 
@@ -67,9 +67,10 @@ def score_groups(
     device = model.get_input_embeddings().weight.device
     if not torch.is_grad_enabled():
         wanted = [True] * len(wanted)  # one pass serves both views
-    if packs(model, groups):
+    way = chosen_way(model, groups)
+    if way == "packed":
         return score_packed(model, groups, text, wanted, device, share_prefix=share_prefix, kernel=kernel)
-    return score_padded(model, groups, text, wanted, device)
+    return score_padded(model, groups, text, wanted, device, share_images=way == "padded")
 
 
 def score_with_anchor(

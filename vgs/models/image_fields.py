@@ -64,8 +64,10 @@ def _dimension(name: str, fields: Mapping[str, Tensor]) -> int:
         return 0
     if "target_sizes" in fields:
         return 3  # [1, C, H, patches of all images]: MiniCPM
-    # Five dimensions are [prompts, images, C, H, W] (Idefics), with ``image_sizes`` [images, tiles, C, H, W].
-    return int(fields["pixel_values"].ndim == 5 and "image_sizes" not in fields)
+    # Five dimensions are [prompts, images, C, H, W] (Idefics), with ``image_sizes`` [images, tiles, C, H, W], with
+    # channels last [patches, T, H, W, C] (Inkling).
+    shape = fields["pixel_values"].shape
+    return int(len(shape) == 5 and shape[2] < shape[4] and "image_sizes" not in fields)
 
 
 def _check_names(names: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """What the attention kernels for packed rows lack on a GPU, as far as a model's layers say it.
 
-The limits are those of PyTorch 2.14. Flex attention rounds a head's size up to a power of two, and runs with fewer
+The limits are those of PyTorch 2.14. Flex attention rounds a head's size up to a power of two and runs with fewer
 stages where shared memory is short: compiled for sm_90, heads of 512 (Gemma 4) fit, forward and backward, in bfloat16
 and float32.
 """

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
 from ..disk import remembered
@@ -37,7 +36,7 @@ from .differences import first_difference, traced
 from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
 from .packed import score_packed
 from .shallow import shallow_copy
-from .states import final_states, score_padded
+from .states import looks_ahead, plain_states, score_padded
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,9 @@ STATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
 #: Tokens of the responses: the first is longer than windows of the copy and chunks of linear attention.
 RESPONSES = (70, 3)
 SMALL = 2**20  # entries of a parameter whose gradient is compared
+#: Fields of a config that the check does not depend on.
+UNASKED = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})
+UNASKED |= {"pad_token_id", "bos_token_id", "eos_token_id", "quantization_config", "output_router_logits"}
 VERSIONS = ("torch", "transformers", "triton", "flash-linear-attention", "causal-conv1d", "flash-attn", "peft")
 
 
@@ -82,7 +84,7 @@ class Verdict:
     """What the check found.
 
     Attributes:
-        ways: name of the way (``"packed"``, ``"padded"``) -> its agreement; those that were tried.
+        ways: name of the way (of ``WAYS``) -> its agreement; those that were tried.
         seconds: that it took.
         error: why no copy of the model could be asked.
     """
@@ -97,13 +99,13 @@ class Verdict:
         return next((name for name, found in self.ways.items() if found.exact), None)
 
 
-# Fields of the prompts that were tried -> what was found, by hash; and whether it packs, by model.
+# Fields of the prompts that were tried -> what was found, by hash; and the way, by model.
 _KNOWN: dict[str, dict[frozenset[str], Verdict]] = {}
-_ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], bool]] = WeakKeyDictionary()
+_ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], str]] = WeakKeyDictionary()
 
 
-def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
-    """Whether a model runs in packed rows; else it runs in padded batches, which one line says.
+def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
+    """How a model runs, a key of ``WAYS``; one line says so where it is not the best.
 
     The first call for a family takes seconds. On several processes all of them call together.
 
@@ -112,7 +114,7 @@ def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
         groups: prompts as the model's own processor encodes them; the shortest with an image, and its text, are used.
 
     Raises:
-        ConfigError: neither way says what the model says of each sequence alone.
+        ConfigError: no way says what the model says of each sequence alone.
     """
     inner = model.base_model.model if is_peft_model(model) else model
     fields = frozenset(name for group in groups for name in group.images)
@@ -120,37 +122,46 @@ def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
     for seen, answer in answers.items():
         if fields <= seen:
             return answer
-    answers[fields] = runs_packed(type(inner), inner.config, groups, _device(inner))
+    answers[fields] = way_of(type(inner), inner.config, groups, _device(inner))
     return answers[fields]
 
 
-def runs_packed(
+def packs(model: nn.Module, groups: Sequence[PromptGroup]) -> bool:
+    """Whether a model runs in packed rows; arguments and errors as of ``chosen_way``."""
+    return chosen_way(model, groups) == "packed"
+
+
+def way_of(
     model_class: type[nn.Module], config: PreTrainedConfig, groups: Sequence[PromptGroup], device: torch.device
-) -> bool:
-    """As ``packs``, of a model that need not be loaded.
+) -> str:
+    """As ``chosen_way``, of a model that need not be loaded.
 
     Args:
         model_class: of the model with its head. config: its config.
-        groups: see ``packs``.
+        groups: see ``chosen_way``.
         device: where it is to run.
 
     Raises:
-        ConfigError: neither way says what the model says of each sequence alone.
+        ConfigError: no way says what the model says of each sequence alone.
     """
     found = verdict(model_class, config, groups, device)
     name = f"{model_class.__name__} ({config.model_type})"
     if found.way == "packed":
-        return True
+        return found.way
     if found.error is not None:
         warn_once(logger, f"{name} runs in padded batches: a small copy of it cannot be asked, {found.error}.")
-        return False
+        return "repeated"
     if found.way is None:
         ways = "; ".join(f"{way}: {agreement}" for way, agreement in found.ways.items())
         raise ConfigError(
             f"{name} cannot be run as its own forward would, neither in packed rows nor in padded batches ({ways})."
         )
-    warn_once(logger, f"{name} runs in padded batches, which takes longer: in packed rows its {found.ways['packed']}.")
-    return False
+    repeated = ", with an image for every response" if found.way == "repeated" else ""
+    warn_once(
+        logger,
+        f"{name} runs in padded batches{repeated}, which takes longer: in packed rows its {found.ways['packed']}.",
+    )
+    return found.way
 
 
 def verdict(
@@ -160,7 +171,7 @@ def verdict(
 
     Args:
         model_class: of the model with its head. config: its config, of any size.
-        groups: see ``packs``.
+        groups: see ``chosen_way``.
         device: whose kernels are asked.
     """
     chosen = check_groups(groups)
@@ -204,12 +215,19 @@ def _key(model_class: type, config: PreTrainedConfig, device: torch.device) -> s
     parts = {
         "class": f"{model_class.__module__}.{model_class.__qualname__}",
         "source": _source(model_class),
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")},
+        "config": _described(config.to_dict()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: _version(name) for name in VERSIONS},
         "vgs": hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _described(config: Any) -> Any:
+    """A config's fields at all depths, without what every run sets for itself."""
+    if not isinstance(config, dict):
+        return config
+    return {str(name): _described(value) for name, value in config.items() if name not in UNASKED}
 
 
 def _source(model_class: type) -> str:
@@ -240,7 +258,11 @@ def examine(
         model = shallow_copy(model_class, config, device)
         with _exact_float32():
             expected = _outcome(model, groups, plain_states)
-            for name in WAYS:
+            if (ahead := looks_ahead(model, groups)) > STATE_TOLERANCE:
+                ways["plain"] = Agreement(
+                    None, None, f"states change by {ahead:.1e} with tokens that stand behind them"
+                )
+            for name in () if ways else WAYS:
                 ways[name] = compare(model, groups, name, expected)
                 if ways[name].exact:
                     break
@@ -274,35 +296,6 @@ def _device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def plain_states(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, Tensor]:
-    """Both views by one plain forward for each response: what every other way is compared with.
-
-    Args:
-        model: unwrapped, with output embeddings.
-        groups: prompts with their responses.
-
-    Returns:
-        ([N, D] multimodal, [N, D] text-only); order: group, response, token.
-    """
-    device, views = _device(model), []
-    for with_image in (True, False):
-        rows = []
-        for group in groups:
-            prompt = group.prompt_ids if with_image else group.text_prompt_ids
-            for response in group.responses:
-                ids = torch.cat([prompt, response])[None].to(device)
-                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                for name, value in group.images.items():
-                    if name in PER_TOKEN_FIELDS:
-                        kinds = value[None].to(device) if with_image else torch.zeros_like(prompt)[None].to(device)
-                        inputs[name] = pad(kinds, (0, len(response)))
-                    elif with_image:
-                        inputs[name] = value.to(device)
-                rows.append(final_states(model, **inputs)[0, len(prompt) - 1 : -1])
-        views.append(torch.cat(rows))
-    return views[0], views[1]
-
-
 def _packed(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
     return score_packed(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
 
@@ -311,10 +304,16 @@ def _padded(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ..
     return score_padded(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
 
 
-#: Ways to run a model, the best first.
+def _repeated(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
+    wanted = [True] * len(response_lengths(groups))
+    return score_padded(model, groups, True, wanted, _device(model), share_images=False)
+
+
+#: Ways to run a model, the best first: packed rows; padded batches; and these with an image for every response.
 WAYS: dict[str, Callable[[nn.Module, Sequence[PromptGroup]], tuple[Tensor, ...]]] = {
     "packed": _packed,
     "padded": _padded,
+    "repeated": _repeated,
 }
 
 

@@ -7,7 +7,7 @@ outputs are computed for each prompt once and repeated, so that gradients throug
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,19 @@ def shares_images(model: nn.Module) -> bool:
 
 
 @contextmanager
+def replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this instance has another method of this name."""
+    before = vars(module).get(name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+
+@contextmanager
 def images_once(body: nn.Module, shared: SharedImages) -> Iterator[None]:
     """Inside, the body's forward takes pixels of each prompt once, and the other image fields of every row.
 
@@ -66,11 +79,8 @@ def images_once(body: nn.Module, shared: SharedImages) -> Iterator[None]:
         args = [own.get(name, value) for name, value in zip(names, args, strict=False)]
         return _repeated(original(*args, **{**kwargs, **{x: own[x] for x in kwargs.keys() & own.keys()}}), shared, body)
 
-    body.get_image_features = repeated
-    try:
+    with replaced(body, "get_image_features", repeated):
         yield
-    finally:
-        del body.get_image_features
     if not called:
         raise ValueError(f"{type(body).__name__} has get_image_features, but its forward does not call it.")
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .adapters import is_peft_model
 from .families import backbone
-from .groups import PromptGroup
+from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
 from .heads import output_layer
 from .padding import PaddedView, pad_groups
-from .shared_images import images_once, shares_images
+from .shared_images import images_once, replaced, shares_images
 
 #: Whether what a model's body returns last enters its head unchanged, as the forward of its class has shown.
 _UNCHANGED: WeakKeyDictionary[nn.Module, tuple[type, bool]] = WeakKeyDictionary()
@@ -67,25 +69,16 @@ def _entering_states(model: nn.Module, **inputs: Any) -> Tensor:
         entered.append(states)
         return states.new_zeros((*states.shape[:-1], 1))
 
-    put_back = _replace(head, "forward", no_logits)
     try:
         # That of the class: engines and kernels replace an instance's by one with a loss or a wrapper of their own.
-        type(owner).forward(owner, **inputs, use_cache=False)
+        with replaced(head, "forward", no_logits):
+            type(owner).forward(owner, **inputs, use_cache=False)
     except Exception:
         if not entered:  # what follows the head is not wanted, and may miss the other columns
             raise
-    finally:
-        put_back()
     if not entered:
         raise ValueError(f"{type(owner).__name__}.forward does not call its output head, a {type(head).__name__}.")
     return entered[-1]
-
-
-def _replace(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of this instance, and return what puts back the one before."""
-    before = vars(module).get(name)
-    setattr(module, name, value)
-    return lambda: delattr(module, name) if before is None else setattr(module, name, before)
 
 
 def padded_states(model: nn.Module, view: PaddedView) -> Tensor:
@@ -129,3 +122,53 @@ def score_padded(
         return (rows,)
     with torch.set_grad_enabled(any(wanted) and torch.is_grad_enabled()):
         return rows, padded_states(model, pad_groups(groups, "text", device))
+
+
+def plain_states(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, Tensor]:
+    """Both views by one plain forward for each response: what every other way is compared with.
+
+    Args:
+        model: unwrapped, with output embeddings.
+        groups: prompts with their responses.
+
+    Returns:
+        ([N, D] multimodal, [N, D] text-only); order: group, response, token.
+    """
+    device, views = model.get_input_embeddings().weight.device, []
+    for with_image in (True, False):
+        rows = []
+        for group in groups:
+            prompt = group.prompt_ids if with_image else group.text_prompt_ids
+            for response in group.responses:
+                ids = torch.cat([prompt, response])[None].to(device)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                for name, value in group.images.items():
+                    if name in PER_TOKEN_FIELDS:
+                        kinds = value[None].to(device) if with_image else torch.zeros_like(prompt)[None].to(device)
+                        inputs[name] = pad(kinds, (0, len(response)))
+                    elif with_image:
+                        inputs[name] = value.to(device)
+                rows.append(final_states(model, **inputs)[0, len(prompt) - 1 : -1])
+        views.append(torch.cat(rows))
+    return views[0], views[1]
+
+
+@torch.no_grad()
+def looks_ahead(model: nn.Module, groups: Sequence[PromptGroup]) -> float:
+    """How much plain states of a response change where its last tokens are cut off, relative to the largest state.
+
+    Rounding, unless tokens see others behind them, as in the prefix of PaliGemma: such a model would read the answer.
+
+    Args:
+        model: unwrapped, with an output head.
+        groups: prompts with at least one response of two tokens or more each.
+    """
+    whole = [group.select([0]) for group in groups]
+    kept = [len(group.responses[0]) // 2 for group in whole]
+    cut = [replace(group, responses=(group.responses[0][:count],)) for group, count in zip(whole, kept, strict=True)]
+    gap = 0.0
+    for rows, others in zip(plain_states(model, whole), plain_states(model, cut), strict=True):
+        parts = zip(rows.split(response_lengths(whole)), others.split(kept), strict=True)
+        changes = [(x[: len(y)] - y).abs().max() / rows.abs().max() for x, y in parts]
+        gap = max(gap, *[change.item() for change in changes])
+    return gap

@@ -34,7 +34,7 @@ class Entry:
 
     Attributes:
         family: its ``model_type``. text: that of its text stack.
-        way: ``"packed"``, ``"padded"``, or None.
+        way: of ``self_check.WAYS``, or None.
         picture: whether it was tried with a picture.
         states, gradients: of the way.
         note: why it is not packed, or was tried without a picture, or could not be tried.
@@ -116,7 +116,7 @@ def page(entries: Sequence[Entry]) -> str:
         entries: of ``survey``.
     """
     packed = [entry for entry in entries if entry.way == "packed"]
-    padded = [entry for entry in entries if entry.way == "padded"]
+    padded = [entry for entry in entries if entry.way not in ("packed", None)]
     rest = [entry for entry in entries if entry.way is None]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
     lines = [

@@ -15,7 +15,7 @@ from . import fields, gemma, grids, linear, llava, qwen, tiles
 from .texts import SPEECH as USUAL_SPEECH
 
 RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES, **linear.RECIPES}
-SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH, **linear.SPEECH}
+SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH, **gemma.SPEECH, **linear.SPEECH}
 
 #: Families with a real checkpoint here, and further ones, whose image fields have rules of their own.
 REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(fields.RECIPES)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import transformers as hf
 from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.utils import is_timm_available
 
-from .common import MERGED, WINDOW, Ids, Options, Recipe, square, vision
+from .common import MERGED, SIDE, WINDOW, Ids, Options, Recipe, square, vision
+from .texts import SPEECH as USUAL_SPEECH
 
 KINDS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -89,10 +92,60 @@ def _gemma4_processor(kind: str) -> Callable[[Any], ProcessorMixin]:
     return build
 
 
+def _gemma3n(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
+    layers = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": text["vocab_size"] - 8}
+    width = {"laurel_rank": 4, "altup_num_inputs": 2, "tie_word_embeddings": tie}
+    sound = {"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "vocab_size": 8}
+    # Tokens of pictures and sounds that are looked up stand behind all others.
+    marks = {"vocab_offset": text["vocab_size"] - 16}, {"vocab_offset": text["vocab_size"] - 8}
+    # The model scales its tower's output in place, so the tower must not need that output for its gradient.
+    tower = {"architecture": "test_convnext", "hidden_size": 64, "vocab_size": 8}
+    return hf.Gemma3nConfig(
+        text_config={**text, **KINDS, **SMALL, **layers, **width},
+        vision_config={**tower, **marks[0]},
+        audio_config={**sound, "sscp_conv_channel_size": [8, 4], **marks[1]},
+        vision_soft_tokens_per_image=MERGED,
+        image_token_id=ids["<image_soft_token>"],
+        boi_token_id=ids["<start_of_image>"],
+        eoi_token_id=ids["<end_of_image>"],
+        audio_token_id=ids["<audio_soft_token>"],
+        boa_token_id=ids["<start_of_audio>"],
+        eoa_token_id=ids["<end_of_audio>"],
+        tie_word_embeddings=tie,
+    )
+
+
+def _gemma3n_processor(tokenizer: Any) -> ProcessorMixin:
+    images = hf.SiglipImageProcessor(size={"height": 2 * SIDE, "width": 2 * SIDE})
+    return hf.Gemma3nProcessor(
+        hf.Gemma3nAudioFeatureExtractor(),
+        images,
+        tokenizer,
+        image_seq_length=MERGED,
+        chat_template=tokenizer.chat_template,
+    )
+
+
 RECIPES = {
     "gemma3": Recipe(_gemma3, _gemma3_processor),
     "gemma4": Recipe(_gemma4(True, True), _gemma4_processor("Gemma4")),
     "gemma4_small": Recipe(_gemma4(False, True, **SMALL), _gemma4_processor("Gemma4")),
     "gemma4_moe": Recipe(_gemma4(True, False, attention_k_eq_v=True, **MIXTURE), _gemma4_processor("Gemma4")),
     "gemma4_unified": Recipe(_gemma4_unified, _gemma4_processor("Gemma4Unified")),
+}
+if is_timm_available():  # its tower
+    RECIPES["gemma3n"] = Recipe(_gemma3n, _gemma3n_processor)
+SPEECH = {
+    "gemma3n": replace(
+        USUAL_SPEECH["gemma3"],
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "audio_token": "<audio_soft_token>",
+            "boa_token": "<start_of_audio>",
+            "eoa_token": "<end_of_audio>",
+        },
+        image="<image_soft_token>",
+    )
 }

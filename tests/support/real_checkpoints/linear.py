@@ -56,8 +56,9 @@ _CELLS = tuple(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for colu
 
 RECIPES = {
     "lfm2_vl": Recipe(_lfm2_vl, _lfm2_vl_processor),
-    "lfm3_vl": Recipe(_lfm3_vl, _lfm3_vl_processor),
 }
+if hasattr(hf, "Lfm3VlConfig"):  # not in the oldest version that we support
+    RECIPES["lfm3_vl"] = Recipe(_lfm3_vl, _lfm3_vl_processor)
 SPEECH = {
     "lfm2_vl": replace(
         _QWEN,
