@@ -89,10 +89,10 @@ class Batch:
         """
         if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[:2] != (1, size):
             return value
-        places, rows = self.places.to(value.device), value[0]
+        rows = value[0]
         if blank and self.offsets is None:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-        return rows.index_select(0, places.flatten().clamp(max=len(rows) - 1)).unflatten(0, places.shape)
+        return rows.index_select(0, self.places.flatten().clamp(max=len(rows) - 1)).unflatten(0, self.places.shape)
 
 
 class Plan(NamedTuple):
@@ -210,7 +210,7 @@ def _run(
 
     Options that are zero leave the state alone, whatever the ``arguments`` are.
     """
-    plan = tree.plan(by_length)
+    plan, device = tree.plan(by_length), arguments[0].device
 
     def call(batch: Batch, state: Tensor | None) -> Any:
         own = {name: batch.gather(value, tree.size, blank=True) for name, value in options.items()}
@@ -219,11 +219,13 @@ def _run(
         own |= {start: state, end: state is None}
         return function(*[batch.gather(value, tree.size, blank=False) for value in arguments], **own)
 
-    rows, states = zip(*[call(batch, None) for batch in plan.prompts], strict=True)
+    # A model can lie on several devices.
+    prompts, responses = ([batch.to(device) for batch in part] for part in (plan.prompts, plan.responses))
+    rows, states = zip(*[call(batch, None) for batch in prompts], strict=True)
     state = torch.cat(states)
-    found = [call(batch, state.index_select(0, batch.parents.to(state.device))) for batch in plan.responses]
+    found = [call(batch, state.index_select(0, batch.parents)) for batch in responses]
     rows = [*rows, *[x[0] if isinstance(x, tuple) else x for x in found]]
-    return torch.cat([x.flatten(0, 1) for x in rows]).index_select(0, plan.order.to(rows[0].device))[None]
+    return torch.cat([x.flatten(0, 1) for x in rows]).index_select(0, plan.order.to(device))[None]
 
 
 def _delta_rule(function: Callable[..., Any]) -> Callable[..., Any]:
