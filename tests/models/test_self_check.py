@@ -29,13 +29,15 @@ from transformers import (
 from vgs.data.check_prompts import check_prompts
 from vgs.errors import ConfigError
 from vgs.log import warn_once
-from vgs.models import packed, self_check
+from vgs.models import agreement, packed, self_check
+from vgs.models.agreement import Agreement, compare
 from vgs.models.attention import RowLayout
 from vgs.models.families import placeholder_ids
 from vgs.models.forward import score_groups
 from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
-from vgs.models.self_check import Agreement, check_groups, compare, examine, packs
+from vgs.models.self_check import check_groups, examine, packs
 from vgs.models.shallow import shallow_config, shallow_copy
+from vgs.models.states import plain_states
 from vgs.models.survey_models import tiny_config
 
 CPU = torch.device("cpu")
@@ -132,7 +134,7 @@ def test_a_gradient_that_is_lost_is_noticed(checkpoint: Checkpoint, monkeypatch:
 @pytest.mark.parametrize("family", ["ministral3", "mistral4"])
 def test_padding_in_front_is_noticed(family: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their queries are scaled by the place in the row."""
-    original = self_check.score_padded
+    original = agreement.score_padded
 
     def shifted(model: nn.Module, groups: Sequence[PromptGroup], *arguments: Any) -> tuple[Tensor, ...]:
         def later(body: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -146,7 +148,7 @@ def test_padding_in_front_is_noticed(family: str, checkpoint: Checkpoint, monkey
             handle.remove()
 
     assert found_in(checkpoint(family), "padded").exact
-    monkeypatch.setattr(self_check, "score_padded", shifted)
+    monkeypatch.setattr(agreement, "score_padded", shifted)
     assert not found_in(checkpoint(family), "padded").exact
 
 
@@ -210,7 +212,7 @@ def test_an_unknown_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch
     assert len(lines) == 1
     assert "NewbornForConditionalGeneration (llava) runs in padded batches" in lines[0]
     assert "first in model.language_model.layers.0.mlp (Behind)" in lines[0]
-    for actual, expected in zip(rows, self_check.plain_states(model, groups), strict=True):
+    for actual, expected in zip(rows, plain_states(model, groups), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -248,7 +250,7 @@ def test_images_that_rows_cannot_share_are_repeated(monkeypatch: pytest.MonkeyPa
     model = HalvesForConditionalGeneration(FAMILIES["llava"].build().config).eval()
     found = examine(type(model), model.config, check_groups(groups), CPU)
     assert found.way == "repeated" and "does not return one feature for each image placeholder" in str(found.ways)
-    for actual, expected in zip(score_groups(model, groups), self_check.plain_states(model, groups), strict=True):
+    for actual, expected in zip(score_groups(model, groups), plain_states(model, groups), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert "runs in padded batches, with an image for every response, which takes longer" in lines[0]
 
@@ -266,11 +268,37 @@ def test_a_family_whose_responses_see_what_follows_is_refused(family: str) -> No
         packs(model, groups)
 
 
+def in_16_bits_alone(kind: type) -> type:
+    """The class, with kernels that know no float32."""
+
+    class Half(kind):
+        def __init__(self, config: LlavaConfig) -> None:
+            super().__init__(config)
+            self.model.language_model.layers[0].register_forward_pre_hook(self.refuse)
+
+        @staticmethod
+        def refuse(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if given[0].dtype == torch.float32:
+                raise AssertionError("16 bits alone")
+
+    return Half
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [(LlavaForConditionalGeneration, "packed"), (NewbornForConditionalGeneration, "padded")]
+)
+def test_kernels_without_float32_are_asked_in_16_bits(kind: type, way: str) -> None:
+    config, groups = FAMILIES["llava"].build().config, check_groups(FAMILIES["llava"].groups())
+    found = examine(in_16_bits_alone(kind), config, groups, CPU)
+    assert found.way == way and found.error is None
+    assert all(agreement.dtype == "bfloat16" for agreement in found.ways.values())
+
+
 def test_a_family_that_cannot_be_asked_is_padded_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stubborn(LlavaForConditionalGeneration):
         def __init__(self, config: LlavaConfig) -> None:
             if config.get_text_config().dtype == torch.float32:
-                raise RuntimeError("not in float32")
+                raise RuntimeError("no copies")
             super().__init__(config)
 
     lines: list[str] = []
@@ -280,7 +308,7 @@ def test_a_family_that_cannot_be_asked_is_padded_and_says_why(monkeypatch: pytes
     config.text_config.dtype = torch.float64
     assert not packs(Stubborn(config), FAMILIES["llava"].groups())
     assert lines == [
-        "Stubborn (llava) runs in padded batches: a small copy of it cannot be asked, RuntimeError: not in float32."
+        "Stubborn (llava) runs in padded batches: a small copy of it cannot be asked, RuntimeError: no copies."
     ]
 
 

@@ -15,7 +15,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,58 +25,26 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from huggingface_hub.constants import HF_HOME
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ..disk import remembered
 from ..errors import ConfigError
 from ..log import warn_once
 from .adapters import is_peft_model
-from .differences import first_difference, traced
-from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
-from .packed import score_packed
+from .agreement import TOLERANCES, WAYS, Agreement, compare, device_of, in_words, outcome
+from .groups import PER_TOKEN_FIELDS, PromptGroup
 from .shallow import shallow_copy
-from .states import looks_ahead, plain_states, score_padded
+from .states import looks_ahead, plain_states
 
 logger = logging.getLogger(__name__)
 
-#: Largest difference of a state, and of a gradient, from the plain forward's, relative to the largest entry. Rounding
-#: in float32 makes 1e-6 to 1e-4; what leaks, or stands at another position, made 0.02 and more.
-STATE_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2
 #: Tokens of the responses: the first is longer than windows of the copy and chunks of linear attention.
 RESPONSES = (70, 3)
-SMALL = 2**20  # entries of a parameter whose gradient is compared
 #: Fields of a config that the check does not depend on.
 UNASKED = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})
 UNASKED |= {"pad_token_id", "bos_token_id", "eos_token_id", "quantization_config", "output_router_logits"}
 VERSIONS = ("torch", "transformers", "triton", "flash-linear-attention", "causal-conv1d", "flash-attn", "peft")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far one way of running a model is from a plain forward per sequence.
-
-    Attributes:
-        states, gradients: largest relative differences; None where the way raises an error.
-        where: the first module that says something else, in words; or the error.
-    """
-
-    states: float | None
-    gradients: float | None
-    where: str | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether both are rounding."""
-        if self.states is None or self.gradients is None:
-            return False
-        return self.states <= STATE_TOLERANCE and self.gradients <= GRADIENT_TOLERANCE  # False for NaN
-
-    def __str__(self) -> str:
-        if self.states is None:
-            return self.where or "an error"
-        numbers = f"states differ by {self.states:.1e}, gradients by {self.gradients:.1e} of the largest"
-        return f"{numbers}; first in {self.where}" if self.where else numbers
 
 
 @dataclass(frozen=True)
@@ -122,7 +90,7 @@ def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
     for seen, answer in answers.items():
         if fields <= seen:
             return answer
-    answers[fields] = way_of(type(inner), inner.config, groups, _device(inner))
+    answers[fields] = way_of(type(inner), inner.config, groups, device_of(inner))
     return answers[fields]
 
 
@@ -253,29 +221,43 @@ def examine(
         model_class, config, device: as of ``verdict``.
         groups: of ``check_groups``.
     """
-    start, ways, error = time.perf_counter(), {}, None
-    try:
-        model = shallow_copy(model_class, config, device)
-        with _exact_float32():
-            expected = _outcome(model, groups, plain_states)
-            if (ahead := looks_ahead(model, groups)) > STATE_TOLERANCE:
-                ways["plain"] = Agreement(
-                    None, None, f"states change by {ahead:.1e} with tokens that stand behind them"
-                )
-            for name in () if ways else WAYS:
-                ways[name] = compare(model, groups, name, expected)
-                if ways[name].exact:
-                    break
-    except Exception as problem:  # whatever a family's code raises
-        error = _words(problem)
-    if device.type == "cuda":
-        model = expected = None
-        torch.cuda.empty_cache()
-    return Verdict(ways, time.perf_counter() - start, error)
+    start, ways, errors = time.perf_counter(), {}, []
+    for dtype in TOLERANCES:
+        try:
+            ways = _ask(model_class, config, groups, device, dtype)
+            errors = []
+            break
+        except Exception as problem:  # whatever a family's code raises
+            errors.append(in_words(problem))
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return Verdict(ways, time.perf_counter() - start, errors[0] if errors else None)
 
 
-def _words(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+def _ask(
+    model_class: type[nn.Module],
+    config: PreTrainedConfig,
+    groups: Sequence[PromptGroup],
+    device: torch.device,
+    dtype: str,
+) -> dict[str, Agreement]:
+    """The ways that were tried on a copy of this dtype; any error of its plain forward is raised."""
+    kind = getattr(torch, dtype)
+    model = shallow_copy(model_class, config, device).to(kind)
+    images = [{n: x.to(kind) if x.is_floating_point() else x for n, x in group.images.items()} for group in groups]
+    groups = [replace(group, images=own) for group, own in zip(groups, images, strict=True)]
+    with _exact_float32():
+        expected = outcome(model, groups, plain_states)
+        if (ahead := looks_ahead(model, groups)) > TOLERANCES[dtype][0]:
+            words = f"states change by {ahead:.1e} with tokens that stand behind them"
+            return {"plain": Agreement(None, None, words, dtype)}
+        ways = {}
+        for name in WAYS:
+            ways[name] = compare(model, groups, name, expected)
+            if ways[name].exact:
+                break
+    return ways
 
 
 @contextmanager
@@ -290,100 +272,3 @@ def _exact_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def _packed(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
-    return score_packed(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
-
-
-def _padded(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
-    return score_padded(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
-
-
-def _repeated(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
-    wanted = [True] * len(response_lengths(groups))
-    return score_padded(model, groups, True, wanted, _device(model), share_images=False)
-
-
-#: Ways to run a model, the best first: packed rows; padded batches; and these with an image for every response.
-WAYS: dict[str, Callable[[nn.Module, Sequence[PromptGroup]], tuple[Tensor, ...]]] = {
-    "packed": _packed,
-    "padded": _padded,
-    "repeated": _repeated,
-}
-
-
-def _outcome(
-    model: nn.Module, groups: Sequence[PromptGroup], run: Callable[..., tuple[Tensor, ...]]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Both views' states, and the gradients of a random linear functional of them."""
-    parameters = {name: p for name, p in model.named_parameters() if p.numel() <= SMALL and p.is_floating_point()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        states = run(model, groups)
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.randn(x.shape, generator=generator).to(x.device) for x in states]
-        value = sum((x.float() * weight).sum() for x, weight in zip(states, weights, strict=True))
-        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    finally:
-        model.requires_grad_(False)
-    gradients = {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
-    return [x.detach().float() for x in states], gradients
-
-
-def compare(
-    model: nn.Module,
-    groups: Sequence[PromptGroup],
-    way: str,
-    expected: tuple[list[Tensor], dict[str, Tensor]] | None = None,
-) -> Agreement:
-    """One way of running a model against the plain forward of every sequence.
-
-    Args:
-        model: unwrapped, in float32 and evaluation mode; no parameter requires gradient afterwards.
-        groups: prompts with their responses.
-        way: of ``WAYS``.
-        expected: of the plain forwards, where they have been run.
-    """
-    states, gradients = _outcome(model, groups, plain_states) if expected is None else expected
-    try:
-        own_states, own_gradients = _outcome(model, groups, WAYS[way])
-    except Exception as problem:  # whatever a family's code raises
-        return Agreement(None, None, _words(problem))
-    gap = max(_relative(x, y, y.abs().max()) for x, y in zip(own_states, states, strict=True))
-    largest = max((x.abs().max() for x in gradients.values()), default=torch.tensor(0.0))
-    slope = max(
-        (
-            _relative(own_gradients.get(name, torch.zeros_like(x)), x, torch.maximum(x.abs().max(), 1e-3 * largest))
-            for name, x in gradients.items()
-        ),
-        default=0.0,
-    )
-    found = Agreement(gap, slope)
-    return found if found.exact else replace(found, where=_where(model, groups, way))
-
-
-def _relative(value: Tensor, expected: Tensor, scale: Tensor) -> float:
-    gap = (value - expected).abs().max() if value.numel() else value.new_zeros(())
-    return (gap / scale.clamp(min=1e-30)).nan_to_num(nan=torch.inf).item()
-
-
-@torch.no_grad()
-def _where(model: nn.Module, groups: Sequence[PromptGroup], way: str) -> str | None:
-    """The first module that says something else of a sequence which stands behind others."""
-    for target in reversed(groups):
-        ordered = [*(group for group in groups if group is not target), target]
-        before = len(response_lengths(ordered[:-1]))
-        for number in range(len(target.responses)):
-            with traced(model, 0, 1, 0) as plain:
-                plain_states(model, [target.select([number])])
-            with traced(model, len(ordered) - 1, number + 1, before + number) as other:
-                WAYS[way](model, ordered)
-            if found := first_difference(model, plain, other, STATE_TOLERANCE):
-                return found
-    return None

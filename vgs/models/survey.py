@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from .self_check import Agreement, check_groups, examine
+from .agreement import Agreement
+from .self_check import check_groups, examine
 from .survey_models import SURVEYED, picture_groups, text_groups, tiny_config
 
 SECONDS, BYTES = 120, 8 * 2**30  # what one family may take
