@@ -33,7 +33,9 @@ from ..disk import remembered
 from ..errors import ConfigError
 from ..log import warn_once
 from .adapters import is_peft_model
+from .attention import attention_put_back
 from .differences import first_difference, traced
+from .families import backbone
 from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
 from .packed import score_packed
 from .shallow import shallow_copy
@@ -304,7 +306,8 @@ def plain_states(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tenso
 
 
 def _packed(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
-    return score_packed(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
+    with attention_put_back(backbone(model)):  # padded batches, asked next, run by the model's own
+        return score_packed(model, groups, True, [True] * len(response_lengths(groups)), _device(model))
 
 
 def _padded(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
