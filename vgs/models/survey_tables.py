@@ -17,7 +17,7 @@ _CODES = {
     "embed_dim": 16,
     "latent_channels": 16,
     "base_channels": 32,
-    "channel_multiplier": [1, 2],
+    "channel_multiplier": [1, 1, 1, 2],
     "num_res_blocks": 1,
 }
 _TILES = {"image_grid_pinpoints": _PINPOINTS}
@@ -30,6 +30,12 @@ def _letters(number: int) -> str:
 
 #: What a config is built with, where the default one lacks something or cannot be made small afterwards.
 GIVEN: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 200,
+        "audio_token_offset": 264,
+        "vision_config": {**_CODES, "channel_multiplier": [1, 1, 1, 1, 2], "codebook_size": 64},
+        "audio_config": {"num_filters": 4, "hidden_size": 64, "codebook_dim": 64, "codebook_size": 64},
+    },
     "aria": {"projector_patch_to_query_dict": {1225: 4}},
     "chameleon": {
         "vq_config": {**_CODES, "num_embeddings": 64, "resolution": SIDE},
@@ -46,7 +52,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2, "num_experts_per_tok": 2}
     },
     "emu3": {
-        "vq_config": {**_CODES, "codebook_size": 64, "hidden_size": 32},
+        "vq_config": {**_CODES, "codebook_size": 64, "hidden_size": 64},
         "vocabulary_map": {
             "<image>": 90,
             "<|extra_200|>": 91,
@@ -67,7 +73,6 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 #: family -> dotted name of a field -> its value in the tiny config.
 FIELDS: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"image_token_offset": 200, "vision_config.codebook_size": 64},
     "aria": {"vision_config.image_size": 490, "vision_config.patch_size": 14},
     "chameleon": {"image_token_id": 90},
     "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [64, 256]},
@@ -112,8 +117,10 @@ _FORTY = {"size": {"height": 40, "width": 40}}
 _PINNED = {"image_grid_pinpoints": _PINPOINTS}
 #: family -> options of its image processor, beside those that ``survey_models`` finds out.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"size": {"min_pixels": SIDE**2, "max_pixels": SIDE**2}},
     "aria": {"max_image_size": 490},
     "dots3_note": {"temporal_patch_size": 1},
+    "emu3": {"min_pixels": SIDE**2, "max_pixels": SIDE**2},
     "gemma4": {"max_soft_tokens": 70},
     "gemma4_unified": {"max_soft_tokens": 70},
     "granite4_vision": _PINNED,
@@ -129,4 +136,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "minicpmv4_7": {"scale_resolution": SIDE, "max_slice_nums": 4},
     "nemotron_h_omni": {"min_num_patches": 4, "max_num_patches": 64},
     "lfm2_vl": {"tile_size": SIDE, "min_image_tokens": 4, "max_image_tokens": 16, "max_tiles": 4},
+}
+
+#: Why a family does not run in packed rows, or is not tried, where the error or the numbers alone do not say it.
+REASONS: dict[str, str] = {
+    "diffusion_gemma": "it writes blocks of text by diffusion, not one token after the other",
+    "dots3_note": "its sparse attention narrows the mask itself",
+    "git": "its attention adds the mask to one of its own",
+    "glm5_next": "its sparse attention chooses among pools of tokens that it forms along the whole row",
+    "hy_v4_vl": "its sparse attention narrows the mask itself",
+    "inkling2": "its attention adds biases for distances, one for every pair of places in the row",
+    "inkling2_loop": "its attention adds biases for distances, one for every pair of places in the row",
+    "inkling_mm_model": "its attention adds biases for distances, one for every pair of places in the row",
+    "kosmos-2.5": "the first token has position 2 in its own forward, and 0 where positions are passed",
+    "llama4": "layers without rotary embedding scale queries by their place in the row",
+    "mistral_large4": "its sparse attention narrows the mask itself",
+    "molmo2": "it joins the mask with one of its own",
+    "paligemma": "it joins the mask with one of its own",
+    "pi0": "it predicts the actions of a robot, not tokens",
 }
