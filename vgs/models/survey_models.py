@@ -201,10 +201,11 @@ def picture_groups(family: str, model_class: type, config: PreTrainedConfig) -> 
 
 def _features(found: Any) -> Any:
     """What stands at the placeholders, of an output of ``get_image_features``; of one layer where several take them."""
-    if (layers := getattr(found, "deepstack_features", None)) and isinstance(layers[0], tuple):
-        return layers[0][1]
-    names = ("pooler_output", "last_hidden_state")
-    return next((value for name in names if (value := getattr(found, name, None)) is not None), found)
+    for name in ("pooler_output", "last_hidden_state"):
+        if (value := getattr(found, name, None)) is not None:
+            return value
+    layers = getattr(found, "deepstack_features", None)
+    return layers[0][1] if layers else found
 
 
 def _count(found: Any) -> int:
