@@ -71,6 +71,22 @@ GIVEN: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": {**_ROPE, "mrope_section": [16, 16, 16, 16]}}},
 }
 
+GIVEN["perception_lm"] = {
+    "vision_config": {
+        "architecture": "vit_pe_core_large_patch14_336",
+        "model_args": {
+            "embed_dim": 256,
+            "img_size": (56, 56),
+            "depth": 2,
+            "num_heads": 4,
+            "global_pool": "",
+            "use_post_transformer_norm": False,
+            "init_values": 0.1,
+            "ref_feat_shape": (4, 4),
+        },
+    }
+}
+
 #: family -> dotted name of a field -> its value in the tiny config.
 FIELDS: dict[str, dict[str, Any]] = {
     "aria": {"vision_config.image_size": 490, "vision_config.patch_size": 14},
@@ -84,10 +100,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dots3_note": {"vision_config.adapter_in_dim": 256},
     "emu3": {"image_token_id": 90},
     "gemma3": {"mm_tokens_per_image": 4, **_PATCHES},
+    "fast_vlm": {"vision_config.hidden_size": 3072},
+    "gemma3n": {"vision_config.hidden_size": 2048},
     "gemma4_unified": {"vision_config.output_proj_dims": 256},
     "glm46v": _SECTIONS,
     "glm4v": _SECTIONS,
     "glm4v_moe": _SECTIONS,
+    "glm_ocr": _SECTIONS,
     "glmga": _SECTIONS,
     "granite4_vision": {**_TILES, **_PATCHES, "qformer_config.hidden_size": 256},
     "llama4": {"vision_config.intermediate_size": 1024, "vision_config.projector_input_dim": 256},
@@ -130,6 +149,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llava_next": _PINNED,
     "llava_next_video": _PINNED,
     "llava_onevision": _PINNED,
+    "perception_lm": {"tile_size": 56, "max_num_tiles": 4},
     "molmo2": {"size": {"height": SIDE, "width": SIDE}, "max_crops": 4, "overlap_margins": [1, 1]},
     "minicpm_ocr": {"scale_resolution": SIDE, "max_slice_nums": 4},
     "minicpmv4_6": {"scale_resolution": SIDE, "max_slice_nums": 4},
