@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from real_checkpoints import REAL_FAMILIES
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Gemma4TextConfig,
+    Llama4TextConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralLarge4TextConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedConfig,
     Qwen3_5TextConfig,
@@ -38,7 +41,7 @@ from vgs.models.groups import PER_TOKEN_FIELDS, PromptGroup
 from vgs.models.self_check import check_groups, examine, packs
 from vgs.models.shallow import shallow_config, shallow_copy
 from vgs.models.states import plain_states
-from vgs.models.survey_models import tiny_config
+from vgs.models.survey_models import SURVEYED, text_groups, tiny_config
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., Path]
@@ -294,6 +297,13 @@ def test_kernels_without_float32_are_asked_in_16_bits(kind: type, way: str) -> N
     assert all(agreement.dtype == "bfloat16" for agreement in found.ways.values())
 
 
+@pytest.mark.parametrize("family", ["git", "mistral_large4"])
+def test_padded_batches_run_by_the_models_own_attention(family: str) -> None:
+    """Whatever packed rows, tried before, have put in its place: GIT adds masks, Mistral Large 4 narrows them."""
+    found = examine(getattr(transformers, SURVEYED[family]), tiny_config(family), check_groups(text_groups()), CPU)
+    assert found.way == "padded" and "Blocks" in found.ways["packed"].where
+
+
 def test_a_family_that_cannot_be_asked_is_padded_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stubborn(LlavaForConditionalGeneration):
         def __init__(self, config: LlavaConfig) -> None:
@@ -364,6 +374,10 @@ def test_a_copy_has_one_layer_of_each_kind_and_short_windows() -> None:
     assert gemma.num_hidden_layers == 42 and gemma.sliding_window > 24, "the original stays"
     moe = shallow_config(Qwen3MoeConfig(num_hidden_layers=8, decoder_sparse_step=2, num_experts=128))
     assert moe.num_hidden_layers == 2 and moe.mlp_only_layers == [0] and moe.num_experts == 16
+    llama = shallow_config(Llama4TextConfig(num_hidden_layers=48, interleave_moe_layer_step=2))
+    assert llama.moe_layers == [1, 2] and llama.no_rope_layers == [1, 1, 0], "numbers of layers are those that are kept"
+    mistral = shallow_config(MistralLarge4TextConfig(kv_source_layers=[max(i, 0) if i < 70 else 68 for i in range(72)]))
+    assert mistral.num_hidden_layers < 10 and len(mistral.kv_source_layers) == mistral.num_hidden_layers
 
 
 def test_prompts_of_the_check_are_long_and_short(checkpoint: Checkpoint) -> None:

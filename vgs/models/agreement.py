@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .attention import attention_put_back
 from .differences import first_difference, traced
+from .families import backbone
 from .groups import PromptGroup, response_lengths
 from .packed import score_packed
 from .states import plain_states, score_padded
@@ -59,7 +61,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _packed(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
-    return score_packed(model, groups, True, [True] * len(response_lengths(groups)), device_of(model))
+    with attention_put_back(backbone(model)):  # padded batches, asked next, run by the model's own
+        return score_packed(model, groups, True, [True] * len(response_lengths(groups)), device_of(model))
 
 
 def _padded(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:

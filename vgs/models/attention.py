@@ -263,6 +263,18 @@ def use_packed_attention(backbone: PreTrainedModel) -> None:
         config._attn_implementation = name
 
 
+@contextmanager
+def attention_put_back(backbone: PreTrainedModel) -> Iterator[None]:
+    """At the end a multimodal backbone's text decoder has the implementation that it had before."""
+    configs = backbone.get_decoder().config, backbone.config.get_text_config()
+    before = [config._attn_implementation for config in configs]
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
 def whole_rows(backbone: PreTrainedModel) -> dict[str, Any]:
     """Arguments with which a multimodal backbone's decoder runs all tokens of a packed row through all layers.
 

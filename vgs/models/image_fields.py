@@ -34,6 +34,8 @@ class Rule(NamedTuple):
 RULES = {
     "pixel_values": Rule(fill=True),
     "pixel_attention_mask": Rule(fill=True),
+    "pixel_mask": Rule(),
+    "high_res_pixel_values": Rule(),
     "pixel_values_local": Rule(optional=True),
     "high_res_pixel_values": Rule(),
     "num_local_patches": Rule(),

@@ -16,17 +16,21 @@ from .packing import PackedRow, Stem, image_stem, pack, text_stem
 from .positions import prompt_positions
 from .states import final_states
 
+#: Text stacks that take a token's positions alone, without its place in the sequence in front of them.
+WITHOUT_PLACES = ("hunyuan_vl_text",)
+
 
 def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
     """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
     body = backbone(model)
     use_packed_attention(body)
+    positions = row.position_ids
+    if positions.ndim == 3 and body.config.get_text_config().model_type in WITHOUT_PLACES:
+        positions = positions[1:]
     # The mask of ones keeps the library from guessing sequences out of positions.
     inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **row.images}
     with row.layout.active():
-        states = final_states(
-            model, position_ids=row.position_ids, **inputs, **whole_rows(body), **carried_states(model, row)
-        )
+        states = final_states(model, position_ids=positions, **inputs, **whole_rows(body), **carried_states(model, row))
     return states[0].index_select(0, row.scored.to(states.device))
 
 

@@ -33,6 +33,8 @@ FEW_LAYERS = 4  # so many are kept as they are
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # experts of a token
 FEW_EXPERTS = 8
+CHOSEN_LAYERS = ("moe_layers", "cross_attention_layers")  # the numbers of those layers that have it
+SOURCES = ("kv_source_layers",)  # for every layer the number of that whose keys and values it takes
 GROUPS = ("n_group", "topk_group")  # of experts, to choose among first
 
 
@@ -49,17 +51,12 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
         Exception: what the class raises if it cannot be built so.
     """
     config = shallow_config(config)
-    attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
-    for part in _parts(config):
-        part._attn_implementation, part.dtype = attention, torch.float32
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         # Not by a constructor of the library that would cut the weights for ZeRO-3.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with torch.device("meta"):
-                needed = 4 * sum(parameter.numel() for parameter in model_class(config).parameters())
-            _check_room(needed, device)
+            _check_room(4 * sum(parameter.numel() for parameter in _outline(model_class, config).parameters()), device)
             torch.manual_seed(0)
             with torch.device(device):
                 model = model_class(config)
@@ -67,6 +64,21 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
         torch.set_default_dtype(before)
     _shake(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
+    """The model without memory; its config then says float32, and an attention that all its parts have."""
+    try:
+        return _on_meta(model_class, config, "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager")
+    except ValueError:  # a part of it has no sdpa
+        return _on_meta(model_class, config, "eager")
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
+    for part in _parts(config):
+        part._attn_implementation, part.dtype = attention, torch.float32
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def _check_room(needed: int, device: torch.device) -> None:
@@ -159,20 +171,39 @@ def _keep_one_of_each(text: PreTrainedConfig) -> None:
         for name, value in vars(text).items()
         if isinstance(value, (list, tuple, str)) and len(value) == count and not name.endswith(("_idxs", "_indexes"))
     }
+    for name in SOURCES:  # a layer is of one kind if it has its own
+        if name in columns:
+            columns[name] = [source == i for i, source in enumerate(columns[name])]
+    for name in CHOSEN_LAYERS:
+        columns.pop(name, None)
+    chosen_layers = {name: value for name in CHOSEN_LAYERS if isinstance(value := getattr(text, name, None), list)}
     shared = count - (getattr(text, "num_kv_shared_layers", None) or 0)
     dense = getattr(text, "first_k_dense_replace", None) or 0
     sparse_step = getattr(text, "decoder_sparse_step", None) or 1
     plain = set(getattr(text, "mlp_only_layers", None) or [])
     kinds = [
-        (*(str(x[i]) for x in columns.values()), i >= shared, i < dense, i in plain or (i + 1) % sparse_step > 0)
+        (
+            *(str(x[i]) for x in columns.values()),
+            *(i in x for x in chosen_layers.values()),
+            i >= shared,
+            i < dense,
+            i in plain or (i + 1) % sparse_step > 0,
+        )
         for i in range(count)
     ]
     kept = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
     kept = sorted({*kept, *range(2)})
+    for name in SOURCES:
+        if name in columns:
+            sources = getattr(text, name)
+            kept = sorted({*kept, *(sources[i] for i in kept)})
+            columns[name] = [kept.index(sources[i]) if i in kept else -1 for i in range(count)]
     text.num_hidden_layers = len(kept)
     for name, column in columns.items():
         chosen = [column[i] for i in kept]
         setattr(text, name, "".join(chosen) if isinstance(column, str) else type(column)(chosen))
+    for name, column in chosen_layers.items():
+        setattr(text, name, [place for place, i in enumerate(kept) if i in column])
     if hasattr(text, "num_kv_shared_layers"):
         text.num_kv_shared_layers = sum(i >= shared for i in kept)
     if hasattr(text, "first_k_dense_replace"):

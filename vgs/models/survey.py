@@ -13,18 +13,19 @@ import datetime
 import importlib.metadata
 import json
 import multiprocessing
+import re
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import transformers
 
-from .agreement import Agreement
 from .self_check import check_groups, examine
 from .survey_models import SURVEYED, picture_groups, text_groups, tiny_config
+from .survey_tables import REASONS
 
 SECONDS, BYTES = 120, 8 * 2**30  # what one family may take
 
@@ -38,16 +39,22 @@ class Entry:
         way: of ``self_check.WAYS``, or None.
         picture: whether it was tried with a picture.
         states, gradients: of the way.
-        note: why it is not packed, or was tried without a picture, or could not be tried.
+        why: in words, why it is not packed, or could not be tried.
+        unseen: in words, why it was tried without a picture.
+        refused: whether it was tried, and runs in neither way.
+        details: errors and numbers as they came.
     """
 
     family: str
-    text: str
-    way: str | None
-    picture: bool
-    states: float | None
-    gradients: float | None
-    note: str
+    text: str = ""
+    way: str | None = None
+    picture: bool = False
+    states: float | None = None
+    gradients: float | None = None
+    why: str = ""
+    unseen: str = ""
+    refused: bool = False
+    details: str = ""
 
 
 def survey_family(family: str) -> Entry:
@@ -56,24 +63,56 @@ def survey_family(family: str) -> Entry:
     Args:
         family: of ``SURVEYED``.
     """
-    notes, picture, text = [], True, ""
+    entry, details = Entry(family), []
     try:
         config = tiny_config(family)
-        text = config.get_text_config().model_type
+        entry = replace(entry, text=config.get_text_config().model_type)
+        if getattr(config, "is_encoder_decoder", False):
+            return replace(entry, why="an encoder reads the prompt, a decoder writes: they are not one sequence")
         model_class = getattr(transformers, SURVEYED[family])
         try:
             groups = picture_groups(family, model_class, config)
+            entry = replace(entry, picture=True)
         except Exception as error:  # whatever a family's code raises
-            notes.append(f"without a picture, {_short(error)}")
-            groups, picture = text_groups(), False
+            groups, details = text_groups(), [_short(error)]
+            entry = replace(entry, unseen=_plain(details[0]))
         found = examine(model_class, config, check_groups(groups), torch.device("cpu"))
     except Exception as error:
-        return Entry(family, text, None, False, None, None, f"no tiny model: {_short(error)}")
+        return replace(entry, why=REASONS.get(family) or _plain(_short(error)), details=_short(error))
     if found.error:
-        return Entry(family, text, None, picture, None, None, f"not tried: {found.error}")
-    notes += [f"{name}: {agreement}" for name, agreement in found.ways.items() if not agreement.exact]
-    best = found.ways.get(found.way) or Agreement(None, None)
-    return Entry(family, text, found.way, picture, best.states, best.gradients, "; ".join(notes))
+        why = REASONS.get(family) or _plain(found.error)
+        return replace(entry, why=why, details="; ".join([*details, found.error]))
+    details += [f"{name}: {agreement}" for name, agreement in found.ways.items() if not agreement.exact]
+    entry = replace(entry, way=found.way, refused=found.way is None, details="; ".join(details))
+    if found.way != "packed":
+        other = [agreement for agreement in found.ways.values() if not agreement.exact][-1]
+        entry = replace(entry, why=REASONS.get(family) or _plain(str(other)))
+    if best := found.ways.get(found.way):
+        entry = replace(entry, states=best.states, gradients=best.gradients)
+    return entry
+
+
+#: Parts of what is raised, or found -> what it means.
+_WORDS = (
+    (r"requires the (\w+) library", r"it needs the package \1, which was not installed"),
+    (r"(pixel_values|flattened_patches)", "it does not run without a picture: it has no text-only view"),
+    (r"no output head|get_input_embeddings", "it has no table of tokens, or no head, as language models have"),
+    (r"has no get_image_features", "it takes pictures in by a way of its own"),
+    (r"names no image token", "no token stands for its pictures"),
+    (r"has no image processor", "the library has no image processor for it"),
+    (r"^ValueError: \w+ returns (.*)", r"its image processor returns other fields: \1"),
+    (r"Processor.*'Tensor' object has no attribute 'items'", "its image processor returns no fields"),
+    (r"missing \d required positional arguments?: (.*)", r"it needs more than tokens and pictures: \1"),
+    (r"(states differ by \S+)", r"\1 of the largest"),
+)
+
+
+def _plain(message: str) -> str:
+    """An error, or a disagreement, in words; as it came where there are none for it."""
+    for pattern, words in _WORDS:
+        if found := re.search(pattern, message):
+            return found.expand(words)
+    return message
 
 
 def _short(error: Exception) -> str:
@@ -104,9 +143,9 @@ def survey(families: Sequence[str]) -> list[Entry]:
             entry = None
         process.kill()
         process.join()
-        limit = f"not tried: more than {SECONDS} s or {BYTES // 2**30} GiB"
-        entries.append(entry or Entry(family, "", None, False, None, None, limit))
-        print(f"{entries[-1].family:<24} {entries[-1].way or '-':<7} {entries[-1].note}", flush=True)
+        limit = f"it took more than {SECONDS} s or {BYTES // 2**30} GiB"
+        entries.append(entry or Entry(family, why=limit))
+        print(f"{family:<24} {entries[-1].way or '-':<7} {entries[-1].details or entries[-1].why}", flush=True)
     return entries
 
 
@@ -118,8 +157,11 @@ def page(entries: Sequence[Entry]) -> str:
     """
     packed = [entry for entry in entries if entry.way == "packed"]
     padded = [entry for entry in entries if entry.way not in ("packed", None)]
-    rest = [entry for entry in entries if entry.way is None]
+    refused = [entry for entry in entries if entry.refused]
+    rest = [entry for entry in entries if entry.way is None and not entry.refused]
+    unseen = [entry for entry in entries if entry.way and not entry.picture]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    counts = f"{len(packed)} run in packed rows, {len(padded)} in padded batches; {len(refused)} in neither"
     lines = [
         "# Model families",
         "",
@@ -131,28 +173,42 @@ def page(entries: Sequence[Entry]) -> str:
         f"question is put to a tiny random model of each of the {len(entries)} families that "
         "`AutoModelForImageTextToText` of transformers can load. Nothing depends on this page.",
         "",
-        "*States* and *gradients* are the largest differences from the plain forward, relative to the largest entry, "
-        "in float32. *Picture* says whether the prompt had one: a tiny model's picture comes from the family's image "
-        "processor with its default settings, which does not fit in every case; a run asks with its own processor.",
+        f"{counts}; {len(rest)} were not tried. {len(unseen)} of those that run were tried with text alone.",
         "",
-        f"- packed: {len(packed)} families",
-        f"- padded: {len(padded)}",
-        f"- neither, or not tried: {len(rest)}",
+        "*States* and *gradients* are the largest differences from the plain forward, relative to the largest entry, "
+        "in float32; rounding makes 1e-7 to 1e-4.",
+        "",
+        "## Packed rows",
+        "",
+        "Each prompt and its pictures run once for all responses, without padding.",
+        "",
+        "| family | text stack | picture | states | gradients |",
+        "| - | - | - | - | - |",
+        *(_row(x, *_tried(x)) for x in packed),
+        "",
+        "## Padded batches",
+        "",
+        "Exact, but slower: packed rows are not.",
+        "",
+        "| family | text stack | picture | states | gradients | why not packed |",
+        "| - | - | - | - | - | - |",
+        *(_row(x, *_tried(x), x.why) for x in padded),
         "",
     ]
-    for title, part in (("Packed", packed), ("Padded", padded)):
-        lines += [f"## {title}", "", "| family | text stack | picture | states | gradients | note |", "| - " * 6 + "|"]
-        for x in part:
-            numbers = f"{x.states:.0e} | {x.gradients:.0e}"
-            lines.append(f"| {x.family} | {x.text} | {'yes' if x.picture else 'no'} | {numbers} | {_cell(x.note)} |")
-        lines.append("")
-    lines += ["## Neither, or not tried", "", "| family | text stack | why |", "| - | - | - |"]
-    lines += [f"| {x.family} | {x.text} | {_cell(x.note)} |" for x in rest]
+    for title, part in (("Refused: exact in neither way", refused), ("Not tried", rest)):
+        table = ["| family | why |", "| - | - |", *(_row(x, x.why) for x in part)] if part else ["None."]
+        lines += [f"## {title}", "", *table, ""]
+    lines += ["## Tried with text alone", "", "| family | why |", "| - | - |", *(_row(x, x.unseen) for x in unseen)]
     return "\n".join(lines) + "\n"
 
 
-def _cell(note: str) -> str:
-    return note.replace("|", "/").replace("<", "&lt;")
+def _tried(entry: Entry) -> tuple[str, ...]:
+    picture = "yes" if entry.picture else "no"
+    return entry.text, picture, f"{entry.states:.0e}", f"{entry.gradients:.0e}"
+
+
+def _row(entry: Entry, *cells: str) -> str:
+    return " | ".join(["| " + entry.family, *(cell.replace("|", "/").replace("<", "&lt;") for cell in cells)]) + " |"
 
 
 def main() -> None:
