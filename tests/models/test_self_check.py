@@ -380,6 +380,17 @@ def test_a_copy_has_one_layer_of_each_kind_and_short_windows() -> None:
     assert mistral.num_hidden_layers < 10 and len(mistral.kv_source_layers) == mistral.num_hidden_layers
 
 
+def test_memory_that_files_occupy_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "meminfo"
+    monkeypatch.setattr("vgs.models.shallow.MEMORY", memory)
+    config = FAMILIES["llava"].build().config
+    memory.write_text("MemTotal: 9000000 kB\nMemFree:  10 kB\nMemAvailable:  4000000 kB\n")
+    assert shallow_copy(LlavaForConditionalGeneration, config, CPU) is not None
+    memory.write_text("MemTotal: 9000000 kB\nMemFree:  10 kB\nMemAvailable:  10 kB\n")
+    with pytest.raises(MemoryError, match=r"^it needs 0.0 GiB on cpu, of which 0.0 are free$"):
+        shallow_copy(LlavaForConditionalGeneration, config, CPU)
+
+
 def test_prompts_of_the_check_are_long_and_short(checkpoint: Checkpoint) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint("qwen3_vl"))
     groups = check_groups(check_prompts(processor, placeholder_ids(AutoConfig.from_pretrained(checkpoint("qwen3_vl")))))

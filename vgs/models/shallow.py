@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ LENGTHS = {
     "index_topk": 16,
     "original_max_position_embeddings": 32,
 }
+MEMORY = Path("/proc/meminfo")
 FEW_LAYERS = 4  # so many are kept as they are
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")  # experts of a token
@@ -85,8 +87,9 @@ def _check_room(needed: int, device: torch.device) -> None:
     """A copy and what runs through it against the device's free memory."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    elif device.type == "cpu" and MEMORY.exists():
+        # What files occupy in memory is given back when it is wanted.
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", MEMORY.read_text()).group(1))
     else:
         return
     if 1.5 * needed > free:
