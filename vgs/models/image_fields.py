@@ -37,7 +37,6 @@ RULES = {
     "pixel_mask": Rule(),
     "high_res_pixel_values": Rule(),
     "pixel_values_local": Rule(optional=True),
-    "high_res_pixel_values": Rule(),
     "num_local_patches": Rule(),
     "image_grid_thw": Rule(),
     "image_grid_hw": Rule(),
