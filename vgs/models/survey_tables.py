@@ -172,6 +172,7 @@ REASONS: dict[str, str] = {
     "llama4": "layers without rotary embedding scale queries by their place in the row",
     "mistral_large4": "its sparse attention narrows the mask itself",
     "molmo2": "it joins the mask with one of its own",
-    "paligemma": "it joins the mask with one of its own",
+    "paligemma": "its prompts attend in both directions, and so do its responses where no token types say otherwise",
+    "qwen4_exp": "its default config does not say how large its indexer is",
     "pi0": "it predicts the actions of a robot, not tokens",
 }
