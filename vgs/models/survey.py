@@ -211,13 +211,18 @@ def _row(entry: Entry, *cells: str) -> str:
     return " | ".join(["| " + entry.family, *(cell.replace("|", "/").replace("<", "&lt;") for cell in cells)]) + " |"
 
 
-def main() -> None:
-    """The command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m vgs.models.survey", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="where to write the page; without it, lines on the screen alone")
     parser.add_argument("--json", type=Path, help="where to write the entries")
     parser.add_argument("families", nargs="*", help="some families; without any, all")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    arguments = make_parser().parse_args()
     torch.set_num_threads(1)  # processes are forked
     transformers.logging.set_verbosity_error()
     entries = survey(arguments.families or list(SURVEYED))
