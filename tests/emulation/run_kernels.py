@@ -2,7 +2,7 @@
 
 A script of its own: Triton's interpreter, which other tests need, must be off.
 
-    python -m tests.emulation.run_kernels calls [--part N] [--whole]
+    python -m tests.emulation.run_kernels calls [--part N] [--whole] [--check]
     python -m tests.emulation.run_kernels faults [--each N] [--sure]
 """
 
@@ -132,12 +132,20 @@ def main() -> None:
     run = commands.add_parser("calls")
     run.add_argument("--part", type=int, default=0)
     run.add_argument("--whole", action="store_true")
+    run.add_argument(
+        "--check", action="store_true", help="print the calls that differ alone, and fail if there are any"
+    )
     run = commands.add_parser("faults")
     run.add_argument("--each", type=int, default=1)
     run.add_argument("--sure", action="store_true")
     args = parser.parse_args()
     adapter.allow_cpu()
     torch.use_deterministic_algorithms(True)  # new memory is NaN: what reads it before it is written shows
+    if args.command == "calls" and args.check:
+        rows = calls(args.part, args.whole)["rows"]
+        wrong = [row for row in rows if row["problems"]]
+        print("\n".join([f"{len(rows)} calls, {len(wrong)} differ", *map(str, wrong)]))
+        sys.exit(int(bool(wrong)))
     print(json.dumps(calls(args.part, args.whole) if args.command == "calls" else faults(args.each, args.sure)))
 
 

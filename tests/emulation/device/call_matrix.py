@@ -28,7 +28,7 @@ from vgs_kernels import (
 )
 
 from ..triton_device import Device, install
-from .record import Record, move_bytes, record
+from .record import Record, move_at_most, record
 
 EXPECTED = Path(__file__).parent / "expected.json"
 TOKENS, VOCAB, STUDENT, TEACHER = 8192, 151_936, 2048, 4096
@@ -149,8 +149,12 @@ def measure(device: Device, form: Form, dtype: torch.dtype, tokens: int = TOKENS
 def matrix(forms: dict[str, Form] = FORMS) -> dict[str, Record]:
     """Every form in every dtype."""
     device = install(Device(kind="cuda", execute=False))
-    move_bytes(False)
-    return {f"{name}, {label}": measure(device, form, dtype) for label, dtype in DTYPES.items() for name, form in forms.items()}
+    move_at_most(0)
+    return {
+        f"{name}, {label}": measure(device, form, dtype)
+        for label, dtype in DTYPES.items()
+        for name, form in forms.items()
+    }
 
 
 def main() -> int:

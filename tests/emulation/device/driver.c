@@ -1,6 +1,5 @@
 // A stand-in for the CUDA driver, libcuda.so.1, as far as PyTorch asks it for anything: one device, and a context.
 #include <cuda.h>
-#include <string.h>
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *v) {
@@ -35,5 +34,9 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
   *text = "an error of the emulated driver";
+  return CUDA_SUCCESS;
+}
+CUresult cuGetErrorName(CUresult error, const char **text) {
+  *text = "EMULATED";
   return CUDA_SUCCESS;
 }

@@ -1,6 +1,6 @@
 """For pytest: tests that are marked ``gpu`` believe in one (``-p tests.emulation.device.plugin``).
 
-    python -m tests.emulation.device.build -m pytest -p tests.emulation.device.plugin -m "gpu and not slow"
+python -m tests.emulation.device.build -m pytest -p tests.emulation.device.plugin -m "gpu and not slow"
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import os
 from collections import Counter
 
 import pytest
+import torch
 
 from ..triton_device import Device, install
-from .values import CPUValues
+from .values import CPUValues, use_no_other_library
 
 _device = Device(kind="cuda", seed=int(os.environ["EMULATION_SEED"]) if "EMULATION_SEED" in os.environ else None)
 _executed: Counter[str] = Counter()
@@ -21,6 +22,7 @@ CANNOT = {
     "test_side_stream": "everything has happened when a call returns: no stream is ever busy",
     "test_cuda_graph": "nothing can be captured",
     "test_compute_sanitizer": "it watches a GPU",
+    "TestCompile": "torch.compile refuses dispatch modes",
     "test_flex": "FlexAttention compiles for a GPU",
     "test_kernels_in_bfloat16": "FlexAttention and flash attention are no Triton kernels of ours",
     "beyond_2_31": "terabytes of arithmetic",
@@ -31,6 +33,7 @@ CANNOT = {
 
 
 def pytest_configure() -> None:
+    use_no_other_library()
     install(_device)
 
 
@@ -47,6 +50,7 @@ def values():
     _device.launches.clear()
     with CPUValues():
         yield
+    torch.cuda.empty_cache()  # it is the host's memory
     for launch in _device.launches:
         _executed["launches"] += 1
         _executed["instructions of threads"] += sum(launch.counts.instructions.values())

@@ -20,7 +20,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char *text;
 static size_t length, capacity;
 static int logging;
-static int moving = 1;  // whether copies move bytes: off, memory that nobody touches costs nothing
+static size_t most_moved = -1;  // bytes: what larger copies would move stays untouched, and costs nothing
 
 void emulation_log(const char *format, ...) {
   if (!logging) return;
@@ -55,7 +55,7 @@ const char *emulation_stop(void) {
   return text ? text : "";
 }
 
-void emulation_move_bytes(int on) { moving = on; }
+void emulation_move(size_t most) { most_moved = most; }
 
 // Memory.
 
@@ -125,7 +125,7 @@ cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
 }
 static cudaError_t copy(void *to, const void *from, size_t n, const char *waits) {
   emulation_log("copy %s %s %zu%s", side(from), side(to), n, waits);
-  if (moving) memmove(to, from, n);
+  if (n <= most_moved) memmove(to, from, n);
   DONE;
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind k) { return copy(to, from, n, " wait"); }
@@ -134,7 +134,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcp
 }
 static cudaError_t set(void *at, int value, size_t n) {
   emulation_log("set %zu%s", n, emulation_holds(at, n) ? "" : " BAD out of bounds");
-  if (moving && emulation_holds(at, n)) memset(at, value, n);
+  if (n <= most_moved && emulation_holds(at, n)) memset(at, value, n);
   DONE;
 }
 cudaError_t cudaMemset(void *at, int value, size_t n) { return set(at, value, n); }

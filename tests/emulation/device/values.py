@@ -18,14 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
 #: Operators that read values on the host.
-_READ = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
-#: Operators whose shapes depend on values: the first call could not know them.
+_READ = (
+    *(aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default),
+    aten.allclose.default,
+)
+#: Operators whose shapes, or those of what they use inside, depend on values: the first call could not know them.
 _DEPENDENT = (
-    *(aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor),
-    *(aten.bincount.default, aten.unique_dim.default, aten.unique_consecutive.default),
+    *(aten.nonzero, aten.masked_select, aten._unique2, aten.bincount, aten.unique_dim, aten.unique_consecutive),
+    *(aten.isin, aten.repeat_interleave, aten.embedding_dense_backward, aten.masked_scatter_backward),
 )
 #: Operators that PyTorch compiles when they are first called, for which it needs a real driver.
-_COMPILED_LATE = (aten.exp2.default, aten.exp2_.default, aten.exp2.out)
+_COMPILED_LATE = (aten.exp2, aten.exp2_, aten.prod, aten.gcd, aten.lcm)
 #: New memory, or the same memory under another name.
 _NO_VALUES = (
     *(aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default),
@@ -33,6 +36,13 @@ _NO_VALUES = (
     *(aten.lift_fresh.default, aten.record_stream.default, aten.resize_.default),
 )
 _PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # tensors before the two factors
+
+
+def use_no_other_library() -> None:
+    """Keep PyTorch from libraries that have no stand-in: it has other ways to the same results."""
+    torch.backends.cudnn.enabled = False
+    for kind in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
 
 
 def on_host(x: Any) -> Any:
@@ -82,12 +92,29 @@ def _masks(func: Any, args: tuple) -> bool:
 
 
 class CPUValues(TorchDispatchMode):
-    """While this is on, CUDA tensors have the values that they would have on a GPU."""
+    """While this is on, CUDA tensors have the values that they would have on a GPU.
+
+    Args:
+        most: elements of a tensor; operators on larger ones leave what was in memory.
+    """
+
+    def __init__(self, most: float = float("inf")) -> None:
+        super().__init__()
+        self._most = most
+        self._generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}  # the CUDA one, and its stand-in
+
+    def _host(self, x: Any) -> Any:
+        """An argument for the second call."""
+        if isinstance(x, torch.device):
+            return _CPU
+        if isinstance(x, torch.Generator) and x.device.type == "cuda":
+            return self._generators.setdefault(id(x), (x, torch.Generator().manual_seed(x.initial_seed())))[1]
+        return on_host(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
-        if not any(getattr(x, "device", x) == torch.device("cuda", 0) or _names_cuda(x) for x in leaves):
+        if not any(_names_cuda(x.device if isinstance(x, Tensor) else x) for x in leaves):
             return func(*args, **kwargs)
         if func.namespace not in ("aten", "prims", "prim"):  # an operator of Python: what it calls has values
             with self:
@@ -97,18 +124,17 @@ class CPUValues(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        host_args, host_kwargs = pytree.tree_map(
-            lambda x: _CPU if isinstance(x, torch.device) else on_host(x), (args, kwargs)
-        )
+        host_args, host_kwargs = pytree.tree_map(self._host, (args, kwargs))
         if func in _READ:
             return func(*host_args, **host_kwargs)
-        if func in _DEPENDENT or (_masks(func, args) and not _writes(func)):
+        if func.overloadpacket in _DEPENDENT or (_masks(func, args) and not _writes(func)):
             return pytree.tree_map(_upload, func(*host_args, **host_kwargs))
-        if func in _COMPILED_LATE or (_masks(func, args) and _writes(func)):
+        if func.overloadpacket in _COMPILED_LATE or (_masks(func, args) and _writes(func)):
             result = func(*host_args, **host_kwargs)
             return _upload(result) if not _writes(func) else kwargs.get("out", args[0])
         native = func(*args, **kwargs)
-        if func.is_view or func in _NO_VALUES:
+        sizes = (x.numel() for x in pytree.tree_leaves((native, args, kwargs)) if isinstance(x, Tensor))
+        if func.is_view or func in _NO_VALUES or max(sizes, default=0) > self._most:
             return native
         if func.overloadpacket in _PRODUCTS:
             of = args[_PRODUCTS[func.overloadpacket]].dtype
