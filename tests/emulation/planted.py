@@ -86,8 +86,10 @@ KINDS: dict[str, Change] = {
     "exponential left out": _only("ex2", lambda x: None),
     "stored elsewhere": _only("st.shared", _moved),
 }
-#: Those that always make a difference. Of the others some do not: a store by all threads writes one value several
-#: times, a sum may be centred at any number near its maximum, and a bound is compared for each column of a vector.
+#: Those that often make no difference: a store by all threads writes one value several times, a sum may be centred at
+#: any number near its maximum, and a bound is compared for each column of a vector.
+HARMLESS = ("store by all threads", "maximum as minimum", "shuffle of half the distance", "bound off by one")
+#: Those that always make one.
 SURE = ("barrier left out", "address moved", "truncated", "exponential left out", "stored elsewhere")
 
 

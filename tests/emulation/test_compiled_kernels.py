@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from launch import SUPPORT, launch_once
 
+from tests.emulation.planted import HARMLESS, KINDS
+
 ROOT = SUPPORT.parents[1]
 #: A target's soft-cap is applied where it is composed, before these kernels read it.
 NEVER = {("totals_kernel", "TARGET_CAP"), ("entry_gradient_kernel", "TARGET_CAP")}
@@ -83,7 +85,9 @@ def test_the_other_targets_and_errors(tmp_path_factory, part):
 
 @pytest.mark.slow
 def test_most_faults_of_any_kind_are_noticed(tmp_path_factory):
-    """Some make no difference: see ``planted.SURE``."""
+    """Each kind at times, and nine in ten of those that seldom make no difference."""
     rows = emulated(tmp_path_factory, "faults", "--each", "3")
-    noticed = [row for row in rows if row["noticed"]]
-    assert len(rows) > 200 and len(noticed) >= 0.8 * len(rows)
+    assert len(rows) > 200
+    assert {row["kind"] for row in rows if row["noticed"]} == set(KINDS)
+    telling = [row for row in rows if row["kind"] not in HARMLESS]
+    assert sum(bool(row["noticed"]) for row in telling) >= 0.9 * len(telling)
