@@ -64,7 +64,7 @@ def test_every_package_says_what_it_is_for():
 
 def test_folders_of_tests_are_named_after_rooms():
     folders = {path.name for path in (rooms.ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
-    assert folders <= {*rooms.LAYERS, "kernels", "gpu", "benchmarks", "examples"}
+    assert folders <= {*rooms.LAYERS, "kernels", "gpu", "emulation", "benchmarks", "examples"}
 
 
 def test_the_picture_shows_the_rooms_as_they_are():
