@@ -8,13 +8,15 @@ RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 NEWEST_TESTS := CONSTRAINTS=constraints.txt OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+# Python with stand-ins for CUDA's libraries, under the CUDA build of PyTorch; needs gcc.
+EMULATED := OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.device.build
 # What meets the libraries: exactness on both backends, torch.compile, models, a trainer of each kind, the command.
 OLDEST_TESTS := tests/test_environment.py \
 	$(addprefix tests/kernels/test_,divergence_family.py integration_torch.py loss_gradients.py loss_values.py rows_triton.py) \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate lint bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -35,6 +37,18 @@ test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 
 mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
+
+emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests; an hour or two on two cores
+	$(EMULATED) -m tests.emulation.device.call_matrix
+	$(EMULATED) -m tests.emulation.device.time_model
+	$(BIN)/python -m tests.emulation.run_kernels calls --whole --check
+	$(EMULATED) -m pytest -q -p tests.emulation.device.plugin -m "gpu and not slow" tests/kernels tests/gpu
+
+gpu-session:  # twelve minutes on an H100 or H200: exactness, losses against peers, a training step; commit what it writes
+	$(PYTHON) -m benchmarks.session $(if $(COMMIT),--commit $(COMMIT)) --out $(RESULTS)/session
+
+gpu-rehearsal: $(INSTALLED)  # the same on the stand-in device, in some minutes: every command, nothing measured
+	$(BIN)/python -m benchmarks.session --rehearse --out runs/session
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

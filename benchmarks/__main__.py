@@ -89,7 +89,8 @@ def _step(args: argparse.Namespace) -> int:
     from .step import PLANS, run
 
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    cells = PLANS[args.toy or "gpu"]
+    toy = f"{args.toy}-{args.family}" if args.toy and args.family else args.toy
+    cells = PLANS[toy or "gpu"]
     if args.toy is None:
         cells = [cell for cell in cells if cell.pair in (*args.pairs, "8b-8b")]
     dtype = torch.float32 if args.toy else torch.bfloat16
@@ -196,8 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in (("small", "seconds"), ("medium", "a sixteenth of the lengths, minutes on a CPU")):
         about = f"toy models, measured wherever this runs: {about}"
         toy.add_argument(f"--{name}", dest="toy", action="store_const", const=name, help=about)
+    step.add_argument(
+        "--family", choices=("qwen3.5", "gemma4"), help="text stack of the toy models; default: that of Qwen3-VL"
+    )
     step.add_argument("--count", action="store_true", help="computed, even where it could be measured")
-    step.add_argument("--pairs", nargs="+", choices=("8b-2b", "8b-4b"), default=["8b-2b", "8b-4b"])
+    pairs = ("8b-2b", "8b-4b", "qwen3.5-9b-4b", "gemma4-12b-e4b")
+    step.add_argument("--pairs", nargs="+", choices=pairs, default=pairs[:2], help="the last two: counted alone")
     step.add_argument("--rounds", type=int, default=3, help="timed steps of each method")
     step.add_argument("--minutes", type=float, help="start nothing new after this long")
     step.add_argument("--commit", help="for the result file, where the checkout is not a git repository")

@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from vgs.models.families import placeholder_ids
-from vgs.models.padding import pad_groups
+from vgs.models.padding import pad_prompts
 
 from .loss import attempt
 from .measure import memory_limit, peak_extra_bytes, seconds
 from .methods import METHODS as LOSSES
 from .results import Results, Row
+from .step_hybrids import HYBRIDS
 from .step_methods import METHODS, Step, differing, plain_loss_name, unmeasured
 from .step_problem import (
     PAIRS,
@@ -62,9 +63,11 @@ def _cell(pair: str, generations: int) -> Cell:
 
 
 _COMPARED = ("vgs-naive", "vgs", "plain")
+#: For families that used to run padded: the step of then, and what packed rows make of it.
+_HYBRID = ("plain", "vgs-naive", "vgs-padded", "vgs", "vgs-shared")
 #: What is measured by default, the most important first.
 PLANS = {
-    **{toy: [_cell(toy, 1), _cell(toy, 4)] for toy in TOYS},
+    **{toy: [Cell(toy, "G4", _HYBRID)] if toy in HYBRIDS else [_cell(toy, 1), _cell(toy, 4)] for toy in TOYS},
     "gpu": [
         *(_cell("8b-2b", 4), _cell("8b-2b", 1), _cell("8b-4b", 4), Cell("8b-2b", LONGEST, _COMPARED)),
         *(_cell("8b-4b", 1), Cell("8b-8b", "G4", ("vgs-shared",)), Cell("8b-4b", LONGEST, _COMPARED)),
@@ -196,16 +199,16 @@ def measure_rollout(step: Step, load: Load) -> Row:
     """
     groups = [group for batch in step.batches for group in batch]
     lengths = [length for group in groups for length in group.response_lengths]
-    empty = [replace(group, responses=tuple(x[:0] for x in group.responses)) for group in groups]
-    views = pad_groups(empty, ("multimodal",), step.device)
+    prompts = [single for group in groups for single in group.alone()]
+    ids, mask, fields = pad_prompts(prompts, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, **fields}
+    inputs = {name: value.to(step.device) for name, value in inputs.items()}
 
     @torch.no_grad()
     def generate(tokens: int) -> None:
         with step.computing():
             step.student.generate(
-                input_ids=views.input_ids,
-                attention_mask=views.attention_mask,
-                **views.images,
+                **inputs,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=True,

@@ -13,8 +13,10 @@ from vgs.models.groups import PromptGroup, response_lengths
 from vgs.planning.model_size import FORWARD, ModelSize, Work
 from vgs_kernels import DEFAULT_WORKSPACE_BYTES
 
+from .hybrid_size import HybridSize
 from .jobs import JOBS, Phase
 from .problem import Shape
+from .step_hybrids import HYBRIDS
 from .step_methods import PHASES, Method
 from .step_problem import PAIRS, Load, make_groups, micro_batches, response_tokens
 
@@ -31,9 +33,10 @@ _STEPS = 64  # that an average is taken over: a few lengths would decide a singl
 
 
 @cache
-def sizes(pair: str) -> tuple[ModelSize, ModelSize]:
+def sizes(pair: str) -> tuple[ModelSize | HybridSize, ModelSize | HybridSize]:
     """Student and teacher."""
-    student, teacher = (ModelSize.of(make()) for make in PAIRS[pair])
+    kind = HybridSize if pair in HYBRIDS else ModelSize
+    student, teacher = (kind.of(make()) for make in PAIRS[pair])
     return student, teacher
 
 
@@ -100,7 +103,7 @@ def head_phases(method: Method) -> dict[str, list[Phase]]:
     distillation is counted at its floor, whatever its loss recomputes."""
     if not method.text:
         return {"loss": [Phase(1, 1, 1, 1, 1)]}
-    if not method.packed:
+    if not method.fused:
         return {"loss": [Phase(1, 2, 2, 0, 0)], "backward": [Phase(1, 0, 0, 2, 2)]}
     shape = Shape(1, 1, 1)  # the cheapest phases are the same for every shape with a trainable head
     if method.objective.lam == 0:
@@ -202,7 +205,7 @@ def _activations(method: Method, batch: Sequence[PromptGroup], load: Load, pair:
     # Autocast's 16-bit copies last as long as the forward.
     weights = 2 * (student.text.weights + student.tower.weights + student.mergers)
     n, head = response_tokens(batch), 4 * student.vocabulary * student.text.hidden
-    if method.text and not method.packed:
+    if method.text and not method.fused:
         loss = EAGER_BYTES * n * student.vocabulary
     else:
         loss = DEFAULT_WORKSPACE_BYTES + head + head // 2  # a gradient of the head and its 16-bit copy

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgs.models.forward import fused_loss, padded_states, score_groups
+from vgs.models.forward import fused_loss, score_groups
 from vgs.models.groups import PromptGroup, response_lengths
 from vgs.models.heads import read_head, visual_dependency
 from vgs.models.padding import pad_groups
+from vgs.models.states import padded_states, score_padded
 from vgs_kernels import VGSObjective
 from vgs_kernels.gating import thresholds
 
@@ -87,6 +88,7 @@ class Method:
         run: leaves the gradients of the mean over all response tokens, returns that mean.
         objective: of the loss; without its text-only terms, plain distillation.
         packed: one row without padding, instead of padded batches.
+        fused: with our loss, which forms no logits.
         shared: whether the responses of a prompt share it.
     """
 
@@ -95,6 +97,7 @@ class Method:
     objective: VGSObjective
     packed: bool = False
     shared: bool = False
+    fused: bool = False
 
     @property
     def text(self) -> bool:
@@ -109,7 +112,7 @@ def _score(step: Step, model: nn.Module, score: Callable[..., Any], *arguments: 
 
 def _padded(model: nn.Module, batch: Batch, views: Sequence[str], device: str) -> tuple[Tensor, ...]:
     """One padded pass for each view."""
-    return tuple(padded_states(model, pad_groups(batch, (view,), device)) for view in views)
+    return tuple(padded_states(model, pad_groups(batch, view, device)) for view in views)
 
 
 def _loss(step: Step, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -164,11 +167,21 @@ def _fused(
     return fused_loss(student, teacher, *heads, objective, **options, **gate).loss
 
 
-def _run_packed(method: Method, step: Step, phase: Phase) -> Tensor:
+def _fallback(
+    model: nn.Module, batch: Batch, *, text: bool, share_prefix: bool, text_gradient: Sequence[bool] | bool = True
+) -> tuple[Tensor, ...]:
+    """As ``score_groups`` where packed rows are not exact: each response with a copy of its prompt and images."""
+    wanted = [text_gradient] * len(response_lengths(batch)) if isinstance(text_gradient, bool) else text_gradient
+    device = model.get_input_embeddings().weight.device
+    return score_padded(model, batch, text, wanted, device, share_images=share_prefix)
+
+
+def _run_fused(method: Method, step: Step, phase: Phase) -> Tensor:
     """The teacher over the whole step, the gate, then batch by batch the student, the loss, the backward."""
     objective = method.objective
     options = {"text": method.text, "share_prefix": method.shared}
-    teacher = [phase("teacher", _score, step, step.teacher, score_groups, batch, **options) for batch in step.batches]
+    score = score_groups if method.packed else _fallback
+    teacher = [phase("teacher", _score, step, step.teacher, score, batch, **options) for batch in step.batches]
     gates: list[dict[str, Tensor]] = [{} for _ in step.batches]
     if objective.lam > 0:
         vds, threshold = phase("loss", _gate, step, teacher, objective)
@@ -177,7 +190,7 @@ def _run_packed(method: Method, step: Step, phase: Phase) -> Tensor:
     total = torch.zeros((), device=step.device)
     for batch, rows, gate in zip(step.batches, teacher, gates, strict=True):
         needed = _gated_responses(gate["vds"] > gate["vds_threshold"], batch) if gate else False
-        student = phase("student", _score, step, step.student, score_groups, batch, text_gradient=needed, **options)
+        student = phase("student", _score, step, step.student, score, batch, text_gradient=needed, **options)
         loss = phase("loss", _loss, step, _fused, step, student, rows, objective, gate)
         phase("backward", loss.backward)
         total += loss.detach()
@@ -186,16 +199,20 @@ def _run_packed(method: Method, step: Step, phase: Phase) -> Tensor:
 
 _PLAIN, _VGS = JOBS["reverse-kl"].objective, JOBS["vgs"].objective
 _FOLDED = JOBS["vgs-folded"].objective
+_PACKED = {"packed": True, "fused": True}
 METHODS = {
     "plain": Method("plain, padded (as TRL)", _run_padded, _PLAIN),
     "vgs-naive": Method("VGS naive (paper): padded, all logits", _run_padded, _VGS),
-    "vgs": Method("VGS, packed", _run_packed, _VGS, packed=True),
-    "vgs-shared": Method("VGS, packed, prefix shared", _run_packed, _VGS, packed=True, shared=True),
-    "plain-shared": Method("plain, packed, prefix shared", _run_packed, _PLAIN, packed=True, shared=True),
-    "vgs-shared-lam0": Method("VGS, lam 0, packed, prefix shared", _run_packed, _FOLDED, packed=True, shared=True),
+    "vgs-padded": Method("VGS, padded (family not packed)", _run_fused, _VGS, fused=True),
+    "vgs": Method("VGS, packed", _run_fused, _VGS, **_PACKED),
+    "vgs-shared": Method("VGS, packed, prefix shared", _run_fused, _VGS, shared=True, **_PACKED),
+    "plain-shared": Method("plain, packed, prefix shared", _run_fused, _PLAIN, shared=True, **_PACKED),
+    "vgs-shared-lam0": Method("VGS, lam 0, packed, prefix shared", _run_fused, _FOLDED, shared=True, **_PACKED),
 }
 
 
 def differing(generations: int) -> tuple[str, ...]:
     """The methods that differ with so many responses a prompt: a single one has nothing to share."""
-    return tuple(METHODS) if generations > 1 else ("plain", "vgs-naive", "vgs", "plain-shared")
+    if generations > 1:
+        return tuple(name for name in METHODS if name != "vgs-padded")
+    return "plain", "vgs-naive", "vgs", "plain-shared"

@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen3VLC
 from vgs.models.groups import PromptGroup, response_lengths
 from vgs.planning.model_size import QWEN3_VL
 
+from .step_hybrids import HYBRIDS
+
 
 def _toy(hidden: int, layers: int, vocabulary: int, tied: bool) -> Qwen3VLConfig:
     """A model of the same build that a CPU trains."""
@@ -59,6 +61,7 @@ PAIRS: dict[str, tuple[Callable[[], PretrainedConfig], Callable[[], PretrainedCo
     **{f"8b-{size.lower()}": (QWEN3_VL[size], QWEN3_VL["8B"]) for size in ("2B", "4B", "8B")},
     "small": (partial(_toy, 96, 3, 2048, True), partial(_toy, 128, 3, 2048, False)),
     "medium": (partial(_toy, 256, 4, 8192, True), partial(_toy, 512, 6, 8192, False)),
+    **HYBRIDS,
 }
 
 
@@ -102,30 +105,56 @@ TOYS = {
     "small": {generations: Load(4 // generations, generations, 4, (8, 8), 8, 8, 24) for generations in (1, 4)},
     "medium": {generations: Load(8 // generations, generations, 4, (16, 16), 12, 31, 125) for generations in (1, 4)},
 }
+TOYS |= {f"{toy}-qwen3.5": loads for toy, loads in [*TOYS.items()]}
+#: Gemma 4 makes a token of three by three patches: as many tokens as two by two of the others make, and 280 in full.
+GEMMA_GRIDS = {"small": (12, 12), "medium": (24, 24)}
+TOYS |= {
+    f"{toy}-gemma4": {count: replace(load, grid=grid) for count, load in TOYS[toy].items()}
+    for toy, grid in GEMMA_GRIDS.items()
+}
+
+
+def paper_load(pair: str, generations: int) -> Load:
+    """The paper's load for a pair of real sizes; more than four responses to a prompt are one pass.
+
+    Gemma 4 sees an image as 280 tokens.
+    """
+    size = max(4, generations)
+    load = PAPER.get(generations, replace(PAPER[4], prompts=2, generations=generations, micro_batch=size))
+    return replace(load, grid=(42, 60)) if "gemma" in pair else load
+
+
+def _image(load: Load, config: PretrainedConfig) -> tuple[int, dict[str, Tensor]]:
+    """Tokens of an image, and the field that says where its patches are."""
+    height, width = load.grid
+    side = getattr(config.vision_config, "pooling_kernel_size", None)
+    if side is None:
+        return load.patches // config.vision_config.spatial_merge_size**2, {
+            "image_grid_thw": torch.tensor([[1, height, width]])
+        }
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
+    return load.patches // side**2, {"image_position_ids": places[None]}
 
 
 def make_groups(load: Load, config: PretrainedConfig) -> list[PromptGroup]:
     """The prompts of a step without their pixels, the same for all methods and students of a vocabulary."""
     generator = torch.Generator().manual_seed(load.seed)
+    names = [("vision_start_token_id", "boi_token_id"), ("vision_end_token_id", "eoi_token_id")]
+    start, end = (next(value for name in pair if (value := getattr(config, name, None))) for pair in names)
     # Text tokens lie below all placeholders.
-    placeholders = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
-    first = min(config.get_text_config().vocab_size, *placeholders)
+    first = min(config.get_text_config().vocab_size, config.image_token_id, config.video_token_id, start, end)
 
     def text(length: int) -> Tensor:
         return torch.randint(1, first, (length,), generator=generator)
 
-    image_tokens = load.patches // config.vision_config.spatial_merge_size**2
+    image_tokens, places = _image(load, config)
     groups = []
     for _ in range(load.prompts):
         question = text(load.prompt)
         image = torch.full((image_tokens,), config.image_token_id)
-        start, end = (torch.tensor([token]) for token in (config.vision_start_token_id, config.vision_end_token_id))
-        ids = torch.cat([start, image, end, question])
+        ids = torch.cat([torch.tensor([start]), image, torch.tensor([end]), question])
         lengths = torch.randint(load.shortest, load.longest + 1, (load.generations,), generator=generator).tolist()
-        images = {
-            "image_grid_thw": torch.tensor([[1, *load.grid]]),
-            "mm_token_type_ids": (ids == config.image_token_id).long(),
-        }
+        images = {**places, "mm_token_type_ids": (ids == config.image_token_id).long()}
         groups.append(PromptGroup(ids, question, tuple(map(text, lengths)), images))
     return groups
 
@@ -133,12 +162,15 @@ def make_groups(load: Load, config: PretrainedConfig) -> list[PromptGroup]:
 def add_pixels(groups: list[PromptGroup], config: PretrainedConfig, device: str) -> list[PromptGroup]:
     """The same prompts with random images on a device."""
     vision = config.vision_config
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    width = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
     generator = torch.Generator(device).manual_seed(0)
 
     def pixels(group: PromptGroup) -> Tensor:
-        patches = int(group.images["image_grid_thw"].prod())
-        return torch.randn(patches, width, generator=generator, device=device)
+        if "image_grid_thw" in group.images:
+            shape = (int(group.images["image_grid_thw"].prod()), width)
+            return torch.randn(shape, generator=generator, device=device)
+        # Gemma 4 takes values between 0 and 1, image by image.
+        return torch.rand(1, group.images["image_position_ids"].shape[1], width, generator=generator, device=device)
 
     return [replace(group, images={**group.images, "pixel_values": pixels(group)}) for group in groups]
 

@@ -9,8 +9,9 @@ from . import step_counts as counts
 from .report import describe, duration, size, table
 from .results import Results, Row, median
 from .step import LONGEST, ROLLOUT
+from .step_hybrids import HYBRIDS
 from .step_methods import METHODS, PHASES, differing
-from .step_problem import PAIRS, PAPER, SINGLE, TOYS, Load
+from .step_problem import PAIRS, PAPER, SINGLE, TOYS, Load, paper_load
 
 #: (what, bound, whether larger is better); ratios of seconds, or of FLOPs where nothing was measured.
 _TARGETS = {
@@ -20,6 +21,7 @@ _TARGETS = {
     "activations / naive": (0.5, False),
 }
 _OURS = ("vgs", "vgs-shared")
+_OF_PADDED, _OF_PLAIN = 0.6, 0.9  # aimed at for hybrid families: packed steps' time, and their FLOPs
 
 
 def targets(alone: Mapping[str, float], whole: Mapping[str, float], memory: Mapping[str, float]) -> str:
@@ -67,7 +69,7 @@ def _phases(row: Row) -> dict[str, float]:
 
 def _cell_table(pair: str, load: Load, rows: Mapping[str, Row]) -> str:
     plain = median(rows.get("plain"))
-    counted = {name: sum(counts.flops(METHODS[name], load, pair).values()) for name in METHODS}
+    counted = {name: sum(counts.flops(METHODS[name], load, pair).values()) for name in differing(4)}
     lines = []
     for name, row in rows.items():
         if name == ROLLOUT:
@@ -79,7 +81,7 @@ def _cell_table(pair: str, load: Load, rows: Mapping[str, Row]) -> str:
         phases, peaks, peak = _phases(row), row["phase_peak_bytes"], row["peak_extra_bytes"]
         cells = [duration(phases[phase]) + (f" ({size(peaks[phase])})" if phase in peaks else "") for phase in PHASES]
         ratio = f"{own / plain:.2f}" if plain else ""
-        flops = f"{counted[name] / counted['plain']:.2f}"
+        flops = f"{counted[name] / counted['plain']:.2f}" if name in counted else ""
         lines.append([_title(name), *cells, duration(own), ratio, flops, "" if peak is None else size(peak)])
     header = ["method", *PHASES, "step without rollout", "x plain", "FLOPs x plain, computed", "activations"]
     return table(header, lines)
@@ -106,6 +108,17 @@ def _cell_targets(rows: Mapping[str, Row]) -> str:
     sampling = rows.get(ROLLOUT, {}).get("computed_seconds")
     whole = {name: value + sampling for name, value in alone.items()} if sampling else {}
     return targets(alone, whole, {name: row.get("peak_extra_bytes") or 0 for name, row in rows.items()})
+
+
+def _padded_line(rows: Mapping[str, Row]) -> str:
+    """What packing a family makes of its step."""
+    padded, shared = median(rows.get("vgs-padded")), median(rows.get("vgs-shared"))
+    if not padded or not shared:
+        return ""
+    verdict = "met" if shared <= _OF_PADDED * padded else "missed"
+    return (
+        f"Packed and shared: {shared / padded:.2f} of the padded step's time (aimed at: {_OF_PADDED:.2f}, {verdict})."
+    )
 
 
 def _longest_table(cells: Sequence[tuple[tuple, dict[str, Row]]]) -> str:
@@ -146,6 +159,8 @@ def tables(results: Results) -> str:
         )
         if pair not in TOYS:  # the targets are for real sizes
             parts.append(_cell_targets(rows))
+        elif pair in HYBRIDS and (line := _padded_line(rows)):
+            parts.append(line)
     parts += ["**Longest response that fits**", longest] if (longest := _longest_table(cells)) else []
     parts += ["**Students that fit**", students] if (students := _student_table(cells)) else []
     return "\n\n".join(parts)
@@ -205,6 +220,27 @@ def _count_cell(pair: str, load: Load, flops: float, bytes_per_second: float) ->
     ]
 
 
+def _hybrid_cell(pair: str, load: Load) -> list[str]:
+    """FLOPs alone, for pairs of which nothing else is counted."""
+    work = {name: counts.mean_flops(METHODS[name], load, pair) for name in differing(load.generations)}
+    plain, shown = sum(work["plain"].values()), [phase for phase in PHASES if phase != "optimizer"]
+    lines = [
+        [
+            METHODS[name].title,
+            *(f"{phases[phase] / 1e12:.0f}" for phase in shown),
+            f"{sum(phases.values()) / plain:.2f}",
+        ]
+        for name, phases in work.items()
+    ]
+    parts = [f"**{pair}, G = {load.generations}**: {describe_load(load)}. TFLOP by phase"]
+    parts.append(table(["method", *shown, "x plain"], lines))
+    if load.generations > 1:
+        ratio = sum(work["vgs-shared"].values()) / plain
+        verdict = "met" if ratio <= _OF_PLAIN else "missed"
+        parts.append(f"VGS, shared: {ratio:.2f} of plain, padded (aimed at: {_OF_PLAIN:.2f}, {verdict}).")
+    return parts
+
+
 #: (method, teacher offloaded)
 _FITTED = (("plain", False), ("vgs-naive", False), ("vgs", False), ("vgs", True))
 
@@ -245,10 +281,16 @@ def computed(pairs: Sequence[str], flops: float, bytes_per_second: float, memory
         "float32 student, gradients and AdamW, 16-bit teacher, gradient checkpointing. Averages of 64 steps of other "
         "lengths, the largest memory of them."
     ]
-    for pair in pairs:
+    hybrids = [pair for pair in pairs if pair in HYBRIDS]
+    for pair in hybrids:
+        for generations in (*PAPER, 8):
+            parts += _hybrid_cell(pair, paper_load(pair, generations))
+    if hybrids and len(hybrids) == len(pairs):
+        return "\n\n".join(parts)
+    for pair in (pair for pair in pairs if pair not in HYBRIDS):
         for load in PAPER.values():
             parts += _count_cell(pair, load, flops, bytes_per_second)
-    return "\n\n".join([*parts, *_count_fits([pair for pair in PAIRS if pair not in TOYS], memory)])
+    return "\n\n".join([*parts, *_count_fits([x for x in PAIRS if x not in TOYS and x not in HYBRIDS], memory)])
 
 
 def panels(results: Results | None, pairs: Sequence[str] = ()) -> dict[str, dict[str, dict[str, float]]]:
@@ -262,7 +304,7 @@ def panels(results: Results | None, pairs: Sequence[str] = ()) -> dict[str, dict
                 for name in differing(load.generations)
             }
             for pair in pairs
-            for load in PAPER.values()
+            for load in (paper_load(pair, generations) for generations in PAPER)
         }
     return {
         f"{pair}, {job}": {_title(name): _phases(row) for name, row in rows.items() if name != ROLLOUT and median(row)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,10 @@ from hypothesis import settings
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What is found out about models and data is kept below HF_HOME: not in the developer's own.
+HOME = tempfile.TemporaryDirectory(prefix="vgs-tests-")
+os.environ["HF_HOME"] = HOME.name
 
 from interpreter import patch_once_a_launch  # noqa: E402  (imports Triton)
 

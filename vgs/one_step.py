@@ -18,6 +18,7 @@ from .models.families import placeholder_ids
 from .models.forward import score_with_anchor
 from .models.groups import response_ids, response_lengths, trajectory_ids
 from .models.heads import read_head, visual_dependency, whole_heads
+from .models.routers import check_routers
 from .models.wrappers import run_inside, unwrap
 from .objectives.definitions import Preset, shared_limits
 from .objectives.presets import PRESETS, find_preset
@@ -79,12 +80,14 @@ def vgs_step(
         ``entropy``, ``student_vds``. Presets that do not steer give a ``DivergenceOutput``.
 
     Raises:
-        ConfigError: a preset that needs more than two views of a separate teacher.
+        ConfigError: a preset that needs more than two views of a separate teacher; a student whose config asks for a
+            loss of its router; a model that cannot be run in batches as its own forward would.
         ValueError, TypeError: naming the argument: an unknown name, responses that do not fit the samples or contain
             image tokens, heads of different devices or vocabularies.
     """
     preset, objective = _resolve(objective)
     p_model, q_model = unwrap(student), unwrap(teacher)
+    check_routers("student", p_model.config)
 
     # Every prompt is encoded with its images and without them; its responses follow both.
     image_tokens, template = placeholder_ids(p_model.config), dict(template_options or {})

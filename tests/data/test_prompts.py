@@ -73,24 +73,27 @@ def test_wrong_count() -> None:
         encode_groups(PROCESSOR, tiny_samples(3), [[[1]], [[1]]], FORBIDDEN)
 
 
-def test_padded_views_share_columns() -> None:
+def test_padding_stands_behind_the_responses() -> None:
     responses = [[[20, 1]], [[21, 22, 23, 1], [24]], [[25, 26, 1]]]
     groups = encode_groups(PROCESSOR, tiny_samples(3), responses, FORBIDDEN)
-    views = pad_groups(groups, ("multimodal", "text"), "cpu", pad_token_id=7)
-    assert views.input_ids.shape == views.attention_mask.shape
-    assert len(views.input_ids) == 8, "four responses in two views"
-    first, second = views.input_ids.chunk(2)
-    assert torch.equal(first[:, -4:], second[:, -4:])
-    answers = [token for group in responses for response in group for token in response]
-    assert first[:, -4:][views.response_mask].tolist() == answers
-    assert (views.input_ids[views.attention_mask == 0] == 7).all()
-    kinds = views.images["mm_token_type_ids"]
-    assert torch.equal(kinds[:4] == 1, first == FORBIDDEN[0])
-    assert kinds[4:].sum() == 0
-    assert len(views.images["image_grid_thw"]) == 4, "an image for each response"
-    alone = pad_groups(groups, ("text",), "cpu")
-    assert alone.images == {}
-    assert alone.attention_mask[:, 0].any(), "no column of padding only"
+    answers = [response for group in responses for response in group]
+    singles = [single for group in groups for single in group.alone()]
+    for name in ("multimodal", "text"):
+        view = pad_groups(groups, name, "cpu", pad_token_id=7)
+        assert view.input_ids.shape == view.attention_mask.shape == view.scored.shape
+        prompts = [x.prompt_ids if name == "multimodal" else x.text_prompt_ids for x in singles]
+        for row, mask, scored, prompt, answer in zip(*view[:3], prompts, answers, strict=True):
+            length = len(prompt) + len(answer)
+            assert row[:length].tolist() == [*prompt.tolist(), *answer]
+            assert mask.tolist() == [1] * length + [0] * (len(row) - length)
+            assert row[1:][scored[:-1]].tolist() == answer, "scored by the token before"
+        assert (view.input_ids[view.attention_mask == 0] == 7).all()
+        assert view.attention_mask[:, -1].any(), "no column of padding only"
+        assert torch.equal(view.images["mm_token_type_ids"] == 1, view.input_ids == FORBIDDEN[0])
+        if name == "multimodal":
+            assert len(view.images["image_grid_thw"]) == 4, "an image for each response"
+        else:
+            assert view.images.keys() == {"mm_token_type_ids"}
 
 
 PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "red ?"}

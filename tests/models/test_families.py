@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, LLAVA_NEXT, separate_rows
+from families import FAMILIES, LLAVA_NEXT, assert_same_gradients, gradients_of, separate, separate_rows
 from torch import Tensor, nn
 
-from vgs.log import warn_once
-from vgs.models.families import is_verified, prompt_positions
 from vgs.models.forward import score_groups
-from vgs.models.groups import PromptGroup
 from vgs.models.image_fields import join_images
+from vgs.models.positions import prompt_positions
+from vgs.models.self_check import packs
 
 GROUPS = {name: family.groups() for name, family in FAMILIES.items()}
 LENGTHS = [length for group in GROUPS["llava"] for length in group.response_lengths]
@@ -45,26 +44,9 @@ def trained(model: nn.Module) -> Iterator[nn.Module]:
     model.eval()
 
 
-def separate(model: nn.Module, groups: Sequence[PromptGroup]) -> list[Tensor]:
-    return [torch.cat([separate_rows(model, group, with_image) for group in groups]) for with_image in (True, False)]
-
-
 def gradients(model: nn.Module, rows: Sequence[Tensor], marks: Sequence[bool]) -> dict[str, Tensor]:
-    """Of a random linear functional of the rows, the text-only ones of responses with a mark only."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(x.shape, generator=generator) for x in rows]
-    weights[1] *= torch.tensor(marks).repeat_interleave(torch.tensor(LENGTHS))[:, None]
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    value = sum((x * weight).sum() for x, weight in zip(rows, weights, strict=True))
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    largest = max(grad.abs().max() for grad in expected.values())
-    for name, grad in expected.items():
-        assert (actual[name] - grad).abs().max() <= 1e-5 * largest, name
+    """Of the rows, the text-only ones of responses with a mark only."""
+    return gradients_of(model, rows, torch.tensor(marks).repeat_interleave(torch.tensor(LENGTHS)))
 
 
 @torch.no_grad()
@@ -90,7 +72,7 @@ def test_images_and_masks_matter(family: str, plain: nn.Module) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_rows_equal_separate_passes(family: str, model: nn.Module, plain: nn.Module, share_prefix: bool) -> None:
-    assert is_verified(model)
+    assert packs(model, GROUPS[family])
     expected = separate(plain, GROUPS[family])
     actual = score_groups(model, GROUPS[family], share_prefix=share_prefix)
     for rows, oracle in zip(actual, expected, strict=True):
@@ -126,47 +108,21 @@ def test_positions_need_no_weights_and_pass_through_an_adapter(family: str) -> N
     model = FAMILIES[family].build().to("meta")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     group = FAMILIES[family].group([(2, 4)], [1], 0)  # two words, start, 1 x 2 merged patches, end, three words
-    assert is_verified(model)
     time, height, width = prompt_positions(model, group.prompt_ids, group.images).tolist()
     assert time == height == [0, 1, 2, 3, 3, 5, 6, 7, 8]
     assert width == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert prompt_positions(model, group.text_prompt_ids, {}).tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-def test_other_text_stacks_are_not_verified() -> None:
-    model = FAMILIES["llava"].build()
-    assert is_verified(model)
-    model.config.text_config.model_type = "lfm2"  # convolutions reach over the end of a sequence
-    assert not is_verified(model)
-    model = FAMILIES["gemma3"].build()
-    model.config.text_config.use_bidirectional_attention = True
-    assert not is_verified(model)
-
-
-@pytest.mark.parametrize("family", ["internvl", "gemma3"])
-def test_rotary_embeddings_of_the_longest_sequence_are_not_verified(family: str) -> None:
-    """Their frequencies change with the longest prompt at hand, which in a row is somebody else's."""
-    model = FAMILIES[family].build()
-    assert is_verified(model)
-    parameters = model.config.text_config.rope_parameters
-    (parameters if "rope_type" in parameters else parameters["full_attention"])["rope_type"] = "dynamic"
-    assert not is_verified(model)
-
-
-def test_an_unverified_family_is_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr("vgs.models.forward.logger.warning", lines.append)
-    warn_once.cache_clear()
-    model, groups = LLAVA_NEXT.build(), LLAVA_NEXT.groups()
-    assert not is_verified(model)
-    oracle = separate(model, groups)
-    rows = score_groups(model, groups)
-    score_groups(model, groups[:1])
-    assert len(lines) == 1 and "llava_next" in lines[0]
+def test_tiles_of_an_image_pack() -> None:
+    """LLaVA-NeXT makes several tiles of an image, with a newline for each row of them."""
+    model, plain, groups = LLAVA_NEXT.build(), LLAVA_NEXT.build(), LLAVA_NEXT.groups()
+    assert packs(model, groups)
+    oracle, rows = separate(plain, groups), score_groups(model, groups)
     for actual, expected in zip(rows, oracle, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     marks = [True] * len(LENGTHS)
-    assert_same_gradients(gradients(model, rows, marks), gradients(model, oracle, marks))
+    assert_same_gradients(gradients(model, rows, marks), gradients(plain, oracle, marks))
 
 
 def test_images_that_do_not_fit_together_are_refused() -> None:

@@ -13,8 +13,8 @@ from peft import LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model, 
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from vgs.models.forward import final_states
 from vgs.models.heads import Head, head_parameters, read_head
+from vgs.models.states import final_states
 
 IDS = torch.tensor([[8, 9, 10, 11, 12, 13]])
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}

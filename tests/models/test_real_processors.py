@@ -89,7 +89,7 @@ def test_checkpoints_are_what_a_user_has(real: Real, checkpoint: Callable[..., P
     tied = [
         model.get_input_embeddings().weight is model.get_output_embeddings().weight for model in (real.model, teacher)
     ]
-    assert tied == [True, False]
+    assert tied == [family != "muse_spark", False]  # whose class ties nothing, whatever its config says
 
 
 def test_each_prompt_is_encoded_as_if_alone(real: Real) -> None:

@@ -230,9 +230,9 @@ MODELS_AND_TRAINERS = [
     Mutation(
         "padded-off-by-one",
         "In padded batches a token is scored by the hidden state of itself instead of the one before.",
-        "vgs/models/forward.py",
-        "return states[:, -columns - 1 : -1][views.row_mask.to(states.device)]",
-        "return states[:, -columns:][views.row_mask.to(states.device)]",
+        "vgs/models/padding.py",
+        "scored = rows([torch.zeros_like(x[1:]) for x in prompts]",
+        "scored = rows([torch.zeros_like(x) for x in prompts]",
         ("test_families",),
         STUDENT,
     ),

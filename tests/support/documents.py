@@ -162,6 +162,10 @@ def _python(words: Sequence[str]) -> str | None:
         from benchmarks.__main__ import _parser
 
         return _said(lambda: _parser().parse_args(words[2:]))
+    if words[:2] == ["-m", "vgs.models.survey"]:
+        from vgs.models.survey import make_parser
+
+        return _said(lambda: make_parser().parse_args(words[2:]))
     if words[:2] == ["-m", "pytest"]:
         return _pytest(words[2:])
     if words[0] == "-m":

@@ -124,6 +124,35 @@ def separate_rows(model: nn.Module, group: PromptGroup, with_image: bool) -> Ten
     return torch.cat(rows)
 
 
+def separate(model: nn.Module, groups: Sequence[PromptGroup]) -> list[Tensor]:
+    """As ``score_groups``, from plain forwards."""
+    return [torch.cat([separate_rows(model, group, with_image) for group in groups]) for with_image in (True, False)]
+
+
+def gradients_of(model: nn.Module, rows: Sequence[Tensor], text_tokens: Tensor | None = None) -> dict[str, Tensor]:
+    """Gradients of a random linear functional of both views' rows [N, D].
+
+    Args:
+        text_tokens: [N] bool, the tokens whose text-only rows count; None for all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator) for x in rows]
+    if text_tokens is not None:
+        weights[1] *= text_tokens[:, None]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    value = sum((x * weight).sum() for x, weight in zip(rows, weights, strict=True))
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Compare gradients by parameter, relative to the largest of all."""
+    assert actual.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (actual[name] - grad).abs().max() <= tolerance * largest, name
+
+
 def shaken(model: nn.Module) -> nn.Module:
     """The model with every parameter random and large, so that rows are distinct and every part of it matters."""
     generator = torch.Generator().manual_seed(0)
@@ -272,5 +301,4 @@ FAMILIES = {
     "llava_pixtral": Family(_builder(LlavaForConditionalGeneration, _pixtral), _pixtral_images, (2, 3), (4, 2)),
     "gemma3": Family(_builder(Gemma3ForConditionalGeneration, _gemma3), _tiles(4), token_field="token_type_ids"),
 }
-#: Not verified in packed rows.
 LLAVA_NEXT = Family(_builder(LlavaNextForConditionalGeneration, _llava_next), _llava_next_images, (1, 2), (2, 2))

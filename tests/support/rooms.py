@@ -37,7 +37,7 @@ LAYERS = (
     "vgs",
 )
 #: Files of ``vgs`` that are not in a folder, and the room that they belong to. ``vgs`` itself holds the public names.
-FILES = {"vgs": "vgs", "vgs.errors": "errors", "vgs.log": "errors", "vgs.one_step": "one_step"}
+FILES = {"vgs": "vgs", "vgs.errors": "errors", "vgs.log": "errors", "vgs.disk": "errors", "vgs.one_step": "one_step"}
 
 Graph = dict[str, dict]
 

@@ -12,6 +12,7 @@ from tiny import tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch import nn
 
 from vgs import VGSConfig, VGSTrainer
+from vgs.trainers.passes import backward
 
 
 def make_trainer(
@@ -34,6 +35,20 @@ def rollout(trainer: VGSTrainer) -> dict:
     """One generated training batch with the teacher's part, before it is split."""
     trainer.model.train()
     return trainer.with_teacher(trainer.sample(list(trainer.train_dataset)))
+
+
+def loss_of(trainer: VGSTrainer, batch: dict) -> torch.Tensor:
+    """The loss of one micro-batch."""
+    trainer.current_gradient_accumulation_steps = 1  # the host sets it when it trains
+    return trainer.compute_loss(trainer.model, batch)
+
+
+def loss_and_gradients(trainer: VGSTrainer, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
+    """A micro-batch's loss and gradient, through however many backward passes."""
+    trainer.model.zero_grad()
+    loss = loss_of(trainer, batch)
+    backward(trainer.accelerator, loss)
+    return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 class ScriptedTrainer(VGSTrainer):

@@ -10,7 +10,7 @@ import torch
 import trl
 from tiny import plain_rows, tiny_model, tiny_processor, tiny_samples, trainer_options
 from torch.nn.functional import pad
-from trainers import make_trainer, rollout, scripted_run
+from trainers import loss_and_gradients, loss_of, make_trainer, rollout, scripted_run
 
 import vgs.objectives.definitions
 import vgs.trainers.micro_batch
@@ -18,17 +18,11 @@ from vgs import VGSConfig, VGSTrainer
 from vgs.models.groups import PromptGroup
 from vgs.models.padding import pad_prompts
 from vgs.objectives.eta import gradient_norm
-from vgs.trainers.passes import backward
 from vgs.trainers.rollouts import encode_questions
 
 
 def responses_of(batch: dict) -> list[list[int]]:
     return [response.tolist() for group in batch["groups"] for response in group.responses]
-
-
-def loss_of(trainer: VGSTrainer, batch: dict) -> torch.Tensor:
-    trainer.current_gradient_accumulation_steps = 1  # the host sets it when it trains
-    return trainer.compute_loss(trainer.model, batch)
 
 
 def four_rows(trainer: VGSTrainer, batch: dict, index: int) -> list[torch.Tensor]:
@@ -187,14 +181,6 @@ def test_text_rows_without_gated_tokens_need_no_gradient(tmp_path: Path) -> None
     assert 0 < sum(opened) < len(opened)
 
 
-def gradients(trainer: VGSTrainer, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
-    """A micro-batch's loss and gradient, through however many backward passes."""
-    trainer.model.zero_grad()
-    loss = loss_of(trainer, batch)
-    backward(trainer.accelerator, loss)
-    return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -215,7 +201,7 @@ def test_the_loss_is_the_same_however_it_is_split(tmp_path: Path, options: dict)
     for budget, share in ((None, True), (10_000, True), (110, True), (110, False)):
         trainer.args.max_tokens_per_pass, trainer.args.share_prefix = budget, share
         scored = trainer.with_teacher(batch)
-        results.append(gradients(trainer, scored))
+        results.append(loss_and_gradients(trainer, scored))
         passes.append(len(trainer.plan_passes(scored, 1.0, trainer.objective, terms=False).passes))
     assert passes[0] == passes[1] == 1 < passes[2] < passes[3]
     for loss, gradient in results[1:]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from real_checkpoints import REAL_FAMILIES, photo_samples
+from real_checkpoints import REAL_FAMILIES, pair, photo_samples
 from tiny import trainer_options
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vgs
 from vgs.trainers.grpo_settings import VGSGRPOConfig
@@ -20,14 +19,6 @@ from vgs.trainers.grpo_settings import VGSGRPOConfig
 USUAL = ("qwen2_5_vl", "internvl", "llava_pixtral", "gemma4", "smolvlm")
 FAMILIES = [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in REAL_FAMILIES]
 Checkpoint = Callable[..., Path]
-
-
-def pair(checkpoint: Checkpoint, family: str) -> dict[str, Any]:
-    """Student, teacher and processor, as a user loads them."""
-    folders = checkpoint(family), checkpoint(family, teacher=True)
-    student, teacher = (AutoModelForImageTextToText.from_pretrained(x, attn_implementation="sdpa") for x in folders)
-    processor = AutoProcessor.from_pretrained(folders[0])
-    return {"model": student, "teacher_model": teacher, "processing_class": processor}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

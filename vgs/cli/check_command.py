@@ -97,7 +97,7 @@ def _missing(run: Preflight, method: str) -> str | None:
     """What a stage lacks because an earlier one has failed."""
     if run.digits:
         return None
-    if method in ("check_teacher", "measure_prompts") and run.processor is None:
+    if method in ("check_teacher", "check_forward", "measure_prompts") and run.processor is None:
         return "the student's processor"
     if method in ("check_data_rows", "measure_prompts", "count_steps") and "train" not in run.samples:
         return "the data"

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import prompt_opening
@@ -81,6 +88,16 @@ def processor_keys(processor: Any) -> set[str]:
 def reads_pictures(config: Any) -> bool:
     """Whether a transformers config is of a vision-language model."""
     return getattr(config, "vision_config", None) is not None
+
+
+def model_class(config: Any) -> type:
+    """The class by which a model of this config is loaded.
+
+    Args:
+        config: a transformers config of the library's own.
+    """
+    auto = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
+    return auto._model_mapping[type(config)]
 
 
 def model_config(section: Mapping[str, Any], name: str, needs_pictures: bool = True) -> Any:

@@ -11,12 +11,19 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from ..data.check_prompts import check_prompts
 from ..data.checks import data_fingerprint, good_rows
 from ..data.lengths import keep_short_prompts, prompt_lengths
 from ..data.privileged import check_columns
+from ..data.prompts import check_text_view
 from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
+from ..models.families import placeholder_ids
+from ..models.routers import check_routers
+from ..models.self_check import way_of
 from ..trainers.checks import check_columns_for, check_teacher_kind
 from ..trainers.kinds import needs_teacher, trainer_kind
 from . import budgets, pair
@@ -32,6 +39,7 @@ STAGES = {
     "scorer and rewards": "find_scoring",
     "student": "open_student",
     "teacher": "check_teacher",
+    "forward": "check_forward",
     "data": "open_data",
     "rows": "check_data_rows",
     "prompts": "measure_prompts",
@@ -122,6 +130,18 @@ class Preflight:
         pictures = pair.reads_pictures(self.models["student"])
         self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher", pictures)
         pair.check_weights(self.config["teacher"], "teacher")
+
+    def check_forward(self) -> None:
+        """Whether both models run in packed rows, or in padded batches, as their own forward would."""
+        if self.processor is None or any(self.config[name].get("trust_remote_code") for name in self.models):
+            return  # of code that comes with the weights, the trainer asks
+        forbidden = placeholder_ids(self.models["student"])
+        check_routers("student", self.models["student"])
+        check_text_view(self.processor, forbidden, **self.template_options)
+        groups = check_prompts(self.processor, forbidden, **self.template_options)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for config in self.models.values():
+            way_of(pair.model_class(config), config, groups, device)
 
     def open_data(self) -> None:
         """Files and columns."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import datasets
 import transformers
 from datasets.fingerprint import Hasher
 
+from .. import disk
 from ..models.tokenizers import tokenizer_of
 
 
@@ -41,14 +41,4 @@ def remembered(kind: str, key: str, compute: Callable[[], Any]) -> Any:
         kind: of the result; part of the file's name.
         key: a hash of everything that the result depends on.
     """
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "vgs" / f"{kind}-{key}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        pass
-    result = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(result))
-    part.replace(path)  # at once: another process sees all of it or nothing
-    return result
+    return disk.remembered(Path(datasets.config.HF_DATASETS_CACHE) / "vgs" / f"{kind}-{key}.json", compute)

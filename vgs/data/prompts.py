@@ -29,7 +29,7 @@ from .messages import Messages, fill_images, prompt_images, prompt_texts, remove
 
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
 #: What some processors return for their own use; no model's forward takes it.
-UNUSED_FIELDS = frozenset({"input_ids", "attention_mask", "num_crops", "num_patches", "rows", "cols"})
+UNUSED_FIELDS = frozenset({"input_ids", "attention_mask", "labels", "num_crops", "num_patches", "rows", "cols"})
 
 
 def placeholder_texts(processor: Any, forbidden: Sequence[int]) -> list[str]:
@@ -57,8 +57,12 @@ def _named(index: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"sample {index}: {reason}") from error
+        raise ConfigError(f"sample {index}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -142,7 +146,15 @@ def _text_only(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``encode_prompt`` of the prompt without its images, and no placeholder in it."""
     _check_texts(messages, marks)
-    ids, fields = encode_prompt(processor, remove_images(messages), **template_options)
+    try:
+        ids, fields = encode_prompt(processor, remove_images(messages), **template_options)
+    except Exception as error:
+        if not prompt_images(messages):
+            raise
+        raise ValueError(
+            f"{type(processor).__name__} takes no prompt without its images ({_words(error)}): its family has no "
+            "text-only view, and cannot be steered by what images change."
+        ) from error
     if found := set(ids.tolist()) & set(forbidden):  # the chat template's own
         names = tokenizer_of(processor).convert_ids_to_tokens(sorted(found))
         raise ValueError(
@@ -261,6 +273,26 @@ def _check_responses(responses: Sequence[Any], forbidden: Sequence[int]) -> None
                     f"responses[{index}][{number}] contains the image or video token {min(found)}, which stands for "
                     "pixels. Forbid it in sampling (suppress_tokens, bad_words or logit_bias)."
                 )
+
+
+def check_text_view(processor: Any, forbidden: Sequence[int], **template_options: Any) -> None:
+    """Stop where a family has no text-only view, or its images have fields without a rule how prompts are joined.
+
+    Args:
+        processor, forbidden, template_options: as of ``encode_groups``; a tokenizer passes.
+
+    Raises:
+        ConfigError: such a family.
+    """
+    if not hasattr(processor, "tokenizer"):
+        return
+    image = Image.new("RGB", (ANCHOR_SIDE, ANCHOR_SIDE))
+    messages = fill_images([{"role": "user", "content": "."}], [image])
+    try:
+        encode_prompt(processor, messages, **template_options)
+        _text_only(processor, messages, forbidden, placeholder_texts(processor, forbidden), **template_options)
+    except Exception as error:
+        raise ConfigError(_words(error)) from error
 
 
 def anchor_group(

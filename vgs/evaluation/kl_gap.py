@@ -18,7 +18,7 @@ from ..data.privileged import privileged_groups
 from ..data.prompts import encode_groups
 from ..models.families import placeholder_ids
 from ..models.forward import score_groups
-from ..models.heads import read_head
+from ..models.heads import output_layer, read_head
 from .sampling import Sampling, sample_responses
 
 DIVERGENCES = {"gap": {"divergence": "forward_kl"}, "reverse": {"divergence": "reverse_kl"}}
@@ -66,7 +66,7 @@ def kl_gap(
         raise ValueError("responses must have tokens, got none.")
     teacher = model if teacher is None else teacher
     modes = [(each, each.training) for each in (model, teacher)]
-    device = model.get_output_embeddings().weight.device
+    device = output_layer(model).weight.device
     forbidden = placeholder_ids(model.config)
     sums: dict[str, float] = dict.fromkeys(DIVERGENCES, 0.0)
     for each, _ in modes:

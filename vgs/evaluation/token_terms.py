@@ -14,7 +14,7 @@ from ..data.prompts import encode_groups
 from ..models.families import placeholder_ids
 from ..models.forward import fused_loss, score_groups
 from ..models.groups import response_lengths, trajectory_ids
-from ..models.heads import read_head
+from ..models.heads import output_layer, read_head
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def score_responses(
         ValueError, TypeError: naming the argument: different numbers of samples and responses, an image placeholder in
             a text-only view, heads of different devices or vocabularies, or one that cannot be read.
     """
-    device = student.get_output_embeddings().weight.device
+    device = output_layer(student).weight.device
     responses = [[ids] for ids in completion_ids]
     groups = encode_groups(processor, samples, responses, placeholder_ids(student.config), device)
     student_rows, teacher_rows = score_groups(student, groups), score_groups(teacher, groups)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 KERNELS = ("auto", "dense", "flex", "varlen")
 PREFIX = "vgs_packed_"  # + the model's own implementation
+#: What layers can ask of attention that sdpa and sequence lengths have not: capped scores, sinks.
+BEYOND_SDPA = ("softcap", "s_aux")
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -40,6 +43,7 @@ class RowLayout:
         home: [T] int64, the place in the row where the token would stand if its response followed the prompt at once:
             the family's own mask (its sliding window, say) is asked about these places.
         starts: the places in the row where a prompt begins, and T.
+        lengths: for every prompt, its tokens in the row and then those of each of its responses.
         shared: whether any prompt has several responses.
         kernel: ``"dense"`` (a padded batch of prompts with their responses, and a mask [L, L] each), ``"flex"``,
             ``"varlen"`` (sequence lengths alone, 16 bits, CUDA), or ``"auto"``: varlen where it applies and flex
@@ -50,6 +54,7 @@ class RowLayout:
     branch: Tensor
     home: Tensor
     starts: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     shared: bool
     kernel: str = "auto"
 
@@ -100,6 +105,11 @@ class RowLayout:
 
 
 _ACTIVE: ContextVar[RowLayout | None] = ContextVar("packed_row", default=None)
+
+
+def active_layout() -> RowLayout | None:
+    """The layout of the packed row that is running; None outside a packed pass."""
+    return _ACTIVE.get()
 
 
 @functools.cache
@@ -154,11 +164,25 @@ class Blocks:
         seen = seen | (torch.eye(len(at), dtype=torch.bool, device=device) & ~real[:, None, :, None])
         return cls(gather, real.flatten().nonzero().squeeze(1), seen)
 
-    def attend(self, attention: Callable, module: nn.Module, *rows: Tensor, **options: Any) -> Tensor:
-        """[1, H, T, D] queries, keys and values -> [1, T, H, D]."""
+    def attend(self, module: nn.Module, *rows: Tensor, plain: bool, **options: Any) -> Tensor:
+        """[1, H, T, D] queries, keys and values -> [1, T, H, D]; ``plain`` says that sdpa knows all that is asked."""
         batch = [x[0].transpose(0, 1)[self.gather].transpose(1, 2) for x in rows]
-        out, _ = attention(module, *batch, self.mask, **options)
+        if plain:
+            out, _ = sdpa_attention_forward(module, *batch, self.mask, **options)
+        else:
+            dtype = batch[0].dtype
+            mask = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            mask = mask.masked_fill(~self.mask, torch.finfo(dtype).min)
+            out, _ = _own_attention(module)(module, *batch, mask, **options)
         return out.flatten(0, 1)[self.scatter][None]
+
+
+def _own_attention(module: nn.Module) -> Callable:
+    """The eager attention of the file that a layer's class stands in: families have soft-caps and sinks there."""
+    for kind in type(module).__mro__:  # FSDP2 makes a class of its own
+        if own := getattr(sys.modules[kind.__module__], "eager_attention_forward", None):
+            return own
+    return sdpa_attention_forward
 
 
 def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -192,14 +216,20 @@ def _attention(
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(attention_mask, Blocks):
-        return attention_mask.attend(sdpa_attention_forward, module, query, key, value, **options), None
+        beyond = any(options.get(name) is not None for name in BEYOND_SDPA)
+        plain = base == "sdpa" or (base != "eager" and not beyond)
+        return attention_mask.attend(module, query, key, value, plain=plain, **options), None
     if isinstance(attention_mask, Segments):
         if "flash" not in base:
-            if unknown := [name for name in ("dropout", "softcap", "s_aux") if options.get(name)]:
-                raise ValueError(f'packed_attention="varlen" has no attention {unknown[0]}; use "flex" or "dense".')
+            unknown = [name for name in BEYOND_SDPA if options.get(name) is not None]
+            if unknown or options.get("dropout"):
+                lacks = unknown[0] if unknown else "dropout"
+                raise ValueError(f'packed_attention="varlen" has no attention {lacks}; use "flex" or "dense".')
             return _varlen(query, key, value, attention_mask, options.get("scaling")), None
         options |= attention_mask.flash_options()
         attention_mask = None
+    if base == "eager":
+        return _own_attention(module)(module, query, key, value, attention_mask, **options)
     # Flash attention looks its kernel up by the name in the config.
     config = module.config
     config._attn_implementation = base
@@ -210,7 +240,7 @@ def _attention(
 
 
 def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
-    layout = _ACTIVE.get()
+    layout = active_layout()
     if layout is None:
         return base(*arguments, **options)
     return layout.mask(options["mask_function"], options["dtype"])
@@ -219,16 +249,36 @@ def _mask(base: Callable, *arguments: Any, **options: Any) -> Any:
 def use_packed_attention(backbone: PreTrainedModel) -> None:
     """Give a multimodal backbone's text decoder the implementation described above; once is enough.
 
-    Eager attention becomes sdpa: the same function, which one implementation serves in both uses.
+    What a family's own eager attention knows (capped scores, sinks), packed rows know too.
     """
     decoder = backbone.get_decoder()
     current = decoder.config._attn_implementation
     if current.startswith(PREFIX):
         return
-    base = "sdpa" if current == "eager" else current
-    name = PREFIX + base
+    name = PREFIX + current
     masks = AttentionMaskInterface()
-    AttentionInterface.register(name, functools.partial(_attention, base))
-    AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(base, sdpa_mask)))
+    AttentionInterface.register(name, functools.partial(_attention, current))
+    AttentionMaskInterface.register(name, functools.partial(_mask, masks.get(current, sdpa_mask)))
     for config in (decoder.config, backbone.config.get_text_config()):
         config._attn_implementation = name
+
+
+@contextmanager
+def attention_put_back(backbone: PreTrainedModel) -> Iterator[None]:
+    """At the end a multimodal backbone's text decoder has the implementation that it had before."""
+    configs = backbone.get_decoder().config, backbone.config.get_text_config()
+    before = [config._attn_implementation for config in configs]
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
+def whole_rows(backbone: PreTrainedModel) -> dict[str, Any]:
+    """Arguments with which a multimodal backbone's decoder runs all tokens of a packed row through all layers.
+
+    Layers that share keys and values may be given the last tokens alone (Gemma 4), by cutting masks that ours are not.
+    """
+    takes = inspect.signature(type(backbone.get_decoder()).forward).parameters
+    return {"logits_to_keep": slice(None)} if "logits_to_keep" in takes else {}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigError
 from .adapters import is_peft_layer, is_peft_model
-from .heads import Head, read_head
+from .heads import Head, output_layer, read_head
 
 SOURCES = ("live", "frozen", "ema")
 COPY_FILE = "student_copy.safetensors"
@@ -162,7 +162,7 @@ class StudentCopy:
             stack.enter_context(torch.no_grad())
             if self._kept is not None:
                 stack.enter_context(self._head_lent(model))
-            elif self._is_base(model) and _adapted(model.get_output_embeddings()):
+            elif self._is_base(model) and _adapted(output_layer(model)):
                 stack.enter_context(model.disable_adapter())
             head = read_head(model, dtype)
         bias = None if head.bias is None else head.bias.detach()
@@ -170,7 +170,7 @@ class StudentCopy:
 
     @contextmanager
     def _head_lent(self, model: nn.Module) -> Iterator[None]:
-        layer = model.get_output_embeddings()
+        layer = output_layer(model)
         (path,) = [name for name, module in model.named_modules() if module is layer]
         replaced = []
         for name, module in layer.named_modules(prefix=path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,59 +16,11 @@ from vgs_kernels import (
     fused_linear_vgs_loss,
 )
 
-from ..log import warn_once
-from .attention import use_packed_attention
-from .families import backbone, is_verified, prompt_positions
 from .groups import PromptGroup, response_lengths
 from .heads import Head
-from .packing import PackedRow, Stem, image_stem, pack, text_stem
-from .padding import PaddedViews, pad_groups
-
-logger = logging.getLogger(__name__)
-
-
-def final_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """[B, L, D] hidden states that enter the output head, of an unwrapped (possibly PEFT) model.
-
-    A body that holds the head itself (Llama 4's wrapper) does not return them: they are taken where they enter it.
-
-    Args:
-        model: with output embeddings.
-        **inputs: of the body's forward.
-    """
-    body, head = backbone(model), model.get_output_embeddings()
-    if all(module is not head for module in body.modules()):
-        return body(**inputs, use_cache=False).last_hidden_state
-    entered: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
-    try:
-        body(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return entered[-1]
-
-
-def packed_states(model: nn.Module, row: PackedRow) -> Tensor:
-    """[N, D] post-norm hidden states that predict the response tokens of a packed row."""
-    use_packed_attention(backbone(model))
-    with row.layout.active():
-        # The mask of ones keeps the library from guessing sequences out of positions.
-        mask = torch.ones_like(row.input_ids)
-        states = final_states(
-            model, input_ids=row.input_ids, attention_mask=mask, position_ids=row.position_ids, **row.images
-        )
-    return states[0].index_select(0, row.scored.to(states.device))
-
-
-def padded_states(model: nn.Module, views: PaddedViews) -> Tensor:
-    """[N, D] (or [2N, D], text-only view last): as ``packed_states``, of padded rows."""
-    inputs = {"input_ids": views.input_ids, "attention_mask": views.attention_mask, **views.images}
-    # Padding on the left must not count: some stacks scale queries by the place in the sequence (Ministral 3).
-    if not hasattr(backbone(model), "get_rope_index"):
-        inputs["position_ids"] = (views.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    states = final_states(model, **inputs)
-    columns = views.response_mask.shape[1]
-    return states[:, -columns - 1 : -1][views.row_mask.to(states.device)]
+from .packed import score_packed
+from .self_check import chosen_way
+from .states import score_padded
 
 
 def score_groups(
@@ -83,8 +34,8 @@ def score_groups(
 ) -> tuple[Tensor, ...]:
     """Hidden states at response positions, of both views, aligned token by token.
 
-    All prompts and responses run in one packed row, without padding, each prompt and its images once. Families whose
-    positions are not verified there (``vgs.models.families``) run as padded batches.
+    All prompts and responses run in one packed row, without padding, each prompt and its images once. A family whose
+    packed rows are not exact runs as padded batches; the first call for a family finds out (``self_check``).
 
     Args:
         model: an unwrapped vision-language model, or a PEFT model around one. To train one inside DDP, FSDP or
@@ -102,6 +53,7 @@ def score_groups(
     Raises:
         TypeError: the model is wrapped.
         ValueError: ``text_gradient`` does not have one entry per response.
+        ConfigError: the family is exact in neither form.
     """
     if "module" in model._modules:
         raise TypeError(
@@ -115,32 +67,10 @@ def score_groups(
     device = model.get_input_embeddings().weight.device
     if not torch.is_grad_enabled():
         wanted = [True] * len(wanted)  # one pass serves both views
-    if not is_verified(model):
-        return _score_padded(model, groups, text, wanted, device)
-    stems = [image_stem(group, prompt_positions(model, group.prompt_ids, group.images)) for group in groups]
-    axes = len(stems[0].positions)
-    flags = iter(wanted)
-    with_gradient, without = [], []
-    for group in groups if text else ():
-        marks = [next(flags) for _ in group.responses]
-        for part, mark in ((with_gradient, True), (without, False)):
-            if chosen := [index for index, flag in enumerate(marks) if flag == mark]:
-                part.append(text_stem(group.select(chosen), axes))
-
-    def run(parts: Sequence[Stem]) -> Tensor:
-        return packed_states(model, pack(parts, device, share_prefix=share_prefix, kernel=kernel))
-
-    states = run([*stems, *with_gradient])
-    if not text:
-        return (states,)
-    rows, text_rows = states[: sum(lengths)], states[sum(lengths) :]
-    if without:
-        with torch.no_grad():
-            others = run(without)
-        if not with_gradient:
-            return rows, others
-        text_rows = torch.cat([text_rows, others])[_original_order(lengths, wanted).to(others.device)]
-    return rows, text_rows
+    way = chosen_way(model, groups)
+    if way == "packed":
+        return score_packed(model, groups, text, wanted, device, share_prefix=share_prefix, kernel=kernel)
+    return score_padded(model, groups, text, wanted, device, share_images=way == "padded")
 
 
 def score_with_anchor(
@@ -180,32 +110,6 @@ def score_with_anchor(
     rows = score_groups(model, groups, text=text, text_gradient=text_gradient, share_prefix=share_prefix, kernel=kernel)
     zero = 0.0 * sum(x[count:].float().sum() for x in rows) if joined else None
     return [x[:count] for x in rows], zero
-
-
-def _original_order(lengths: Sequence[int], first: Sequence[bool]) -> Tensor:
-    """[N] places, in rows sorted by ``not first``, of the tokens of responses with these lengths."""
-    marks = torch.tensor(first).repeat_interleave(torch.tensor(lengths))
-    return torch.argsort(torch.argsort(~marks, stable=True))
-
-
-def _score_padded(
-    model: nn.Module, groups: Sequence[PromptGroup], text: bool, wanted: Sequence[bool], device: torch.device
-) -> tuple[Tensor, ...]:
-    """As ``score_groups``; text-only rows all carry gradient if one does."""
-    warn_once(
-        logger,
-        f"{type(model).__name__} ({model.config.model_type}) is not verified in packed rows; its views are padded "
-        "batches instead, which takes longer.",
-    )
-    # Without image grids, a family may batch its pixels by row, where text-only rows do not fit in.
-    stackable = all("image_grid_thw" in group.images or not group.has_images for group in groups)
-    if text and stackable and all(wanted):
-        return padded_states(model, pad_groups(groups, ("multimodal", "text"), device)).chunk(2)
-    rows = padded_states(model, pad_groups(groups, ("multimodal",), device))
-    if not text:
-        return (rows,)
-    with torch.set_grad_enabled(any(wanted) and torch.is_grad_enabled()):
-        return rows, padded_states(model, pad_groups(groups, ("text",), device))
 
 
 def fused_loss(

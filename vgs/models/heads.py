@@ -68,28 +68,45 @@ def logit_scale(config: Any, applies: Callable[[str], bool]) -> float:
     divisor = getattr(config, "logits_scaling", None)
     if divisor is None or not applies("logits_scaling"):
         return 1.0
-    # The same field divides in Granite and MiniCPM3, and multiplies in HyperCLOVA X.
+    # The same field divides in Granite, and multiplies in HyperCLOVA X.
     return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
 
 
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer that makes logits, of an unwrapped (possibly PEFT) model.
+
+    Some wrappers do not name it, but the text model inside them does (Nemotron-H Omni).
+
+    Raises:
+        ValueError: there is none.
+    """
+    for part in model.modules():
+        if hasattr(part, "get_output_embeddings") and (layer := part.get_output_embeddings()) is not None:
+            return layer
+    raise ValueError(f"{type(model).__name__} has no output head: get_output_embeddings() is None.")
+
+
 @cache
-def _forward_source(kind: type) -> str | None:
-    """The code of a class's forward; None where there is none to read."""
+def _source_behind(kind: type, head: str) -> str | None:
+    """The code of a class's forward, from the call of its head on; None where there is none to read."""
     try:
-        return inspect.getsource(kind.forward)
+        source = inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return None
+    return source[max(source.find(f"self.{head}("), 0) :]
 
 
 def _head_reads(model: nn.Module) -> Callable[[str], bool]:
-    """Whether the forward that applies the output head reads a field of the text config.
+    """Whether the forward that applies the output head reads a field of the text config for its logits.
 
     A wrapper need not do as its text model's own class does: AyaVision and LLaVA leave out the factor of Cohere's.
+    What is read before the head is in the states that enter it (MiniCPM3).
     """
-    layer = model.get_output_embeddings()
-    owner = next((x for x in model.modules() if any(part is layer for part in x._modules.values())), model)
-    source = _forward_source(type(owner))
-    return lambda name: source is None or name in source
+    layer = output_layer(model)
+    places = ((x, name) for x in model.modules() for name, part in x._modules.items() if part is layer)
+    owner, name = next(places, (model, ""))
+    source = _source_behind(type(owner), name)
+    return lambda field: source is None or field in source
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -97,7 +114,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Each is read as its module's attribute: inside a forward that tells ZeRO-3 to have it whole in the backward, too.
     """
-    modules = model.get_output_embeddings().modules()
+    modules = output_layer(model).modules()
     return [getattr(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -128,7 +145,7 @@ def read_head(model: nn.Module, dtype: torch.dtype) -> Head:
         TypeError: the head is quantised, or has an adapter other than plain LoRA.
         ValueError: a LoRA head with dropout, in training.
     """
-    layer = model.get_output_embeddings()
+    layer = output_layer(model)
     if is_adapter_layer(layer):
         weight, bias = _adapted(layer, dtype)
     else:  # PEFT's wrappers (modules_to_save, trainable_token_indices) show the weight in force

@@ -26,7 +26,7 @@ class Stem:
 
     Attributes:
         ids: [P] int64.
-        positions: [R, P] int64 rotary positions; R is 1, or 3 for multimodal ones.
+        positions: [R, P] rotary positions, on R axes; see ``vgs.models.positions.prompt_positions``.
         responses: tensors [T_g] int64.
         images: as in ``PromptGroup``; empty in the text-only view.
     """
@@ -47,7 +47,8 @@ class PackedRow:
 
     Attributes:
         input_ids: [1, T] int64.
-        position_ids: [1, T], or [4, 1, T] for multimodal rotary positions (place in the sequence; time, height, width).
+        position_ids: [1, T], or [1 + R, 1, T] where tokens have positions on R > 1 axes, behind their place in the
+            sequence: all such decoders take this form.
         layout: who attends to whom.
         scored: [N] int64, the token whose hidden state predicts each response token; order: stem, response, token.
         images: the image fields of the whole row; per-token ones are [1, T].
@@ -91,7 +92,7 @@ def pack(
         stems = [single for stem in stems for single in stem.alone()]
     names = [name for name in PER_TOKEN_FIELDS if any(name in stem.images for stem in stems)]
     kinds: dict[str, list[Tensor]] = {name: [] for name in names}
-    ids, positions, places, prompts, branches, homes = [], [], [], [], [], []
+    ids, positions, places, prompts, branches, homes, lengths = [], [], [], [], [], [], []
     scored, starts = [torch.zeros(0, dtype=torch.int64)], [0]
     for index, stem in enumerate(stems):
         start, prompt = starts[-1], len(stem.ids)
@@ -113,6 +114,7 @@ def pack(
                 scored += [torch.tensor([start + prompt - 1]), cursor + count]
             cursor += len(inputs)
         starts.append(cursor)
+        lengths.append((prompt, *[max(len(response) - 1, 0) for response in stem.responses]))
         prompts.append(torch.full((cursor - start,), index, dtype=torch.int32))
         for name in names:
             kind = stem.images.get(name)
@@ -123,10 +125,10 @@ def pack(
         return torch.cat(list(parts), dim=-1).to(device, non_blocking=True)
 
     axes = placed(positions)
-    if len(axes) == 3:
+    if len(axes) > 1:
         axes = torch.cat([placed(places)[None], axes])[:, None]
     shared = any(len(stem.responses) > 1 for stem in stems)
-    layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), shared, kernel)
+    layout = RowLayout(placed(prompts), placed(branches), placed(homes), tuple(starts), tuple(lengths), shared, kernel)
     images = {name: x.to(device) for name, x in join_images([stem.images for stem in stems]).items()}
     images |= {name: placed(parts)[None] for name, parts in kinds.items()}
     return PackedRow(placed(ids)[None], axes, layout, placed(scored), images)

@@ -1,4 +1,8 @@
-"""Both views as one padded batch: the fallback for families whose positions in a packed row are not verified."""
+"""A view as one padded batch: how a family runs whose packed rows are not exact.
+
+Padding stands on the right, behind the response: then every token has the place that it has in a sequence alone, and
+nothing that a model carries from token to token has met padding before it. (``generate`` needs it on the left.)
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .groups import PER_TOKEN_FIELDS, PromptGroup
-from .image_fields import join_images
+from .image_fields import is_pixels, join_images
+from .shared_images import SharedImages
 
 
-class PaddedViews(NamedTuple):
-    """B responses in one or both views, one row each; every row ends in the same C response columns.
+class PaddedView(NamedTuple):
+    """B responses behind their prompts in one view, one row each, padded on the right.
 
     Attributes:
-        input_ids, attention_mask: [B, L] or, with both views, [2B, L] int64, the text-only view below. Prompts are
-            padded on the left, responses on the right.
-        response_mask: [B, C] bool, the response tokens.
-        images: the image fields, of the multimodal view alone; per-token ones cover every row.
+        input_ids, attention_mask: [B, L] int64.
+        scored: [B, L] bool, the tokens whose hidden states predict the response tokens.
+        images: the image fields, of the multimodal view alone; per-token ones of both (text-only: zeros).
+        shared: where the pixels in ``images`` are those of each prompt once: of which prompts, for how many rows.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    response_mask: Tensor
+    scored: Tensor
     images: dict[str, Tensor]
-
-    @property
-    def row_mask(self) -> Tensor:
-        """[B or 2B, C] bool: the response tokens of every row."""
-        return self.response_mask.repeat(len(self.input_ids) // len(self.response_mask), 1)
+    shared: SharedImages | None = None
 
 
 def pad_prompts(groups: Sequence[PromptGroup], pad_token_id: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -65,35 +66,50 @@ def token_fields(groups: Sequence[PromptGroup]) -> dict[str, list[Tensor]]:
 
 
 def pad_groups(
-    groups: Sequence[PromptGroup], views: Sequence[str], device: torch.device | str, pad_token_id: int = 0
-) -> PaddedViews:
-    """One row for every response of every group in every view; images are repeated with their prompts.
+    groups: Sequence[PromptGroup],
+    view: str,
+    device: torch.device | str,
+    pad_token_id: int = 0,
+    *,
+    share_images: bool = False,
+) -> PaddedView:
+    """One row for every response of every group; images are repeated with their prompts.
 
     Args:
         groups: prompts with their responses.
-        views: ``"multimodal"``, ``"text"`` or both, in this order.
+        view: ``"multimodal"`` or ``"text"``.
         device: where the tensors go.
         pad_token_id: fills padding columns.
+        share_images: whether pixels are those of each prompt once, for ``vgs.models.shared_images``.
     """
-    singles = [single for group in groups for single in group.alone()]
-    prompts = [x.prompt_ids if view == "multimodal" else x.text_prompt_ids for view in views for x in singles]
-    width = max(map(len, prompts))
-    columns = max(len(x.responses[0]) for x in singles)
+    singles, with_images = [single for group in groups for single in group.alone()], view == "multimodal"
+    prompts = [x.prompt_ids if with_images else x.text_prompt_ids for x in singles]
+    tails = [x.responses[0] for x in singles]
+    width = max(len(x) + len(tail) for x, tail in zip(prompts, tails, strict=True))
 
-    def rows(values: Sequence[Tensor], tails: Sequence[Tensor], fill: int) -> Tensor:
-        lined = [
-            torch.cat([pad(x, (width - len(x), 0), value=fill), pad(tail, (0, columns - len(tail)), value=fill)])
-            for x, tail in zip(values, tails, strict=True)
-        ]
-        return torch.stack(lined).to(device)
+    def rows(values: Sequence[Tensor], behind: Sequence[Tensor], fill: int) -> Tensor:
+        lined = [torch.cat(parts) for parts in zip(values, behind, strict=True)]
+        return torch.stack([pad(x, (0, width - len(x)), value=fill) for x in lined]).to(device)
 
-    tails = [x.responses[0] for x in singles] * len(views)
     mask = rows([torch.ones_like(x) for x in prompts], [torch.ones_like(x) for x in tails], 0)
-    fields = [x.images for x in singles] if "multimodal" in views else []
-    images = {name: value.to(device) for name, value in join_images(fields).items()}
-    for name in PER_TOKEN_FIELDS:
-        if any(name in field for field in fields):
+    scored = rows([torch.zeros_like(x[1:]) for x in prompts], [torch.ones_like(x) for x in tails], 0).bool()
+    fields = [x.images if with_images else {} for x in singles]
+    shared = _shared_images(groups, device) if share_images and with_images else None
+    images = {name: value.to(device) for name, value in join_images(fields, pixels=shared is None).items()}
+    if shared:
+        images |= {name: value for name, value in shared.fields.items() if is_pixels(name)}
+    for name in PER_TOKEN_FIELDS:  # in the text-only view too: some models want them of every batch in training
+        if any(name in x.images for x in singles):
             zeros = [torch.zeros_like(x) for x in prompts]
-            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=False)]
-            images[name] = rows([*kinds, *zeros[len(kinds) :]], [torch.zeros_like(x) for x in tails], 0)
-    return PaddedViews(rows(prompts, tails, pad_token_id), mask, mask[: len(singles), width:].bool(), images)
+            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=True)]
+            images[name] = rows(kinds, [torch.zeros_like(x) for x in tails], 0)
+    return PaddedView(rows(prompts, tails, pad_token_id), mask, scored, images, shared)
+
+
+def _shared_images(groups: Sequence[PromptGroup], device: torch.device | str) -> SharedImages | None:
+    """The images of prompts that have responses; None if there are none."""
+    asked = [group for group in groups if group.has_images and group.responses]
+    if not asked:
+        return None
+    fields = {name: value.to(device) for name, value in join_images([group.images for group in asked]).items()}
+    return SharedImages(tuple(x.prompt_ids for x in asked), tuple(len(x.responses) for x in asked), fields)

@@ -27,6 +27,7 @@ from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
 from ..errors import ConfigError, config_errors
 from ..models.families import freeze
+from ..models.heads import output_layer
 from ..trainers.kinds import TRAINERS, trainer_kind
 from ..trainers.settings import least_pass, view_count
 from .model_size import ModelSize, build_on_meta
@@ -166,7 +167,7 @@ def _student(
         with config_errors("section lora", TypeError, ValueError):
             model = get_peft_model(model, LoraConfig(**options))
     freeze(model, vision=vision, embeddings=embeddings)
-    head = model.get_output_embeddings()
+    head = output_layer(model)
     plain = model.get_base_model() if options else model
     inside = {id(parameter) for parameter in plain.get_decoder().parameters()}
     inside |= {id(parameter) for parameter in head.parameters()}

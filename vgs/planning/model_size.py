@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen3VLConfig
 
+from ..models.heads import output_layer
+
 PER_IMAGE_TOKEN = ("merger", "projector", "connector")  # modules that run on image tokens instead of patches
 
 
@@ -207,7 +209,7 @@ class ModelSize:
             raise ValueError(f"config must be of a vision-language model, got model type {config.model_type!r}.")
         model = build_on_meta(config)
         decoder = model.get_decoder()
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        embedding, head = model.get_input_embeddings().weight, output_layer(model)
         tied = head.weight is embedding
         inside = sum(parameter.numel() for parameter in decoder.parameters()) - embedding.numel()
         outside = 0 if tied else sum(parameter.numel() for parameter in head.parameters())

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..data.messages import prompt_images
 from ..errors import ConfigError
 from ..models.families import placeholder_ids
-from ..models.forward import final_states
 from ..models.heads import read_head
+from ..models.states import final_states
 from ..objectives.definitions import Preset
 from .settings import VGSOptions
 from .step import UNSHARDED

@@ -6,10 +6,14 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from ..data.check_prompts import check_prompts
 from ..data.messages import remove_images
-from ..data.prompts import anchor_group, encode_prompt
-from ..models.families import freeze, is_verified, placeholder_ids
+from ..data.prompts import anchor_group, check_text_view, encode_prompt
+from ..models.families import freeze, placeholder_ids
 from ..models.groups import PromptGroup
+from ..models.kernel_limits import check_kernel
+from ..models.routers import check_routers
+from ..models.self_check import packs
 from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
 from .rollouts import expand_images_once, forbid_tokens
 from .vocabulary import unknown_to_teacher
@@ -35,6 +39,10 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
     check_columns_for(preset, trainer.train_dataset, compares)
     check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
     check_engine(args, teacher, trainer.accelerator.distributed_type)
+    check_routers("model", student.config)
+    for name, model in (("model", student), ("teacher_model", teacher)):
+        check_kernel(name, model, args.packed_attention, trainer.accelerator.device)
+    check_text_view(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
     forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown_to_teacher(student.config, teacher.config)])
     if trainer.use_vllm and trainer.vllm_mode == "colocate":
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
@@ -50,8 +58,15 @@ def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
 
 
 def both_pack(trainer: Any) -> bool:
-    """Whether student and teacher are of families that run as packed rows."""
-    return all(is_verified(trainer.accelerator.unwrap_model(x)) for x in (trainer.model, trainer.teacher_model))
+    """Whether student and teacher run in packed rows.
+
+    Raises:
+        ConfigError: one of them cannot be run as its own forward would (``vgs.models.self_check``).
+    """
+    groups = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
+    models = [trainer.accelerator.unwrap_model(x) for x in (trainer.model, trainer.teacher_model)]
+    answers = [packs(model, groups) for model in models]  # both are asked, on every rank
+    return all(answers)
 
 
 def anchor_prompt(trainer: Any) -> PromptGroup | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from families import shaken
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from .recipes import RECIPES
-from .texts import SPEECH
+from . import fields, gemma, grids, linear, llava, qwen, tiles
+from .texts import SPEECH as USUAL_SPEECH
 
-#: Families with a real checkpoint here.
-REAL_FAMILIES = tuple(RECIPES)
+RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **gemma.RECIPES, **linear.RECIPES}
+SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH, **gemma.SPEECH, **linear.SPEECH}
+
+#: Families with a real checkpoint here, and further ones, whose image fields have rules of their own.
+REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(fields.RECIPES)
 HEAD = 16  # dimensions of an attention head
 #: (width, height) in pixels of the photos.
 SIZES = ((48, 32), (32, 64))
@@ -26,14 +31,14 @@ def real_checkpoint(family: str, folder: Path, *, teacher: bool = False) -> Path
     teacher three heads, width 48 and a head of its own.
 
     Args:
-        family: one of ``REAL_FAMILIES``.
+        family: one of ``REAL_FAMILIES`` or ``FIELD_FAMILIES``.
         folder: where to save; made if it does not exist.
         teacher: which of the two.
 
     Returns:
         ``folder``, for ``AutoProcessor`` and ``AutoModelForImageTextToText``.
     """
-    speech, recipe = SPEECH[family], RECIPES[family]
+    speech, recipe = (SPEECH | fields.SPEECH)[family], (RECIPES | fields.RECIPES)[family]
     tokenizer = speech.tokenizer()
     ids = dict(tokenizer.get_vocab())
     heads = 3 if teacher else 2
@@ -61,6 +66,14 @@ def real_checkpoint(family: str, folder: Path, *, teacher: bool = False) -> Path
     model.save_pretrained(folder)
     recipe.processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def pair(checkpoint: Callable[..., Path], family: str) -> dict[str, Any]:
+    """Student, teacher and processor as a user loads them, by the names that trainers give them."""
+    folders = checkpoint(family), checkpoint(family, teacher=True)
+    student, teacher = (AutoModelForImageTextToText.from_pretrained(x, attn_implementation="sdpa") for x in folders)
+    processor = AutoProcessor.from_pretrained(folders[0])
+    return {"model": student, "teacher_model": teacher, "processing_class": processor}
 
 
 def photos(folder: Path, count: int = 4) -> list[Path]:

@@ -96,7 +96,7 @@ class Speech:
         )
 
 
-def _chatml(image: str, *, system: str = "", answer: str = "", **options: object) -> Speech:
+def chatml(image: str, *, system: str = "", answer: str = "", **options: object) -> Speech:
     opening = f"{{%- if messages[0].role != 'system' -%}}{{{{ {system!r} }}}}{{%- endif -%}}" if system else ""
     return Speech(
         image=image,
@@ -112,7 +112,7 @@ def _chatml(image: str, *, system: str = "", answer: str = "", **options: object
 
 def _qwen(**options: str) -> Speech:
     marks = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    return _chatml(
+    return chatml(
         "<|vision_start|><|image_pad|><|vision_end|>", specials=marks, words=("<think>", "</think>"), **options
     )
 
@@ -161,13 +161,32 @@ _MISTRAL = Speech(
     roles={"user": "", "assistant": "", "system": ""},
 )
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "opening": "{{ bos_token }}", "roles": {"assistant": "model"}}
+_GEMMA4 = Speech(
+    image="<|image|>",
+    turn="<|turn>{role}\n",
+    close="<turn|>\n",
+    answer="<|turn>model\n",
+    stops=("<turn|>",),
+    specials=("<|turn>", "<turn|>", "<|video|>"),
+    named={
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    },
+    **_GEMMA,
+)
 
 SPEECH = {
     "qwen2_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen2_5_vl": _qwen(system=_QWEN_SYSTEM),
     "qwen3_vl": _qwen(),
+    "qwen3_vl_moe": _qwen(),
     "qwen3_5": _qwen(answer="<think>\n\n</think>\n\n"),
-    "internvl": _chatml(
+    "qwen3_5_moe": _qwen(answer="<think>\n\n</think>\n\n"),
+    "internvl": chatml(
         "<IMG_CONTEXT>\n",
         specials=("<|im_start|>",),
         named={
@@ -202,7 +221,7 @@ SPEECH = {
         roles={"user": "", "assistant": "", "system": ""},
         images_first=True,
     ),
-    "llava_onevision": _chatml(
+    "llava_onevision": chatml(
         "<image>\n",
         specials=("<|im_start|>",),
         named={"image_token": "<image>", "video_token": "<video>"},
@@ -223,23 +242,7 @@ SPEECH = {
         adds_bos=True,
         **_GEMMA,
     ),
-    "gemma4": Speech(
-        image="<|image|>",
-        turn="<|turn>{role}\n",
-        close="<turn|>\n",
-        answer="<|turn>model\n",
-        stops=("<turn|>",),
-        specials=("<|turn>", "<turn|>", "<|video|>"),
-        named={
-            "image_token": "<|image|>",
-            "boi_token": "<|image>",
-            "eoi_token": "<image|>",
-            "audio_token": "<|audio|>",
-            "boa_token": "<|audio>",
-            "eoa_token": "<audio|>",
-        },
-        **_GEMMA,
-    ),
+    **dict.fromkeys(("gemma4", "gemma4_small", "gemma4_moe", "gemma4_unified"), _GEMMA4),
     "smolvlm": _SMOL,
     "idefics3": _SMOL,
     "aya_vision": Speech(

@@ -1,0 +1,28 @@
+"""What ``vgs_kernels`` must be told to launch its Triton kernels on tensors of the CPU. Nothing else here knows how the
+package looks inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import triton
+
+import vgs_kernels
+
+
+def allow_cpu() -> None:
+    """``backend="triton"`` accepts tensors of the CPU, as it does while Triton interprets."""
+    from vgs_kernels.rows import rows_triton
+
+    rows_triton.supports = lambda device: True
+
+
+def kernel_names() -> set[str]:
+    """Names of all Triton kernels that the package launches itself: those that nothing else calls."""
+    found = set()
+    for module in pkgutil.walk_packages(vgs_kernels.__path__, "vgs_kernels."):
+        names = vars(importlib.import_module(module.name))
+        found |= {name for name, x in names.items() if isinstance(x, triton.JITFunction) and name.endswith("_kernel")}
+    return found

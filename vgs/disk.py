@@ -1,0 +1,33 @@
+"""Results that take long to compute, kept on disk as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def remembered(path: Path, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives (plain JSON), from a file where it was computed before.
+
+    A folder that cannot be written is no error: then nothing is kept.
+
+    Args:
+        path: of the file; its name holds a hash of everything that the result depends on.
+        compute: called where there is no such file, or none that can be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        pass
+    result = compute()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(result))
+        part.replace(path)  # at once: another process sees all of it or nothing
+    except OSError:
+        part.unlink(missing_ok=True)
+    return result
