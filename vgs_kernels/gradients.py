@@ -35,9 +35,9 @@ class DenseSink:
         self._gradients, self._add = gradients, add
 
     def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
-        self._written = [x[rows, columns] for x in self._gradients]
-        if self._add:
-            self._written = [torch.empty_like(x) for x in self._written]
+        # As wide as the gradients: columns behind the tile that can be read are written, too.
+        wide = [torch.empty_like(x[rows]) if self._add else x[rows] for x in self._gradients]
+        self._written = [x[:, columns] for x in wide]
         return self._written
 
     def collect(self, rows: slice, columns: slice) -> None:
