@@ -38,11 +38,11 @@ test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
 
-emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests; an hour or two on two cores
+emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests of tests/kernels; an hour on two cores
 	$(EMULATED) -m tests.emulation.device.call_matrix
 	$(EMULATED) -m tests.emulation.device.time_model
 	$(BIN)/python -m tests.emulation.run_kernels calls --whole --check
-	$(EMULATED) -m pytest -q -p tests.emulation.device.plugin -m "gpu and not slow" tests/kernels tests/gpu
+	$(EMULATED) -m pytest -q -p tests.emulation.device.plugin -m "gpu and not slow" tests/kernels
 
 gpu-session:  # twelve minutes on an H100 or H200: exactness, losses against peers, a training step; commit what it writes
 	$(PYTHON) -m benchmarks.session $(if $(COMMIT),--commit $(COMMIT)) --out $(RESULTS)/session

@@ -121,6 +121,14 @@ def _save(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
+def failed_rows(path: Path) -> list[str]:
+    """What a result file says of methods that did not end well: such a stage ends well all the same."""
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    return [f"{row['job']}, {row['method']}: {row['status']}" for row in rows if row["status"] != "ok"]
+
+
 def _measured(path: Path, predicted: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
     """Name of the device, and median seconds by job and method at the size of the predictions."""
     from .results import Results, median
@@ -190,7 +198,8 @@ def session(out: Path, commit: str | None, minutes: float, rehearse: bool) -> in
         else:
             print(f"{stage.name}: at most {min(left, 60 * minutes * stage.share):.0f} s", flush=True)
             done.append(run(stage, out, min(left, 60 * minutes * stage.share)))
-        print(f"{stage.name}: {done[-1]['status']}, {done[-1]['seconds']} s", flush=True)
+        done[-1]["failed_rows"] = failed_rows(out / f"{stage.name}.json")
+        print(f"{stage.name}: {done[-1]['status']}, {done[-1]['seconds']} s", *done[-1]["failed_rows"], sep="\n  ")
         _save(out / "session.json", {"minutes": minutes, "rehearsal": rehearse, "stages": done})
     try:
         text = table(out / "losses.json", json.loads(PREDICTED.read_text()))

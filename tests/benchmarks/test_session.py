@@ -35,6 +35,13 @@ def test_measured_beside_predicted(losses):
     assert text.splitlines()[-1] == "| vgs | 100.0 | 90.0 | 1.11 | 0.70 | 150.0 (eager) |"
 
 
+def test_methods_that_failed_are_named(losses):
+    results = Results.load(losses)
+    results.add({**results.rows[0], "method": "eager", "status": "out of memory", "seconds": []})
+    assert session.failed_rows(losses) == ["vgs, eager: out of memory"]
+    assert session.failed_rows(losses.with_name("none.json")) == []
+
+
 def test_the_committed_predictions_can_be_read(losses):
     predicted = json.loads(session.PREDICTED.read_text())
     assert set(predicted["devices"]) == {"H100", "H200"} and "| vgs | 100.0 |" in table(losses, predicted)
