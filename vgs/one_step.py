@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vgs_kernels import DEFAULT_WORKSPACE_BYTES, DivergenceOutput, VGSObjective, VGSOutput
+from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
+from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
 
 from .data.prompts import anchor_group, encode_groups
 from .errors import ConfigError
