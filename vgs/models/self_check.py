@@ -15,7 +15,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -154,13 +154,18 @@ def verdict(
         return asdict(examine(model_class, config, chosen, device))
 
     name = hashlib.sha256(json.dumps([key, sorted(fields)]).encode()).hexdigest()[:32]
-    raw = [remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute)]
+    raw = [remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute, _lasting)]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(raw, src=0, device=device if device.type == "cuda" else None)
     ways = {way: Agreement(**numbers) for way, numbers in raw[0].pop("ways").items()}
     found = Verdict(ways, **raw[0])
     known[fields] = found
     return found
+
+
+def _lasting(raw: Mapping[str, Any]) -> bool:
+    """Whether a verdict's fields say something about the model: a device whose memory others fill does not."""
+    return raw["error"] is None and not any("MemoryError" in (found["where"] or "") for found in raw["ways"].values())
 
 
 def check_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
@@ -224,7 +229,8 @@ def examine(
     start, ways, errors = time.perf_counter(), {}, []
     for dtype in TOLERANCES:
         try:
-            ways = _ask(model_class, config, groups, device, dtype)
+            with torch.inference_mode(False):
+                ways = _ask(model_class, config, groups, device, dtype)
             errors = []
             break
         except Exception as problem:  # whatever a family's code raises
@@ -245,7 +251,11 @@ def _ask(
     """The ways that were tried on a copy of this dtype; any error of its plain forward is raised."""
     kind = getattr(torch, dtype)
     model = shallow_copy(model_class, config, device).to(kind)
-    images = [{n: x.to(kind) if x.is_floating_point() else x for n, x in group.images.items()} for group in groups]
+    # Copies: what was made in inference mode cannot be saved for a backward.
+    images = [
+        {n: x.to(kind if x.is_floating_point() else x.dtype, copy=True) for n, x in group.images.items()}
+        for group in groups
+    ]
     groups = [replace(group, images=own) for group, own in zip(groups, images, strict=True)]
     with _exact_float32():
         expected = outcome(model, groups, plain_states)
@@ -262,13 +272,18 @@ def _ask(
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """No autocast, and no TF32 in products and convolutions."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """No autocast, and no TF32 or less in products and convolutions."""
+    # The older switches cannot be read where these have been set, as the option ``tf32`` of transformers does.
+    parts = [
+        *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+        *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
+    ]
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
     try:
         with torch.enable_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision

@@ -1,0 +1,70 @@
+"""The check at the start of a run says the same wherever it is asked: settings of the caller, full memory, no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+
+from vgs.disk import remembered
+from vgs.models import agreement, self_check
+from vgs.models.self_check import check_groups, examine, verdict
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["qwen2_5_vl"]
+PARTS = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    before = [part.fp32_precision for part in PARTS]
+    yield
+    for part, precision in zip(PARTS, before, strict=True):
+        part.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("precisions")
+def test_settings_of_tf32_are_no_obstacle_and_stay() -> None:
+    torch.backends.fp32_precision = "tf32"  # what ``TrainingArguments(tf32=True)`` does
+    before = [part.fp32_precision for part in PARTS]
+    assert "tf32" in before[1:]
+    model = FAMILY.build()
+    found = examine(type(model), model.config, check_groups(FAMILY.groups()), CPU)
+    assert found.way == "packed", str(found)
+    assert [part.fp32_precision for part in PARTS] == before
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    model = FAMILY.build()
+    with torch.inference_mode():
+        found = examine(type(model), model.config, check_groups(FAMILY.groups()), CPU)
+    assert found.way == "packed", str(found)
+
+
+def test_memory_that_is_full_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run may find it free."""
+    model, ways = FAMILY.build(), dict(agreement.WAYS)
+    monkeypatch.setattr(self_check, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "_KNOWN", {})
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(agreement.WAYS, "packed", full)
+        assert verdict(type(model), model.config, FAMILY.groups(), CPU).way == "padded"
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "_KNOWN", {})
+        patch.setattr(self_check, "shallow_copy", full)
+        assert "OutOfMemoryError" in verdict(type(model), model.config, FAMILY.groups(), CPU).error
+    monkeypatch.setattr(self_check, "_KNOWN", {})
+    assert ways == agreement.WAYS
+    assert verdict(type(model), model.config, FAMILY.groups(), CPU).way == "packed"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert remembered(tmp_path / "file" / "vgs" / "check.json", lambda: {"a": 1}) == {"a": 1}
