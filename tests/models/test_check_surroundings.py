@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from torch import Tensor, nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
 
 from vgs.disk import remembered
 from vgs.models import agreement, self_check
@@ -63,6 +65,21 @@ def test_memory_that_is_full_is_not_remembered(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(self_check, "_KNOWN", {})
     assert ways == agreement.WAYS
     assert verdict(type(model), model.config, FAMILY.groups(), CPU).way == "packed"
+
+
+def test_a_patched_class_is_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and in others: the config and the model's own class are what they were."""
+    family = FAMILIES["qwen3_vl"]
+    model, original = family.build(), Qwen3VLTextMLP.forward
+    monkeypatch.setattr(self_check, "HF_HOME", str(tmp_path))
+    assert verdict(type(model), model.config, family.groups(), CPU).way == "packed"
+
+    def over_the_row(self: nn.Module, x: Tensor) -> Tensor:
+        return original(self, x) + x.cumsum(dim=1)
+
+    monkeypatch.setattr(Qwen3VLTextMLP, "forward", over_the_row)
+    found = verdict(type(model), model.config, family.groups(), CPU)
+    assert found.way == "padded" and "mlp (Qwen3VLTextMLP)" in found.ways["packed"].where
 
 
 def test_a_folder_that_cannot_be_looked_into_is_no_obstacle(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ libraries and this device.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..log import warn_once
 from .adapters import is_peft_model
 from .agreement import TOLERANCES, WAYS, Agreement, compare, device_of, in_words, outcome
 from .groups import PER_TOKEN_FIELDS, PromptGroup
-from .shallow import shallow_copy
+from .shallow import module_classes, shallow_copy
 from .states import looks_ahead, plain_states
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def _key(model_class: type, config: PreTrainedConfig, device: torch.device) -> s
     own = sorted(Path(__file__).parent.glob("*.py"))
     parts = {
         "class": f"{model_class.__module__}.{model_class.__qualname__}",
-        "source": _source(model_class),
+        "forwards": _forwards(module_classes(model_class, config)),
         "config": _described(config.to_dict()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: _version(name) for name in VERSIONS},
@@ -203,11 +204,22 @@ def _described(config: Any) -> Any:
     return {str(name): _described(value) for name, value in config.items() if name not in UNASKED}
 
 
-def _source(model_class: type) -> str:
+def _forwards(kinds: Iterable[type]) -> list[list[str]]:
+    """Name and file of each class's forward: patches put one of their own there."""
+    functions = [inspect.unwrap(kind.forward) for kind in kinds]
+    return sorted([getattr(x, "__qualname__", repr(type(x))), _source(x)] for x in functions)
+
+
+def _source(function: Any) -> str:
     try:
-        return hashlib.sha256(Path(inspect.getfile(model_class)).read_bytes()).hexdigest()
+        return _hashed(inspect.getfile(function))
     except (OSError, TypeError):
         return ""
+
+
+@functools.cache
+def _hashed(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -68,6 +68,19 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
     return model.eval().requires_grad_(False)
 
 
+def module_classes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[type]:
+    """Of what classes the modules of a ``shallow_copy`` are; the model's alone where none can be built.
+
+    Args:
+        model_class, config: see there.
+    """
+    try:
+        outline = _outline(model_class, shallow_config(config))
+    except Exception:  # what the class raises, the copy will
+        return {model_class}
+    return {model_class, *map(type, outline.modules())}
+
+
 def _outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
     """The model without memory; its config then says float32, and an attention that all its parts have."""
     try:
