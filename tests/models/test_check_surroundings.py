@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # noqa: F401 (the backend)
 from families import FAMILIES
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
@@ -80,6 +82,26 @@ def test_a_patched_class_is_asked_anew(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Qwen3VLTextMLP, "forward", over_the_row)
     found = verdict(type(model), model.config, family.groups(), CPU)
     assert found.way == "padded" and "mlp (Qwen3VLTextMLP)" in found.ways["packed"].where
+
+
+def test_processes_answer_alike_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever each has in its batch, and if one of them has a full device."""
+    model, groups = FAMILY.build(), FAMILY.groups()
+    monkeypatch.setattr(self_check, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: pytest.fail("the other has no question"))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(self_check, "_KNOWN", {})
+            patch.setattr(self_check, "examine", lambda *_: self_check.Verdict({}, 0.0, "OutOfMemoryError: full"))
+            first = verdict(type(model), model.config, groups, CPU)
+        monkeypatch.setattr(self_check, "_KNOWN", {})  # the other process
+        assert verdict(type(model), model.config, groups, CPU) == first
+        assert verdict(type(model), model.config, groups[1:2], CPU) == first, "has images among its fields"
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.setattr(self_check, "_KNOWN", {})
+    assert verdict(type(model), model.config, groups, CPU).way == "packed"
 
 
 def test_a_folder_that_cannot_be_looked_into_is_no_obstacle(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ _ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], str]] = WeakKeyDicti
 def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
     """How a model runs, a key of ``WAYS``; one line says so where it is not the best.
 
-    The first call for a family takes seconds. On several processes all of them call together.
+    The first call for a family takes seconds. Several processes answer alike, whenever each of them calls.
 
     Args:
         model: unwrapped (possibly PEFT); its weights are not looked at.
@@ -155,13 +155,22 @@ def verdict(
         return asdict(examine(model_class, config, chosen, device))
 
     name = hashlib.sha256(json.dumps([key, sorted(fields)]).encode()).hexdigest()[:32]
-    raw = [remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute, _lasting)]
+    raw = remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute, _lasting)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(raw, src=0, device=device if device.type == "cuda" else None)
-    ways = {way: Agreement(**numbers) for way, numbers in raw[0].pop("ways").items()}
-    found = Verdict(ways, **raw[0])
+        raw = _first_said([_key(model_class, config, torch.device("meta")), sorted(fields)], raw)
+    ways = {way: Agreement(**numbers) for way, numbers in raw.pop("ways").items()}
+    found = Verdict(ways, **raw)
     known[fields] = found
     return found
+
+
+def _first_said(question: Any, answer: Any) -> Any:
+    """The answer of the process that answered first: all run a model alike.
+
+    Processes ask when their own batches make them, so none of them may wait for the others here.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    return json.loads(store.compare_set(f"vgs check {json.dumps(question)}", "", json.dumps(answer)))
 
 
 def _lasting(raw: Mapping[str, Any]) -> bool:
