@@ -166,12 +166,15 @@ def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _short_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters (of all layers, or by kind of layer) with short lengths."""
+    """Rotary parameters (of all layers, or by kind of layer) with short lengths.
+
+    That of longrope stays: around it sequences change each other (``positions.check_rotary_lengths``).
+    """
     short = {}
     for name, value in rope.items():
         if isinstance(value, Mapping):
             value = _short_rope(value)
-        elif name in LENGTHS and isinstance(value, (int, float)):
+        elif name in LENGTHS and isinstance(value, (int, float)) and rope.get("rope_type") != "longrope":
             value = min(value, LENGTHS[name])
         short[name] = value
     return short
