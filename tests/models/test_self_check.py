@@ -158,7 +158,7 @@ def test_padding_in_front_is_noticed(family: str, checkpoint: Checkpoint, monkey
 def test_rotary_embeddings_of_the_longest_sequence_are_noticed() -> None:
     """Their frequencies change where the longest sequence at hand, which may be somebody else's, passes a length."""
     model_class, config = type(FAMILIES["internvl"].build()), FAMILIES["internvl"].build().config
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 256}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
     config.text_config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
     found = examine(model_class, config, check_groups(FAMILIES["internvl"].groups()), CPU)
     assert found.way is None and all("rotary_emb" in agreement.where for agreement in found.ways.values())

@@ -49,7 +49,7 @@ def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) 
     all layers, too, and Qwen 4 one of several tokens together.
 
     Raises:
-        ConfigError: the model has no vision tower.
+        ConfigError: the model has no vision tower, or nothing of it is left to train.
     """
     body = backbone(model)
     if vision:
@@ -66,3 +66,9 @@ def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) 
         tables = [x for x in body.get_decoder().modules() if isinstance(x, nn.Embedding)]
         for table in (model.get_input_embeddings(), *tables):
             table.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"No parameter of the {type(model).__name__} requires gradient: nothing would be trained. An adapter that "
+            "lies in the model's folder is loaded frozen: merge it into the weights, or take its files away and give "
+            "section lora (peft_config)."
+        )

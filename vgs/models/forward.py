@@ -19,6 +19,7 @@ from vgs_kernels import (
 from .groups import PromptGroup, response_lengths
 from .heads import Head
 from .packed import score_packed
+from .positions import check_rotary_lengths
 from .self_check import chosen_way
 from .states import score_padded
 
@@ -53,7 +54,7 @@ def score_groups(
     Raises:
         TypeError: the model is wrapped.
         ValueError: ``text_gradient`` does not have one entry per response.
-        ConfigError: the family is exact in neither form.
+        ConfigError: the family is exact in neither form, or its rotary frequencies depend on the whole batch.
     """
     if "module" in model._modules:
         raise TypeError(
@@ -67,6 +68,7 @@ def score_groups(
     device = model.get_input_embeddings().weight.device
     if not torch.is_grad_enabled():
         wanted = [True] * len(wanted)  # one pass serves both views
+    check_rotary_lengths(model, groups, text)
     way = chosen_way(model, groups)
     if way == "packed":
         return score_packed(model, groups, text, wanted, device, share_prefix=share_prefix, kernel=kernel)

@@ -6,13 +6,15 @@ A packed row holds many sequences, so no model can infer positions from it; they
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .families import backbone
-from .groups import PER_TOKEN_FIELDS
+from .groups import PER_TOKEN_FIELDS, PromptGroup
 
 
 def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, Tensor]) -> Tensor:
@@ -67,3 +69,45 @@ def _check_alignment(inner: nn.Module, placeholders: Tensor, grids: Tensor) -> N
         f"prompt_ids has {found} image placeholders, but its images of grids {grids.tolist()} make "
         f"{int(sizes.sum())} tokens: prompt and images have lost their alignment."
     )
+
+
+def check_rotary_lengths(model: nn.Module, groups: Sequence[PromptGroup], text: bool) -> None:
+    """Stop where sequences would change each other's rotary frequencies.
+
+    For two rope types the library chooses them by the largest position in a batch: beyond a length, shorter sequences
+    would get what the longest one asks for.
+
+    Args:
+        model: an unwrapped (possibly PEFT) model.
+        groups: of one batch.
+        text: whether the text-only view is in it, too.
+
+    Raises:
+        ConfigError: such sequences; the length.
+    """
+    config = backbone(model).config.get_text_config()
+    limits = _rotary_limits(config, getattr(config, "rope_parameters", None) or {})
+    if not limits:
+        return
+    lengths = {len(group.prompt_ids) + length for group in groups for length in group.response_lengths}
+    if text:
+        lengths |= {len(group.text_prompt_ids) + length for group in groups for length in group.response_lengths}
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    for kind, limit in limits.items():
+        if longest > limit and shortest < (longest if kind == "dynamic" else limit + 1):
+            raise ConfigError(
+                f'rope_type "{kind}" of the {type(model).__name__} gives all sequences of a batch the frequencies of '
+                f"the longest, here one of {longest} tokens beside one of {shortest}: keep prompt and response within "
+                f"{limit} tokens (max_prompt_length, max_completion_length)."
+            )
+
+
+def _rotary_limits(config: Any, rope: Mapping[str, Any]) -> dict[str, int]:
+    """Rope types that look at the whole batch, and the length from which on they do."""
+    limits = {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if part.get("rope_type") == "longrope":
+            limits["longrope"] = part["original_max_position_embeddings"]
+        elif part.get("rope_type") == "dynamic":
+            limits["dynamic"] = config.max_position_embeddings
+    return limits

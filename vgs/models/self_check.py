@@ -9,13 +9,14 @@ libraries and this device.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..log import warn_once
 from .adapters import is_peft_model
 from .agreement import TOLERANCES, WAYS, Agreement, compare, device_of, in_words, outcome
 from .groups import PER_TOKEN_FIELDS, PromptGroup
-from .shallow import shallow_copy
+from .shallow import module_classes, shallow_copy
 from .states import looks_ahead, plain_states
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ _ANSWERS: WeakKeyDictionary[nn.Module, dict[frozenset[str], str]] = WeakKeyDicti
 def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
     """How a model runs, a key of ``WAYS``; one line says so where it is not the best.
 
-    The first call for a family takes seconds. On several processes all of them call together.
+    The first call for a family takes seconds. Several processes answer alike, whenever each of them calls.
 
     Args:
         model: unwrapped (possibly PEFT); its weights are not looked at.
@@ -154,13 +155,27 @@ def verdict(
         return asdict(examine(model_class, config, chosen, device))
 
     name = hashlib.sha256(json.dumps([key, sorted(fields)]).encode()).hexdigest()[:32]
-    raw = [remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute)]
+    raw = remembered(Path(HF_HOME) / "vgs" / f"check-{name}.json", compute, _lasting)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(raw, src=0, device=device if device.type == "cuda" else None)
-    ways = {way: Agreement(**numbers) for way, numbers in raw[0].pop("ways").items()}
-    found = Verdict(ways, **raw[0])
+        raw = _first_said([_key(model_class, config, torch.device("meta")), sorted(fields)], raw)
+    ways = {way: Agreement(**numbers) for way, numbers in raw.pop("ways").items()}
+    found = Verdict(ways, **raw)
     known[fields] = found
     return found
+
+
+def _first_said(question: Any, answer: Any) -> Any:
+    """The answer of the process that answered first: all run a model alike.
+
+    Processes ask when their own batches make them, so none of them may wait for the others here.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    return json.loads(store.compare_set(f"vgs check {json.dumps(question)}", "", json.dumps(answer)))
+
+
+def _lasting(raw: Mapping[str, Any]) -> bool:
+    """Whether a verdict's fields say something about the model: a device whose memory others fill does not."""
+    return raw["error"] is None and not any("MemoryError" in (found["where"] or "") for found in raw["ways"].values())
 
 
 def check_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
@@ -182,7 +197,7 @@ def _key(model_class: type, config: PreTrainedConfig, device: torch.device) -> s
     own = sorted(Path(__file__).parent.glob("*.py"))
     parts = {
         "class": f"{model_class.__module__}.{model_class.__qualname__}",
-        "source": _source(model_class),
+        "forwards": _forwards(module_classes(model_class, config)),
         "config": _described(config.to_dict()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: _version(name) for name in VERSIONS},
@@ -198,11 +213,22 @@ def _described(config: Any) -> Any:
     return {str(name): _described(value) for name, value in config.items() if name not in UNASKED}
 
 
-def _source(model_class: type) -> str:
+def _forwards(kinds: Iterable[type]) -> list[list[str]]:
+    """Name and file of each class's forward: patches put one of their own there."""
+    functions = [inspect.unwrap(kind.forward) for kind in kinds]
+    return sorted([getattr(x, "__qualname__", repr(type(x))), _source(x)] for x in functions)
+
+
+def _source(function: Any) -> str:
     try:
-        return hashlib.sha256(Path(inspect.getfile(model_class)).read_bytes()).hexdigest()
+        return _hashed(inspect.getfile(function))
     except (OSError, TypeError):
         return ""
+
+
+@functools.cache
+def _hashed(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _version(package: str) -> str | None:
@@ -224,7 +250,8 @@ def examine(
     start, ways, errors = time.perf_counter(), {}, []
     for dtype in TOLERANCES:
         try:
-            ways = _ask(model_class, config, groups, device, dtype)
+            with torch.inference_mode(False):
+                ways = _ask(model_class, config, groups, device, dtype)
             errors = []
             break
         except Exception as problem:  # whatever a family's code raises
@@ -245,7 +272,11 @@ def _ask(
     """The ways that were tried on a copy of this dtype; any error of its plain forward is raised."""
     kind = getattr(torch, dtype)
     model = shallow_copy(model_class, config, device).to(kind)
-    images = [{n: x.to(kind) if x.is_floating_point() else x for n, x in group.images.items()} for group in groups]
+    # Copies: what was made in inference mode cannot be saved for a backward.
+    images = [
+        {n: x.to(kind if x.is_floating_point() else x.dtype, copy=True) for n, x in group.images.items()}
+        for group in groups
+    ]
     groups = [replace(group, images=own) for group, own in zip(groups, images, strict=True)]
     with _exact_float32():
         expected = outcome(model, groups, plain_states)
@@ -262,13 +293,18 @@ def _ask(
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """No autocast, and no TF32 in products and convolutions."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """No autocast, and no TF32 or less in products and convolutions."""
+    # The older switches cannot be read where these have been set, as the option ``tf32`` of transformers does.
+    parts = [
+        *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+        *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
+    ]
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
     try:
         with torch.enable_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision

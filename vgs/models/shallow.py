@@ -68,6 +68,19 @@ def shallow_copy(model_class: type[PreTrainedModel], config: PreTrainedConfig, d
     return model.eval().requires_grad_(False)
 
 
+def module_classes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[type]:
+    """Of what classes the modules of a ``shallow_copy`` are; the model's alone where none can be built.
+
+    Args:
+        model_class, config: see there.
+    """
+    try:
+        outline = _outline(model_class, shallow_config(config))
+    except Exception:  # what the class raises, the copy will
+        return {model_class}
+    return {model_class, *map(type, outline.modules())}
+
+
 def _outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
     """The model without memory; its config then says float32, and an attention that all its parts have."""
     try:
@@ -153,12 +166,15 @@ def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _short_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters (of all layers, or by kind of layer) with short lengths."""
+    """Rotary parameters (of all layers, or by kind of layer) with short lengths.
+
+    That of longrope stays: around it sequences change each other (``positions.check_rotary_lengths``).
+    """
     short = {}
     for name, value in rope.items():
         if isinstance(value, Mapping):
             value = _short_rope(value)
-        elif name in LENGTHS and isinstance(value, (int, float)):
+        elif name in LENGTHS and isinstance(value, (int, float)) and rope.get("rope_type") != "longrope":
             value = min(value, LENGTHS[name])
         short[name] = value
     return short
