@@ -22,7 +22,6 @@ from transformers import (
     Llama4TextConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralLarge4TextConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedConfig,
     Qwen3_5TextConfig,
@@ -297,7 +296,7 @@ def test_kernels_without_float32_are_asked_in_16_bits(kind: type, way: str) -> N
     assert all(agreement.dtype == "bfloat16" for agreement in found.ways.values())
 
 
-@pytest.mark.parametrize("family", ["git", "mistral_large4"])
+@pytest.mark.parametrize("family", [x for x in ("git", "mistral_large4") if x in SURVEYED])
 def test_padded_batches_run_by_the_models_own_attention(family: str) -> None:
     """Whatever packed rows, tried before, have put in its place: GIT adds masks, Mistral Large 4 narrows them."""
     found = examine(getattr(transformers, SURVEYED[family]), tiny_config(family), check_groups(text_groups()), CPU)
@@ -376,7 +375,11 @@ def test_a_copy_has_one_layer_of_each_kind_and_short_windows() -> None:
     assert moe.num_hidden_layers == 2 and moe.mlp_only_layers == [0] and moe.num_experts == 16
     llama = shallow_config(Llama4TextConfig(num_hidden_layers=48, interleave_moe_layer_step=2))
     assert llama.moe_layers == [1, 2] and llama.no_rope_layers == [1, 1, 0], "numbers of layers are those that are kept"
-    mistral = shallow_config(MistralLarge4TextConfig(kv_source_layers=[max(i, 0) if i < 70 else 68 for i in range(72)]))
+    if not hasattr(transformers, "MistralLarge4TextConfig"):  # it came after the oldest library
+        return
+    mistral = shallow_config(
+        transformers.MistralLarge4TextConfig(kv_source_layers=[max(i, 0) if i < 70 else 68 for i in range(72)])
+    )
     assert mistral.num_hidden_layers < 10 and len(mistral.kv_source_layers) == mistral.num_hidden_layers
 
 

@@ -280,7 +280,7 @@ def _ask(
     groups = [replace(group, images=own) for group, own in zip(groups, images, strict=True)]
     with _exact_float32():
         expected = outcome(model, groups, plain_states)
-        if (ahead := looks_ahead(model, groups)) > TOLERANCES[dtype][0]:
+        if (ahead := looks_ahead(model, groups[:1])) > TOLERANCES[dtype][0]:
             words = f"states change by {ahead:.1e} with tokens that stand behind them"
             return {"plain": Agreement(None, None, words, dtype)}
         ways = {}
