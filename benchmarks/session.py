@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PREDICTED = ROOT / "benchmarks/results/predicted.json"
+PREDICTED = ROOT / "benchmarks/results/predicted/times.json"
 MINUTES = 12.0
 #: Seconds before the end that are kept for the table.
 _RESERVE = 15.0

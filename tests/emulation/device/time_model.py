@@ -28,7 +28,7 @@ from benchmarks.problem import SHAPES, Problem, Shape
 from ..triton_device import Device, Launch, install
 from .record import Product, Record, move_at_most, record
 
-PREDICTED = Path(__file__).parents[3] / "benchmarks/results/predicted.json"
+PREDICTED = Path(__file__).parents[3] / "benchmarks/results/predicted/times.json"
 TOKENS, SHAPE = 8192, "8b-2b"
 MODELLED = ("vgs", "vgs-folded", "vgs-frozen-head", "reverse-kl", "forward-kl", "jsd")
 #: Seconds of a small kernel, and of the gap before a large one.
