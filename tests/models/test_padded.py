@@ -150,9 +150,10 @@ def test_repeated_images_say_the_same(checkpoint: Checkpoint, tmp_path: Path) ->
     assert calls == [4 * groups[0].images["pixel_values"].numel()]
 
 
-def test_text_only_batches_have_token_types_in_training(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [x for x in FIELD_FAMILIES if x == "molmo2"])
+def test_text_only_batches_have_token_types_in_training(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Molmo 2 demands them of every batch."""
-    model, groups = prepared(checkpoint("molmo2"), tmp_path)
+    model, groups = prepared(checkpoint(family), tmp_path)
     device = torch.device("cpu")
     expected = score_padded(model, groups, True, [True] * 7, device)
     model.train()

@@ -86,9 +86,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": _qwen3,
     "minicpm3": _minicpm3,
     "llama4": _llama4,
-    "nemotron_h_omni": _nemotron,
     "chameleon": _chameleon,
 }
+if hasattr(hf, "NemotronH_Omni_Reasoning_V3"):  # not in the oldest library
+    BUILDERS["nemotron_h_omni"] = _nemotron
 
 
 def built(family: str) -> nn.Module:
@@ -171,7 +172,7 @@ def test_states_of_sharded_models(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        for family in ("minicpm3", "llama4", "nemotron_h_omni"):
+        for family in BUILDERS.keys() & {"minicpm3", "llama4", "nemotron_h_omni"}:
             plain, model = built(family), built(family)
             states = final_states(plain, **INPUTS)
             states.square().sum().backward()
@@ -205,7 +206,7 @@ def test_the_head_is_itself_again() -> None:
         before = dict(vars(model.lm_head))
         final_states(model, **INPUTS)
         assert vars(model.lm_head).keys() == before.keys() and not model.model._forward_hooks
-        with pytest.raises(TypeError):
+        with pytest.raises((TypeError, AttributeError)):
             final_states(built(family), **INPUTS, position_ids="first")
         assert vars(model.lm_head).keys() == before.keys()
 

@@ -78,12 +78,13 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "qwen3_5_moe": lambda: hf.Qwen3_5MoeTextConfig(**_without(TEXT, "intermediate_size"), **LINEAR, **EXPERTS),
     "qwen3_next": lambda: hf.Qwen3NextConfig(**TEXT, **LINEAR, **EXPERTS),
     "lfm2": lambda: hf.Lfm2Config(**TEXT, **CONV, conv_bias=True),
-    "lfm3": lambda: hf.Lfm3Config(**TEXT, layer_types=["conv", "sliding_attention", "conv"], head_dim=16),
     "nemotron_h": lambda: hf.NemotronHConfig(**_without(TEXT, "num_hidden_layers"), **MAMBA),
     "kimi_linear": lambda: hf.KimiLinearConfig(
         **{**TEXT, "num_key_value_heads": 2, "layer_types": LINEAR["layer_types"]}, **KIMI, **EXPERTS
     ),
 }
+if hasattr(hf, "Lfm3Config"):  # not in the oldest library
+    CONFIGS["lfm3"] = lambda: hf.Lfm3Config(**TEXT, layer_types=["conv", "sliding_attention", "conv"], head_dim=16)
 #: Of the same functions, by other families.
 OTHERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "olmo_hybrid": lambda: hf.OlmoHybridConfig(**TEXT, **{**_without(LINEAR, "head_dim"), "linear_num_value_heads": 2}),

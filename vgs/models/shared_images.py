@@ -87,7 +87,9 @@ def images_once(body: nn.Module, shared: SharedImages) -> Iterator[None]:
 
 def _repeated(output: Any, shared: SharedImages, body: nn.Module) -> Any:
     """What ``get_image_features`` returned, with the features of each prompt once for every row of it."""
-    parts = output if isinstance(output, Mapping) else {"pooler_output": output}
+    parts = dict(output) if isinstance(output, Mapping) else {"pooler_output": output}
+    if (pooled := getattr(output, "pooler_output", None)) is not None:  # in older releases an attribute alone
+        parts["pooler_output"] = pooled
     skipped = UNMERGED if parts.get("pooler_output") is None else UNMERGED | {"last_hidden_state"}
     merged = {name: value for name, value in parts.items() if name not in skipped}
     counts = _tokens(shared, placeholder_ids(body.config), set().union(*map(_lengths, merged.values())))
@@ -141,7 +143,10 @@ def _select(value: Any, total: int, index: Tensor) -> Any:
     if _features(value):
         if _length(value) != total:
             return value
-        return value.flatten(0, -2).index_select(0, index.to(value.device))
+        chosen = value.flatten(0, -2).index_select(0, index.to(value.device))
+        if value.ndim == 2 or value.shape[0] == 1:
+            return chosen if value.ndim == 2 else chosen.reshape(1, -1, value.shape[-1])
+        return chosen.unflatten(0, (-1, *value.shape[1:-1]))  # prompts have whole images
     if not isinstance(value, (list, tuple)):
         return value
     if all(map(_features, value)) and sum(map(_length, value)) == total:

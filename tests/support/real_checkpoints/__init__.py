@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from families import shaken
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from . import fields, gemma, grids, linear, llava, qwen, tiles
 from .texts import SPEECH as USUAL_SPEECH
@@ -18,7 +18,8 @@ RECIPES = {**qwen.RECIPES, **grids.RECIPES, **tiles.RECIPES, **llava.RECIPES, **
 SPEECH = {**USUAL_SPEECH, **grids.SPEECH, **tiles.SPEECH, **llava.SPEECH, **gemma.SPEECH, **linear.SPEECH}
 
 #: Families with a real checkpoint here, and further ones, whose image fields have rules of their own.
-REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(fields.RECIPES)
+#: Those that the oldest library does not know yet are left out there.
+REAL_FAMILIES, FIELD_FAMILIES = tuple(RECIPES), tuple(x for x in fields.RECIPES if x in CONFIG_MAPPING)
 HEAD = 16  # dimensions of an attention head
 #: (width, height) in pixels of the photos.
 SIZES = ((48, 32), (32, 64))
