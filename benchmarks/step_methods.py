@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vgs.models.families import device_of
 from vgs.models.forward import fused_loss, score_groups
 from vgs.models.groups import PromptGroup, response_lengths
 from vgs.models.heads import read_head, visual_dependency
@@ -172,7 +173,7 @@ def _fallback(
 ) -> tuple[Tensor, ...]:
     """As ``score_groups`` where packed rows are not exact: each response with a copy of its prompt and images."""
     wanted = [text_gradient] * len(response_lengths(batch)) if isinstance(text_gradient, bool) else text_gradient
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     return score_padded(model, batch, text, wanted, device, share_images=share_prefix)
 
 

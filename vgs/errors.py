@@ -13,6 +13,11 @@ class ConfigError(ValueError):
     """
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without its line breaks; its class's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def config_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn the errors that a library raises at a user's input into a ``ConfigError``.
@@ -29,5 +34,4 @@ def config_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except ConfigError:
         raise
     except kinds as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what}: {reason}") from error
+        raise ConfigError(f"{what}: {in_one_line(error)}") from error

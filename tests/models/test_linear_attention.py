@@ -25,7 +25,7 @@ from vgs.models.attention import RowLayout
 from vgs.models.families import backbone, placeholder_ids
 from vgs.models.forward import score_groups
 from vgs.models.groups import PromptGroup
-from vgs.models.linear_attention import StateTree, carries_state, handles_state
+from vgs.models.linear_attention import StateTree, state_layers
 
 KNOWN = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl", "minicpmv4_6"}
 REAL = [x for x in (*REAL_FAMILIES, *FIELD_FAMILIES) if x in KNOWN]
@@ -74,6 +74,14 @@ class Case:
         least = 1e-6 * max(grad.abs().max().item() for grad in self.gradients.values())
         errors = {name: relative(grad, self.gradients[name], least) for name, grad in gradients.items()}
         assert {name: error for name, error in errors.items() if error > 1e-11} == {}
+
+
+def carries_state(model: nn.Module) -> bool:
+    return any(state_layers(model))
+
+
+def handles_state(model: nn.Module) -> bool:
+    return not state_layers(model)[1]
 
 
 def relative(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:

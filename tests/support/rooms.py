@@ -191,7 +191,7 @@ ABOUT = {
     "data": "from files to prompts, with and without images",
     "objectives": "what is minimised, by name",
     "models": "families, packed rows, heads",
-    "errors": "one class of errors, one way to warn",
+    "errors": "errors, warnings, results kept on disk",
     "vgs_kernels": "from hidden states to loss and gradients",
 }
 COLOURS = {

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..data.checks import bad_rows
-from ..errors import ConfigError
+from ..errors import ConfigError, in_one_line
 from .preflight import STAGES, Preflight
 from .resolved import training_arguments
 
@@ -85,7 +85,7 @@ def check(config: Mapping[str, Any], progress: bool = True) -> list[Finding]:
                     getattr(run, method)()
             except ConfigError as error:
                 finding.outcome = "error"
-                finding.notes.append(" ".join(str(error).split()))
+                finding.notes.append(in_one_line(error))
         finding.notes += messages
         if messages and finding.outcome == "ok":
             finding.outcome = "warning"

@@ -90,14 +90,18 @@ def reads_pictures(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
+def auto_class(text_only: bool) -> type:
+    """What loads a vision-language model, or a text-only one."""
+    return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+
+
 def model_class(config: Any) -> type:
     """The class by which a model of this config is loaded.
 
     Args:
         config: a transformers config of the library's own.
     """
-    auto = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
-    return auto._model_mapping[type(config)]
+    return auto_class(not reads_pictures(config))._model_mapping[type(config)]
 
 
 def model_config(section: Mapping[str, Any], name: str, needs_pictures: bool = True) -> Any:

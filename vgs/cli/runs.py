@@ -256,13 +256,12 @@ def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> d
 
 
 def _load_model(name: str, path: str, options: Mapping[str, Any], text_only: bool = False) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from .pair import auto_class
 
     # Of the run's type and not the checkpoint's, or a model before and after training would compute differently.
     options = {"dtype": "float32", **options}
     with config_errors(f"{name} {path!r} cannot be loaded", *LOADING):
-        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
-        return kind.from_pretrained(path, **options)
+        return auto_class(text_only).from_pretrained(path, **options)
 
 
 def evaluate(config: Mapping[str, Any], model_path: str | None, batch_size: int, out: Path | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_one_line
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
@@ -57,12 +57,7 @@ def _named(index: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ConfigError(f"sample {index}: {_words(error)}") from error
-
-
-def _words(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"sample {index}: {in_one_line(error)}") from error
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -152,7 +147,7 @@ def _text_only(
         if not prompt_images(messages):
             raise
         raise ValueError(
-            f"{type(processor).__name__} takes no prompt without its images ({_words(error)}): its family has no "
+            f"{type(processor).__name__} takes no prompt without its images ({in_one_line(error)}): its family has no "
             "text-only view, and cannot be steered by what images change."
         ) from error
     if found := set(ids.tolist()) & set(forbidden):  # the chat template's own
@@ -292,7 +287,7 @@ def check_text_view(processor: Any, forbidden: Sequence[int], **template_options
         encode_prompt(processor, messages, **template_options)
         _text_only(processor, messages, forbidden, placeholder_texts(processor, forbidden), **template_options)
     except Exception as error:
-        raise ConfigError(_words(error)) from error
+        raise ConfigError(in_one_line(error)) from error
 
 
 def anchor_group(

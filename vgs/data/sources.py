@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_one_line
 from .conversations import BadRow, as_list, ends_with_reply, read_answer, read_question
 from .formats import read_rows
 from .images import Folders, decode_image, image_size
@@ -151,7 +151,7 @@ class Samples(torch.utils.data.Dataset):
                     sample[name] = [read(value, self.folders) for value in sample[name]]
             except Exception as error:
                 column = getattr(self.columns, name) or self.columns.question
-                says = " ".join(str(error).split())
+                says = in_one_line(error)
                 raise BadRow(column, says, f"cannot read {column!r}: {says}") from error
         return sample
 

@@ -19,7 +19,7 @@ from trl.import_utils import is_math_verify_available
 from trl.rewards import accuracy_reward
 
 from ..data.answers import alternatives, answers_match, choice_letter, final_answer, last_boxed
-from ..errors import ConfigError
+from ..errors import ConfigError, in_one_line
 
 Reward = Callable[..., list[float | None]]
 Completion = str | list[dict[str, Any]]
@@ -189,7 +189,7 @@ def _named(key: str, name: Any, known: Mapping[str, Callable[..., Any]]) -> Call
     try:
         found = getattr(import_module(module), attribute, None)
     except Exception as error:  # whatever the user's module does
-        says = " ".join(str(error).split()) or type(error).__name__
+        says = in_one_line(error)
         raise ConfigError(f"{key} {name!r}: the module {module!r} cannot be imported ({says}).") from error
     if not callable(found):
         raise ConfigError(f"{key} {name!r}: the module {module!r} has no function {attribute!r}.")

@@ -13,6 +13,11 @@ def is_peft_model(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model inside a ``peft.PeftModel``; any other is returned as it is."""
+    return model.base_model.model if is_peft_model(model) else model
+
+
 def is_adapter_layer(layer: nn.Module) -> bool:
     """Whether a layer is an adapter of PEFT (LoRA, ...) around another layer."""
     if "peft" not in sys.modules:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import in_one_line
 from .attention import attention_put_back
-from .differences import first_difference, traced
-from .families import backbone
+from .differences import first_difference, relative_gap, traced
+from .families import backbone, device_of
 from .groups import PromptGroup, response_lengths
 from .packed import score_packed
 from .states import plain_states, score_padded
@@ -53,11 +54,8 @@ class Agreement:
 
 
 def in_words(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    """The class of an error and what it says, in one line of bounded length."""
+    return f"{type(problem).__name__}: {in_one_line(problem)[:300]}"
 
 
 def _packed(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tensor, ...]:
@@ -121,22 +119,17 @@ def compare(
         own_states, own_gradients = outcome(model, groups, WAYS[way])
     except Exception as problem:  # whatever a family's code raises
         return Agreement(None, None, in_words(problem), dtype)
-    gap = max(_relative(x, y, y.abs().max()) for x, y in zip(own_states, states, strict=True))
+    gap = max(relative_gap(x, y, y.abs().max()) for x, y in zip(own_states, states, strict=True))
     largest = max((x.abs().max() for x in gradients.values()), default=torch.tensor(0.0))
     slope = max(
         (
-            _relative(own_gradients.get(name, torch.zeros_like(x)), x, torch.maximum(x.abs().max(), 1e-3 * largest))
+            relative_gap(own_gradients.get(name, torch.zeros_like(x)), x, torch.maximum(x.abs().max(), 1e-3 * largest))
             for name, x in gradients.items()
         ),
         default=0.0,
     )
     found = Agreement(gap, slope, dtype=dtype)
     return found if found.exact else replace(found, where=_where(model, groups, way, TOLERANCES[dtype][0]))
-
-
-def _relative(value: Tensor, expected: Tensor, scale: Tensor) -> float:
-    gap = (value - expected).abs().max() if value.numel() else value.new_zeros(())
-    return (gap / scale.clamp(min=1e-30)).nan_to_num(nan=torch.inf).item()
 
 
 @torch.no_grad()

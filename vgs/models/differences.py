@@ -89,14 +89,19 @@ def traced(model: nn.Module, prompt: int, branch: int, row: int) -> Iterator[Tra
             handle.remove()
 
 
+def relative_gap(value: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """The largest difference of two tensors of one shape, relative to ``scale`` (0-d); infinite for NaN."""
+    gap = (value - expected).abs().max() if value.numel() else value.new_zeros(())
+    return (gap / scale.clamp(min=1e-30)).nan_to_num(nan=torch.inf).item()
+
+
 def _gap(first: Tensor, second: Tensor) -> float:
     """The largest difference relative to the largest entry, over the tokens that both have."""
     length = min(len(first), len(second))
     first, second = first[:length].float(), second[:length].float()
     if first.shape != second.shape:
         return 0.0
-    scale = first.abs().max().clamp(min=1e-12)
-    return ((first - second).abs().max() / scale).nan_to_num(nan=torch.inf).item()
+    return relative_gap(second, first, first.abs().max().clamp(min=1e-12))
 
 
 def first_difference(model: nn.Module, plain: Trace, other: Trace, tolerance: float) -> str | None:

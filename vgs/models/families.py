@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
-from .adapters import is_peft_model
+from .adapters import without_adapter
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
-    if is_peft_model(model):
-        model = model.base_model.model
-    return model.base_model  # `get_decoder()` would be the text stack alone
+    return without_adapter(model).base_model  # `get_decoder()` would be the text stack alone
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where an unwrapped (possibly PEFT) model takes its token ids."""
+    return model.get_input_embeddings().weight.device
+
+
+def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config, and all configs in it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from nested_configs(value)
 
 
 #: Names in a config of the tokens that stand for pictures, videos or sounds, or begin, end or divide them.
@@ -33,11 +46,10 @@ def placeholder_ids(config: Any) -> list[int]:
         config: a model's; nested configs count too.
     """
     found: set[int] = set()
-    for name, value in vars(config).items():
-        if _MEDIA_TOKEN.fullmatch(name) and value is not None:
-            found |= set(value) if isinstance(value, (list, tuple)) else {value}
-        elif isinstance(value, PreTrainedConfig):
-            found |= set(placeholder_ids(value))
+    for part in nested_configs(config):
+        for name, value in vars(part).items():
+            if _MEDIA_TOKEN.fullmatch(name) and value is not None:
+                found |= set(value) if isinstance(value, (list, tuple)) else {value}
     return sorted(found)
 
 

@@ -16,6 +16,7 @@ from vgs_kernels import (
     fused_linear_vgs_loss,
 )
 
+from .families import device_of
 from .groups import PromptGroup, response_lengths
 from .heads import Head
 from .packed import score_packed
@@ -65,7 +66,7 @@ def score_groups(
     wanted = [text_gradient] * len(lengths) if isinstance(text_gradient, bool) else list(text_gradient)
     if len(wanted) != len(lengths):
         raise ValueError(f"text_gradient must have one entry for each of {len(lengths)} responses, got {len(wanted)}.")
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     if not torch.is_grad_enabled():
         wanted = [True] * len(wanted)  # one pass serves both views
     check_rotary_lengths(model, groups, text)

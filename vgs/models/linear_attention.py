@@ -322,9 +322,8 @@ def _mixers(decoder: nn.Module) -> list[nn.Module]:
     return [module for module in decoder.modules() if _functions(type(module))[1]]
 
 
-def _strangers(decoder: nn.Module) -> list[nn.Module]:
+def _strangers(decoder: nn.Module, mixers: list[nn.Module]) -> list[nn.Module]:
     """Modules that carry something, or seem to, in a way that we do not know."""
-    mixers = _mixers(decoder)
     known = {
         module
         for module in mixers
@@ -344,23 +343,18 @@ def _takes_argument(kind: type[nn.Module]) -> bool:
     return any(x.name == ARGUMENT or x.kind is x.VAR_KEYWORD for x in parameters)
 
 
-def carries_state(model: nn.Module) -> bool:
-    """Whether layers of the text stack carry something from token to token beside attention, as far as can be seen.
+def state_layers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules of the text stack that carry something from token to token beside attention, as far as can be seen.
 
     Args:
         model: an unwrapped (possibly PEFT) model.
+
+    Returns:
+        Those that call functions which do, and those (some among the first) of which we do not know how.
     """
     decoder = backbone(model).get_decoder()
-    return bool(_mixers(decoder) or _strangers(decoder))
-
-
-def handles_state(model: nn.Module) -> bool:
-    """Whether packed rows are known how to be computed in all layers that carry a state; true where there are none.
-
-    Args:
-        model: an unwrapped (possibly PEFT) model.
-    """
-    return not _strangers(backbone(model).get_decoder())
+    mixers = _mixers(decoder)
+    return mixers, _strangers(decoder, mixers)
 
 
 def carried_states(model: nn.Module, row: PackedRow) -> dict[str, StateTree]:
@@ -373,12 +367,11 @@ def carried_states(model: nn.Module, row: PackedRow) -> dict[str, StateTree]:
     Raises:
         ValueError: a layer carries something in a way that we do not know.
     """
-    decoder = backbone(model).get_decoder()
-    if strangers := _strangers(decoder):
+    mixers, strangers = state_layers(model)
+    if strangers:
         raise ValueError(
             f"{type(strangers[0]).__name__} carries something from token to token in a way that packed rows do not know"
         )
-    mixers = _mixers(decoder)
     for kind in {type(mixer) for mixer in mixers}:
         found, names = _functions(kind)
         for name in names & HANDLED.keys():

@@ -98,11 +98,10 @@ def pad_groups(
     images = {name: value.to(device) for name, value in join_images(fields, pixels=shared is None).items()}
     if shared:
         images |= {name: value for name, value in shared.fields.items() if is_pixels(name)}
-    for name in PER_TOKEN_FIELDS:  # in the text-only view too: some models want them of every batch in training
-        if any(name in x.images for x in singles):
-            zeros = [torch.zeros_like(x) for x in prompts]
-            kinds = [field.get(name, zero).cpu() for field, zero in zip(fields, zeros, strict=True)]
-            images[name] = rows(kinds, [torch.zeros_like(x) for x in tails], 0)
+    for name, kinds in token_fields(singles).items():
+        if not with_images:  # zeros: some models want them of every batch in training
+            kinds = [torch.zeros_like(x) for x in prompts]
+        images[name] = rows(kinds, [torch.zeros_like(x) for x in tails], 0)
     return PaddedView(rows(prompts, tails, pad_token_id), mask, scored, images, shared)
 
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
+from .families import nested_configs
 
 #: Names in a config of the weight of such a loss: that of most families, JetMoE's, DBRX's, and weights of z-losses.
 _WEIGHT = re.compile(r"(router_)?(aux|z)_loss_coef(ficient)?|moe_loss_weight")
-
-
-def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of a config and of the configs in it."""
-    for name, value in vars(config).items():
-        yield name, value
-        if isinstance(value, PreTrainedConfig):
-            yield from _fields(value)
 
 
 def check_routers(name: str, config: PreTrainedConfig) -> None:
@@ -36,7 +27,7 @@ def check_routers(name: str, config: PreTrainedConfig) -> None:
     Raises:
         ConfigError: ``output_router_logits`` is true, and a weight of such a loss is not zero.
     """
-    fields = list(_fields(config))
+    fields = [field for part in nested_configs(config) for field in vars(part).items()]
     if not any(field == "output_router_logits" and value is True for field, value in fields):
         return
     weight = next(((field, value) for field, value in fields if _WEIGHT.fullmatch(field) and value), None)

@@ -32,8 +32,9 @@ from transformers import PreTrainedConfig
 from ..disk import remembered
 from ..errors import ConfigError
 from ..log import warn_once
-from .adapters import is_peft_model
-from .agreement import TOLERANCES, WAYS, Agreement, compare, device_of, in_words, outcome
+from .adapters import without_adapter
+from .agreement import TOLERANCES, WAYS, Agreement, compare, in_words, outcome
+from .families import device_of
 from .groups import PER_TOKEN_FIELDS, PromptGroup
 from .shallow import module_classes, shallow_copy
 from .states import looks_ahead, plain_states
@@ -85,7 +86,7 @@ def chosen_way(model: nn.Module, groups: Sequence[PromptGroup]) -> str:
     Raises:
         ConfigError: no way says what the model says of each sequence alone.
     """
-    inner = model.base_model.model if is_peft_model(model) else model
+    inner = without_adapter(model)
     fields = frozenset(name for group in groups for name in group.images)
     answers = _ANSWERS.setdefault(inner, {})
     for seen, answer in answers.items():

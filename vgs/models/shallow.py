@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import PREFIX
+from .families import nested_configs
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _outline(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> nn
 
 
 def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
-    for part in _parts(config):
+    for part in nested_configs(config):
         part._attn_implementation, part.dtype = attention, torch.float32
     with torch.device("meta"):
         return model_class(config)
@@ -125,14 +125,6 @@ def _shake(model: nn.Module, device: torch.device) -> None:
         parameter.normal_(std=scale, generator=generator)
 
 
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and all configs in it."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
-
-
 def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with short windows and few text layers, see the module.
 
@@ -142,10 +134,6 @@ def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for part in _parts(config):
-        implementation = getattr(part, "_attn_implementation", None)
-        if isinstance(implementation, str):
-            part._attn_implementation = implementation.removeprefix(PREFIX)
     text = config.get_text_config()
     for name, most in LENGTHS.items():
         value = getattr(text, name, None)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .adapters import is_peft_model
-from .families import backbone
+from .adapters import without_adapter
+from .families import backbone, device_of
 from .groups import PER_TOKEN_FIELDS, PromptGroup, response_lengths
 from .heads import output_layer
 from .padding import PaddedView, pad_groups
@@ -62,7 +62,7 @@ def _equal(states: Tensor, others: Tensor) -> bool:
 
 def _entering_states(model: nn.Module, **inputs: Any) -> Tensor:
     """The input of the head in the model's own forward, with a head that makes one column of zeros."""
-    owner = model.base_model.model if is_peft_model(model) else model
+    owner = without_adapter(model)
     head, entered = output_layer(model), []
 
     def no_logits(states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -134,7 +134,7 @@ def plain_states(model: nn.Module, groups: Sequence[PromptGroup]) -> tuple[Tenso
     Returns:
         ([N, D] multimodal, [N, D] text-only); order: group, response, token.
     """
-    device, views = model.get_input_embeddings().weight.device, []
+    device, views = device_of(model), []
     for with_image in (True, False):
         rows = []
         for group in groups:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from .agreement import in_words
 from .self_check import check_groups, examine
 from .survey_models import SURVEYED, picture_groups, text_groups, tiny_config
 from .survey_tables import REASONS
@@ -74,11 +75,11 @@ def survey_family(family: str) -> Entry:
             groups = picture_groups(family, model_class, config)
             entry = replace(entry, picture=True)
         except Exception as error:  # whatever a family's code raises
-            groups, details = text_groups(), [_short(error)]
+            groups, details = text_groups(), [in_words(error)]
             entry = replace(entry, unseen=_plain(details[0]))
         found = examine(model_class, config, check_groups(groups), torch.device("cpu"))
     except Exception as error:
-        return replace(entry, why=REASONS.get(family) or _plain(_short(error)), details=_short(error))
+        return replace(entry, why=REASONS.get(family) or _plain(in_words(error)), details=in_words(error))
     if found.error:
         why = REASONS.get(family) or _plain(found.error)
         return replace(entry, why=why, details="; ".join([*details, found.error]))
@@ -113,10 +114,6 @@ def _plain(message: str) -> str:
         if found := re.search(pattern, message):
             return found.expand(words)
     return message
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _child(family: str, answer: Connection) -> None:

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .families import backbone
+from .families import backbone, nested_configs
 from .groups import PER_TOKEN_FIELDS, PromptGroup
 from .image_fields import IMAGE_FIELDS
 from .shallow import shallow_config, shallow_copy
@@ -87,7 +87,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     config = shallow_config(CONFIG_MAPPING[family](**GIVEN.get(family, {})))
     text = config.get_text_config()
     numbers = iter(range(4, FIRST_WORD))
-    for part in list(_parts(config)):
+    for part in list(nested_configs(config)):
         _shrink(part, is_text=part is text)
         _mark(part, numbers)
     for part in {id(x): x for x in (config, text)}.values():
@@ -96,13 +96,6 @@ def tiny_config(family: str) -> PreTrainedConfig:
         *path, field = name.split(".")
         setattr(reduce(getattr, path, config), field, value)
     return config
-
-
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
 
 
 def _shrink(part: PreTrainedConfig, is_text: bool) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.messages import prompt_images
 from ..errors import ConfigError
-from ..models.families import placeholder_ids
+from ..models.families import device_of, placeholder_ids
 from ..models.heads import read_head
 from ..models.states import final_states
 from ..objectives.definitions import Preset
@@ -141,7 +141,7 @@ def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
     """
     if any(isinstance(x, DTensor) or hasattr(x, "ds_status") or x.is_meta for x in model.parameters()):
         return
-    inputs = {"input_ids": ids[None].to(model.get_input_embeddings().weight.device)}
+    inputs = {"input_ids": ids[None].to(device_of(model))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     training = model.training
     model.eval()

@@ -126,19 +126,6 @@ def _granite4_vision(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     )
 
 
-def _granite4_processor(tokenizer: Any) -> ProcessorMixin:
-    size, crop = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
-    images = hf.LlavaNextImageProcessor(size=size, crop_size=crop, image_grid_pinpoints=PINPOINTS)
-    return hf.Granite4VisionProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        downsample_rate="1/2",
-        chat_template=tokenizer.chat_template,
-    )
-
-
 def _deepseek_vl(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     return hf.DeepseekVLConfig(
         text_config=hf.LlamaConfig(**text, tie_word_embeddings=tie),
@@ -146,12 +133,6 @@ def _deepseek_vl(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
         image_token_id=ids["<image_placeholder>"],
         tie_word_embeddings=tie,
     )
-
-
-def _deepseek_processor(tokenizer: Any) -> ProcessorMixin:
-    images = hf.DeepseekVLImageProcessor(**square())
-    tokens = (SIDE // PATCH) ** 2
-    return hf.DeepseekVLProcessor(images, tokenizer, tokenizer.chat_template, num_image_tokens=tokens)
 
 
 def _janus(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
@@ -171,23 +152,27 @@ def _janus(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
     )
 
 
-def _janus_processor(tokenizer: Any) -> ProcessorMixin:
-    images = hf.JanusImageProcessor(**square())
-    tokens = (SIDE // PATCH) ** 2
-    return hf.JanusProcessor(images, tokenizer, tokenizer.chat_template, num_image_tokens=tokens)
+def _pinpoint_processor(name: str, **options: Any) -> Callable[[Any], ProcessorMixin]:
+    """Pictures as a whole and in tiles, on one of ``PINPOINTS``."""
+
+    def build(tokenizer: Any) -> ProcessorMixin:
+        size, crop = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
+        images = hf.LlavaNextImageProcessor(size=size, crop_size=crop, image_grid_pinpoints=PINPOINTS)
+        template = tokenizer.chat_template
+        return getattr(hf, name)(images, tokenizer, patch_size=PATCH, chat_template=template, **options)
+
+    return build
 
 
-def _llava_next_processor(tokenizer: Any) -> ProcessorMixin:
-    size, crop = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
-    images = hf.LlavaNextImageProcessor(size=size, crop_size=crop, image_grid_pinpoints=PINPOINTS)
-    return hf.LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    )
+def _square_processor(family: str) -> Callable[[Any], ProcessorMixin]:
+    """Pictures of one size, with as many tokens as they have patches."""
+
+    def build(tokenizer: Any) -> ProcessorMixin:
+        images = getattr(hf, f"{family}ImageProcessor")(**square())
+        tokens = (SIDE // PATCH) ** 2
+        return getattr(hf, f"{family}Processor")(images, tokenizer, tokenizer.chat_template, num_image_tokens=tokens)
+
+    return build
 
 
 def _llava_onevision(text: Options, ids: Ids, tie: bool) -> PreTrainedConfig:
@@ -218,10 +203,18 @@ RECIPES = {
     "mistral3": Recipe(partial(_mistral3, _mistral_text), _pixtral_processor(2)),
     "ministral3": Recipe(partial(_mistral3, _ministral3_text), _pixtral_processor(2)),
     "mistral4": Recipe(partial(_mistral3, _mistral4_text), _pixtral_processor(2)),
-    "granite4_vision": Recipe(_granite4_vision, _granite4_processor),
-    "deepseek_vl": Recipe(_deepseek_vl, _deepseek_processor),
-    "janus": Recipe(_janus, _janus_processor),
-    "llava_next": Recipe(_llava_next, _llava_next_processor),
+    "granite4_vision": Recipe(
+        _granite4_vision,
+        _pinpoint_processor("Granite4VisionProcessor", vision_feature_select_strategy="full", downsample_rate="1/2"),
+    ),
+    "deepseek_vl": Recipe(_deepseek_vl, _square_processor("DeepseekVL")),
+    "janus": Recipe(_janus, _square_processor("Janus")),
+    "llava_next": Recipe(
+        _llava_next,
+        _pinpoint_processor(
+            "LlavaNextProcessor", vision_feature_select_strategy="default", num_additional_image_tokens=1
+        ),
+    ),
     "llava_onevision": Recipe(_llava_onevision, _llava_onevision_processor),
 }
 _DEEPSEEK = Speech(
