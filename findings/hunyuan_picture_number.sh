@@ -3,8 +3,7 @@
 #
 # transformers 5.24.0, models/hunyuan_vl/modeling_hunyuan_vl.py, HunYuanVLModel.get_rope_index: image_index is set to 0
 # before the loop over the batch and counts on from row to row; 2026-11-29.
-# Expected: two equal rows of a batch have equal positions and equal states ("`image_index` is the ordinal of the
-#   image/frame in the input sequence, so all visual tokens from the first image get `0`").
+# Expected: pictures are numbered within their own sequence: two equal rows of a batch have equal positions and states.
 # What happens: the picture of the second row has number 1, that of the eighth 7; no error. Trained or scored in a
 #   batch, a sequence is another one than alone.
 # Output seen: numbers of the pictures in 4 equal rows: [0, 1, 2, 3]
