@@ -15,6 +15,7 @@ _EXPORTS = {
     "PromptGroup": "models.groups",
     "encode_groups": "data.prompts",
     "anchor_group": "data.prompts",
+    "respond": "evaluation.sampling",
     "placeholder_ids": "models.families",
     "response_lengths": "models.groups",
     "trajectory_ids": "models.groups",
@@ -39,9 +40,11 @@ _EXPORTS = {
     "VGSGRPOTrainer": "trainers.grpo",
     "ConfigError": "errors",
     # data and evaluation
+    "DataSource": "data.sources",
     "load_samples": "data.sources",
     "answers_match": "data.answers",
     "score_responses": "evaluation.token_terms",
+    "describe_responses": "evaluation.token_terms",
     "evaluate_accuracy": "evaluation.accuracy",
 }
 __all__ = list(_EXPORTS)

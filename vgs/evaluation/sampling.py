@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
@@ -17,6 +18,7 @@ from ..data.prompts import encode_prompts
 from ..data.responses import cut_responses
 from ..models.families import placeholder_ids
 from ..models.tokenizers import tokenizer_of
+from ..models.wrappers import is_sharded, run_inside, unwrap
 
 #: Field of the trainers' settings -> field of ``Sampling``.
 SETTINGS = {
@@ -125,6 +127,12 @@ def own_generation_config(model: nn.Module) -> Iterator[None]:
             holder.generation_config = config
 
 
+def _generate(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> tuple[None, Tensor]:
+    """A task of ``run_inside``: transformers runs the vision tower before the model's forward, so that FSDP2 has
+    gathered the parameters around it only inside one."""
+    return None, model.generate(**inputs, **options)
+
+
 @torch.no_grad()
 def sample_responses(
     model: nn.Module,
@@ -151,7 +159,7 @@ def sample_responses(
     Raises:
         ConfigError: a sample that cannot be encoded; its number is named.
     """
-    tokenizer, responses = tokenizer_of(processor), []
+    tokenizer, responses, sharded = tokenizer_of(processor), [], is_sharded(model)
     config, forbidden = sampling.generation_config(model, tokenizer), placeholder_ids(model.config)
     was_training = model.training
     model.eval()
@@ -160,11 +168,49 @@ def sample_responses(
             batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
             ids, mask, fields = encode_prompts(processor, batch, forbidden, first=start, **sampling.template_options)
             inputs = {"input_ids": ids, "attention_mask": mask, **fields}
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            task = partial(_generate, model, inputs, generation_config=config, synced_gpus=sharded or None)
             with own_generation_config(model):
-                output = model.generate(
-                    **{name: value.to(model.device) for name, value in inputs.items()}, generation_config=config
-                )
+                _, output = run_inside(model, task) if sharded else task()
             responses += cut_responses(output[:, ids.shape[1] :], config.eos_token_id)
     finally:
         model.train(was_training)
     return responses
+
+
+def respond(
+    student: nn.Module,
+    processor: Any,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    num_generations: int = 1,
+    batch_size: int = 8,
+    **settings: Any,
+) -> list[list[list[int]]]:
+    """The student's own responses, as ``vgs_step`` takes them: sampled, with placeholders of pictures forbidden.
+
+    Each response has at least one token. So where all calls of an optimizer step, on all ranks, have equally many
+    samples, the mean over the calls' losses is the loss of them all, and ``vgs_step`` needs no ``num_items``.
+
+    Args:
+        student: as the loop holds it, see ``vgs_step``; samples in eval mode and is left in the mode it came in. Where
+            it is sharded (FSDP2, ZeRO-3), all ranks call with equally many samples.
+        processor: its processor.
+        samples: B dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images).
+        num_generations: responses to each sample, G.
+        batch_size: prompts per generation.
+        **settings: of ``Sampling``, such as ``max_new_tokens=512``; ``greedy`` is False if left out.
+
+    Returns:
+        For each sample its G responses, each the token ids up to and including the end token.
+
+    Raises:
+        ValueError: ``num_generations`` below 1.
+        ConfigError: a sample that cannot be encoded; its number is named.
+    """
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}.")
+    asked = [sample for sample in samples for _ in range(num_generations)]
+    sampling = Sampling(**{"greedy": False, **settings})
+    found = sample_responses(unwrap(student), processor, asked, sampling, batch_size=batch_size, progress=False)
+    return [found[first : first + num_generations] for first in range(0, len(found), num_generations)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 #: Under these names a wrapper holds the model: DDP and DeepSpeed; FSDP1; torch.compile.
 HELD = ("module", "_fsdp_wrapped_module", "_orig_mod")
@@ -22,6 +23,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     while held := [model._modules[name] for name in HELD if name in model._modules]:
         model = held[0]
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are gathered layer by layer (FSDP2, ZeRO-3), so that every rank must run the same forwards.
+
+    Args:
+        model: an unwrapped model.
+    """
+    return any(isinstance(x, DTensor) or hasattr(x, "ds_status") for x in model.parameters())
 
 
 def run_inside(wrapper: nn.Module, task: Callable[[], tuple[Tensor | None, Any]]) -> tuple[Tensor | None, Any]:
