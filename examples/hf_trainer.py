@@ -25,7 +25,7 @@ class SteeredTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         samples = inputs["samples"]
         responses = respond(model, processor, samples, max_new_tokens=options.max_new_tokens)
-        # Without labels, the host divides by the micro-batches of a step; of equal size, their mean is that of them all.
+        # Without labels the host takes the mean over micro-batches: of equal size, that is the mean over all responses.
         output = vgs_step(model, teacher, processor, samples, responses, "vgs")
         return (output.loss, output) if return_outputs else output.loss
 

@@ -1,4 +1,4 @@
-"""What a model's own answers take from the picture: per-token terms as a metric, without a teacher and without training.
+"""What a model's own answers take from the picture: per-token terms as a metric, without teacher and training.
 
 python examples/metrics.py --model Qwen/Qwen3-VL-2B-Instruct --data questions.jsonl
 """

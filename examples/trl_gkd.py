@@ -25,7 +25,7 @@ class Options:
 
 class SteeredGKD(GKDTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        samples = inputs["samples"]  # below as in the host, but that it asks the models without pictures
+        samples = inputs["samples"]  # the choice below is the host's, which then generates without pictures
         on_policy = random.random() <= self.lmbda
         if on_policy or self.seq_kd:
             sampling = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.temperature}
@@ -42,9 +42,7 @@ class SteeredGKD(GKDTrainer):
 
 parser = HfArgumentParser((Options, GKDConfig))
 parser.set_defaults(output_dir="runs/trl_gkd", bf16=torch.cuda.is_available(), logging_steps=1)
-parser.set_defaults(
-    dataloader_drop_last=True
-)  # micro-batches of equal size: the mean of their means is that of them all
+parser.set_defaults(dataloader_drop_last=True)  # micro-batches of equal size: the mean of means is the mean of all
 options, arguments = parser.parse_args_into_dataclasses()
 processor = AutoProcessor.from_pretrained(options.student)
 questions = load_samples(DataSource(options.data))

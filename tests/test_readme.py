@@ -34,7 +34,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "questions.jsonl").write_text(line * 4)
     (config,) = [block.text for block in all_blocks("yaml") if block.page == "README.md"]
     (folder / "my.yaml").write_text(config)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 

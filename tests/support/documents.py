@@ -15,7 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+FOLDERS = [ROOT, *(ROOT / name for name in ("docs", "benchmarks", "examples"))]
+PAGES = [path for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 #: Words that stand for something, and what a test puts there.
 PLACEHOLDERS = {
@@ -136,6 +137,8 @@ def _accelerate(words: Sequence[str]) -> str | None:
     options = launch_command_parser().parse_args(words[1:])
     if options.config_file and not Path(options.config_file).exists():
         return f"no file {options.config_file}"
+    if not options.module and options.training_script.startswith("examples/"):
+        return _python([options.training_script])
     if (options.module, options.training_script) != (True, "vgs.cli"):
         return f"starts {options.training_script}, expected -m vgs.cli"
     return _vgs(options.training_script_args)

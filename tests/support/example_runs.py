@@ -30,10 +30,16 @@ PLAIN = ["--optim", "sgd", "--lr_scheduler_type", "constant", "--max_grad_norm",
 PLAIN += ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
 
 
-def make_workplace(folder: Path) -> Path:
-    """A folder with both models, eight questions about pictures, and the project's configs and examples."""
-    for name in (STUDENT, TEACHER):
-        real_checkpoint("qwen3_vl", folder / name, teacher=name == TEACHER)
+def make_workplace(folder: Path, family: str = "qwen3_vl", names: tuple[str, str] = (STUDENT, TEACHER)) -> Path:
+    """A folder with both models, eight questions about pictures, and the project's configs and examples.
+
+    Args:
+        folder: where.
+        family: of both models, see ``real_checkpoint``.
+        names: of student and teacher.
+    """
+    for name in names:
+        real_checkpoint(family, folder / name, teacher=name == names[1])
     pictures = photos(folder / "photos")
     rows = [
         {"question": QUESTIONS[i % 3], "images": [f"photos/{pictures[i % 4].name}"], "answer": "seven"}
