@@ -30,6 +30,12 @@ def test_accumulated_steps_of_a_host_are_steps_on_the_whole_batch(name: str, ins
     assert (inside / "runs" / Path(name).stem / "processor_config.json").exists()
 
 
+def test_gkd_mixes_its_own_answers_with_those_of_the_data(inside: Path, recorder: Recorder) -> None:
+    tokenizer = run_example("trl_gkd.py", *LENGTH["trl_gkd.py"], *TRAIN)["processor"].tokenizer
+    given = [[tokenizer("seven" + tokenizer.eos_token, add_special_tokens=False).input_ids]] * 2
+    assert {responses == given for _, responses in recorder.calls} == {True, False}
+
+
 def test_accelerate_accumulates(inside: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
     words = ["--batch_size", "2", "--accumulate", "2", "--learning_rate", str(RATE), "--max_new_tokens", "5"]
