@@ -14,6 +14,8 @@ import torch
 from documents import ROOT, blocks, commands
 from example_runs import EXAMPLES, OBJECTIVE, PLAIN, fresh, make_workplace, run_example
 from launch import SUPPORT
+from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as PATCHES
+from real_checkpoints import REAL_FAMILIES
 from transformers import AutoProcessor
 
 from vgs import vgs_step
@@ -27,6 +29,9 @@ SMALL = {
     "trl_gkd.py": ["--max_new_tokens", "4", "--max_steps", "1", *PLAIN],
     "trl_distillation.py": ["--max_completion_length", "4", "--max_steps", "1", *PLAIN],
 }
+#: What is measured of the table of Liger's families: Gemma 4 takes too long.
+KNOWN = ("qwen3_5", "glm4v", "internvl", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v_moe")
+KNOWN += ("llava", "qwen3_vl_moe", "qwen3_5_moe")
 SCRIPTS = [words[1:] for words in COMMANDS if words[0] == "python" and words[1] != "examples/liger.py"]
 
 
@@ -88,12 +93,20 @@ def interpreted(script: str, *words: str, folder: Path) -> str:
     return done.stdout
 
 
+def said(found: str | dict) -> str:
+    """What the page calls a measurement."""
+    if isinstance(found, str):
+        return "not known" if "active drivers" in found else "does not"  # a kernel that asks which GPU there is
+    return "works" if found["layers"] and found["error"] < 1e-3 else "does not"
+
+
 @pytest.mark.slow
 def test_the_liger_families_of_the_page_are_those_that_work(tmp_path: Path) -> None:
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (works|does not) \|", PAGE.partition("## Liger")[2])
-    measured = json.loads(interpreted("liger_families.py", str(tmp_path), folder=tmp_path))
-    right = {name: isinstance(x, dict) and x["error"] < 1e-3 and bool(x["layers"]) for name, x in measured.items()}
-    assert dict(rows) == {name: "works" if good else "does not" for name, good in right.items()}, measured
+    rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (works|does not|not known) \|", PAGE.partition("## Liger")[2]))
+    lines = interpreted("liger_families.py", str(tmp_path), *KNOWN, folder=tmp_path).splitlines()
+    measured = {name: found for line in lines for name, found in json.loads(line).items()}
+    assert {name: said(found) for name, found in measured.items()} == {name: rows[name] for name in KNOWN}, measured
+    assert {name for name in PATCHES if name in REAL_FAMILIES} == rows.keys()
 
 
 @pytest.mark.slow
