@@ -151,10 +151,11 @@ def command(
         line += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     line += ["--tasks", task, "--include_path", str(TASKS), "--batch_size", str(batch_size)]
     line += ["--gen_kwargs", ",".join(f"{name}={value}" for name, value in generation.items())]
-    line += ["--repeats", str(repeats), "--seed", str(settings.seed), "--output_path", str(out), "--log_samples"]
+    line += ["--repeats", str(repeats), "--seed", str(settings.seed), "--output_path", str(out)]
     # Scoring in the main thread keeps math-verify's time limits; our own extraction reads the reasoning tags.
     line += ["--process_docs_parallel", "1", "--reasoning_tags", "none"]
-    return line if settings.limit is None else [*line, "--limit", str(settings.limit)]
+    line += [] if settings.limit is None else ["--limit", str(settings.limit)]
+    return [*line, "--log_samples"]
 
 
 def follow(line: Sequence[str], log: Path, variables: Mapping[str, str]) -> int:
