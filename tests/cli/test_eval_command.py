@@ -186,7 +186,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     arguments = ["eval", str(run_folder), "--benchmarks", "paper", "--lmms-eval"]
     assert cli.main([*arguments, fake("swallowed")]) == 1
     log = run_folder / "eval/model/greedy/mathvision.failed.txt"
-    expected = f"vgs: error: lmms-eval failed on mathvision (exit status 0): no such dataset.; see {log}"
+    expected = f"vgs: error: lmms-eval failed on mathvision (exit status 0): no such dataset; see {log}"
     assert capfd.readouterr().err.strip().splitlines()[-1] == expected
     assert len(fake.calls()) == 6 and log.is_file()
     assert cli.main([*arguments, fake()]) == 0

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-collect_ignore_glob = [] if importlib.util.find_spec("lmms_eval") else ["test_*.py"]
-HOME = tempfile.TemporaryDirectory(prefix="vgs-eval-")
-os.environ |= {"HF_HOME": HOME.name, "HF_HUB_OFFLINE": "1"}
+collect_ignore_glob = ["test_*.py"]
+if importlib.util.find_spec("lmms_eval"):
+    collect_ignore_glob = []
+    HOME = tempfile.TemporaryDirectory(prefix="vgs-eval-")
+    os.environ |= {"HF_HOME": HOME.name, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -87,5 +87,5 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
     last = capfd.readouterr().err.strip().splitlines()[-1]
     log = broken / "eval/model/greedy/logicvista.failed.txt"
     assert last.startswith("vgs: error: lmms-eval failed on logicvista (exit status ")
-    assert "no such model" in last and last.endswith(f"see {log}")
+    assert "Unrecognized processing class" in last and last.endswith(f"see {log}")
     assert log.is_file() and not (log.parent / "logicvista").exists()

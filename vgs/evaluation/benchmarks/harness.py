@@ -197,7 +197,7 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if re.search(r"Error during evaluation: |^[\w.]*(Error|Exception)\b", line)]
     said = (errors or lines or ["nothing"])[-1]
-    return said.partition("Error during evaluation: ")[2].partition(" Please set `--verbosity")[0] or said
+    return (said.partition("Error during evaluation: ")[2].partition(" Please set `--verbosity")[0] or said).rstrip(".")
 
 
 def run_task(line: Sequence[str], written: Path, folder: Path, settings_file: Path) -> None:
