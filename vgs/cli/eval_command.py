@@ -77,7 +77,7 @@ def add_options(command: argparse.ArgumentParser, count: Callable[[str], int]) -
     group.add_argument("--temperature", type=_positive, help="of the sampled responses (the run's, else 1)")
     group.add_argument("--seed", type=_whole, help="of sampling (0)")
     group.add_argument("--limit", type=count, help="ask the first so many questions of each benchmark: a trial")
-    group.add_argument("--overwrite", action="store_true", help="delete results of other settings in the folder")
+    group.add_argument("--overwrite", action="store_true", help="delete what is in the folder of results")
     command.set_defaults(**DEFAULTS)
 
 
