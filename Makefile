@@ -4,6 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
+EVAL := .venv-eval
 RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
@@ -16,7 +17,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -34,6 +35,11 @@ gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, withi
 
 test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 	CONSTRAINTS=constraints-oldest.txt OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
+
+lmms-eval: $(EVAL)/installed  # what `vgs eval RUN --benchmarks paper` runs in
+
+test-eval: $(EVAL)/installed  # the benchmarks' tasks in lmms-eval itself
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q --confcutdir tests/evaluation/lmms tests/evaluation/lmms
 
 mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
@@ -75,5 +81,12 @@ $(OLDEST)/installed: setup.py constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+# lmms-eval's own requirements would take math-verify 0.1.0 and a filelock that it cannot import: ours are pinned.
+$(EVAL)/installed: setup.py requirements-eval.txt
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt
+	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3 -e .
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) runs build *.egg-info
+	rm -rf .venv $(OLDEST) $(EVAL) runs build *.egg-info

@@ -27,6 +27,7 @@ TRAIN = [
 VLLM = ["vllm>=0.22,<0.31"]  # what TRL 1.14 to 1.16 take; it brings a torch of its own
 QUANT = ["bitsandbytes>=0.46.1"]  # load_in_8bit; as transformers
 MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
+EVAL = ["scipy"]  # vgs eval --benchmarks: intervals and tests; lmms-eval itself has an environment of its own
 DEMO = ["scikit-learn", "scipy", "matplotlib"]
 # num2words: SmolVLM's processor is not built without it.
 DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "num2words"]
@@ -40,6 +41,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
+    package_data={"vgs.evaluation.benchmarks": ["tasks/*"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "core": CORE,
@@ -48,7 +50,11 @@ setup(
         "quant": QUANT,
         "math": MATH,
         "demo": TRAIN + DEMO,
+        "eval": TRAIN + EVAL,
         "dev": TRAIN + QUANT + MATH + DEMO + DEV,
     },
-    entry_points={"console_scripts": ["vgs=vgs.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vgs=vgs.cli.main:main"],
+        "lmms_eval.models": ["vgs=vgs.evaluation.benchmarks.registration:manifest"],
+    },
 )

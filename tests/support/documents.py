@@ -120,7 +120,7 @@ def _vgs(words: Sequence[str]) -> str | None:
                 raise ValueError(errors.getvalue().strip().splitlines()[-1])
             return
         options, rest = parser.parse_known_args(words)
-        if hasattr(options, "config"):
+        if hasattr(options, "config") and getattr(options, "benchmarks", None) is None:
             load_config(options.config, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..digits.studies import STUDIES
 from ..errors import ConfigError
 from ..log import log_to_stderr
+from . import eval_command
 from .config import load_config
 from .output import check_file, check_folder
 from .runs import evaluate, train
@@ -88,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--allow-changes", action="store_true", help="resume with other settings or data")
     command.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds")
 
-    command = with_config("eval", "greedy accuracy of a model")
-    command.add_argument("--model", help="evaluate this model instead of the config's student")
-    command.add_argument("--batch-size", type=_count, default=8)
-    command.add_argument("--out", type=Path, help="write the result to this JSON file")
+    command = commands.add_parser(
+        "eval", help=eval_command.ABOUT[0], description=f"{eval_command.ABOUT[1]} {OVERRIDES}", allow_abbrev=False
+    )
+    eval_command.add_options(command, _count)
 
     command = with_config("plan", "predicted memory of a training run, by part")
     command.add_argument("--gpu-memory", type=_memory, metavar="GiB", help="memory of one GPU (this machine's, if any)")
@@ -151,6 +152,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_file(options.out)
         write_config(options)
         return 0
+    if options.command == "eval" and options.benchmarks is not None:
+        return eval_command.run(options, overrides)
+    if options.command == "eval":
+        eval_command.check_unused(options)
     check_file(getattr(options, "out", None))
     config = load_config(options.config, overrides)
     if options.command == "train":
@@ -187,8 +192,8 @@ def _train(config: Mapping[str, object], options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``vgs`` command; returns the exit status: 0, 2 where ``check`` has found errors, or 128 plus a
-    signal's number where ``vgs train`` was stopped by one and has saved a checkpoint.
+    """Entry point of the ``vgs`` command; returns the exit status: 0, 1 where lmms-eval has failed, 2 where ``check``
+    has found errors, or 128 plus a signal's number where ``vgs train`` was stopped by one and has saved a checkpoint.
 
     Args:
         arguments: of the command line; None: this process's.
