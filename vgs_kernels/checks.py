@@ -4,49 +4,88 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from .heads import Head
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> Tensor:
-    """Check a floating tensor's rank, sizes (None: any), and, against ``like``, its dtype and device."""
+    """Check a floating tensor's rank, sizes (None: any), and, against ``like``, its device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
         raise TypeError(f"{name} is a DTensor; gather it once and pass a plain tensor ({name}.full_tensor()).")
-    expected = tuple("*" if size is None else size for size in shape)
     if value.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
-        shown = str(expected).replace("'", "")
+        shown = str(tuple("*" if size is None else size for size in shape)).replace("'", "")
         raise ValueError(f"{name} must have shape {shown}, got {tuple(value.shape)}.")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
     if like is not None:
         device(name, value, like)
-        if compute_dtype(value) != compute_dtype(like):
-            raise TypeError(f"{name} must have dtype {like.dtype} like the student's, got {value.dtype}.")
     return value
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in: autocast's where it is on, which leaves float64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+def states(name: str, value: Tensor, like: Tensor | None = None, columns: int | None = None) -> Tensor:
+    """Check hidden states or logits [..., D] with the leading dimensions of ``like``; returns them as [N, D]."""
+    if like is None:
+        dims = value.dim() if isinstance(value, Tensor) else 2
+        if dims < 2:
+            raise ValueError(f"{name} must have shape (..., D), got {tuple(value.shape)}.")
+        return tensor(name, value, (None,) * dims).flatten(0, -2)
+    return tensor(name, value, (*like.shape[:-1], columns), like).flatten(0, -2)
+
+
+def columns(logits: dict[str, Tensor]) -> dict[str, int]:
+    """The columns of logits [N, V] by name, at least one each."""
+    for name, value in logits.items():
+        if value.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one column, got shape {tuple(value.shape)}.")
+    return {name: value.shape[1] for name, value in logits.items()}
+
+
+def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{name} must be a non-empty sequence of {of}, got {type(value).__name__}.")
+    return value
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts a linear layer's inputs to; it leaves float64 alone."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return None
 
 
-def head(name: str, value: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor, *, shard: bool = False) -> None:
-    """Check a head's weight [V, D] and bias [V] against hidden states [N, D]. Only a shard may have no column."""
-    if isinstance(value, Tensor) and value.numel() == 0 and not shard:
+def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, **loose: Any) -> Head:
+    """Check a head against hidden states [..., D]; ``loose`` fields come with a bare weight [V, D] alone.
+
+    Only a shard may have no column.
+    """
+    if isinstance(given, Head):
+        if clash := [field for field, value in loose.items() if value != getattr(Head, field)]:
+            raise ValueError(f"{name} is a Head, which has a {clash[0]} of its own, got another.")
+        value = given
+    else:
+        value = Head(given, **loose)
+    weight = value.weight
+    if isinstance(weight, Tensor) and weight.numel() == 0 and not shard:
         raise ValueError(
-            f"{name} is empty, got shape {tuple(value.shape)}; expected (V, {hidden.shape[1]}). "
+            f"{name} is empty, got shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}). "
             "A head sharded by ZeRO-3 must be gathered before the call."
         )
-    tensor(name, value, (None, hidden.shape[1]), like=hidden)
-    if bias is not None:
-        tensor(bias_name, bias, (value.shape[0],), like=hidden)
+    tensor(name, weight, (None, hidden.shape[-1]), like=hidden)
+    prefix = name.removesuffix("weight")
+    if value.bias is not None:
+        tensor(f"{prefix}bias", value.bias, (weight.shape[0],), like=hidden)
+    number(f"{prefix}softcap", value.softcap, positive=True, optional=True)
+    number(f"{prefix}logit_scale", value.scale, positive=True)
+    return value
 
 
 def device(name: str, value: Tensor, like: Tensor) -> None:
@@ -55,19 +94,27 @@ def device(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def per_token(name: str, value: Tensor | None, like: Tensor, *, integer: bool = False) -> Tensor | None:
-    """Check an optional [N] vector: floating, or int64."""
+    """Check an optional tensor with one entry a token, floating or int64, of ``like`` [..., D]; returns [N]."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}.")
-    if tuple(value.shape) != (len(like),):
-        raise ValueError(f"{name} must have shape ({len(like)},), one entry a token, got {tuple(value.shape)}.")
+    if value.shape != like.shape[:-1]:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape[:-1])}, one entry a token, got {tuple(value.shape)}."
+        )
     if integer and value.dtype != torch.int64:
         raise TypeError(f"{name} must be of dtype torch.int64, got {value.dtype}.")
     if not integer and value.dtype not in FLOATS:
         raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
     device(name, value, like)
-    return value.detach()
+    return value.detach().reshape(-1)
+
+
+def index(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+    return value
 
 
 def number(name: str, value: float | None, *, positive: bool = False, optional: bool = False) -> float | None:
@@ -129,42 +176,48 @@ def process_group(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(value).__name__}.")
 
 
-def ids_in_vocabulary(name: str, ids: Tensor | None, vocab: int | None) -> None:
-    """On a CPU, where looking costs nothing; elsewhere an id outside the vocabulary has log-probability -inf."""
-    if (
-        ids is not None
-        and vocab is not None
-        and ids.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and ids.numel()
-    ):
-        low, high = int(ids.min()), int(ids.max())
+def readable(x: Tensor) -> bool:
+    """Whether looking at a tensor costs nothing: it is on a CPU, holds numbers, and nobody compiles."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def ids_in_vocabulary(name: str, ids: Tensor | None, ignored: Tensor | None, vocab: int | None) -> None:
+    """Where looking costs nothing; elsewhere an id outside the vocabulary has log-probability -inf."""
+    if ids is None or vocab is None or not readable(ids):
+        return
+    seen = ids if ignored is None else ids[~ignored]
+    if seen.numel():
+        low, high = int(seen.min()), int(seen.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"{name} must lie in [0, {vocab}), got values from {low} to {high}.")
 
 
-def backend(name: str, like: Tensor) -> str:
-    """Resolve "auto" and check that a backend can run on the tensor's device and dtype."""
+def backend(name: str, *tensors: Tensor) -> str:
+    """Resolve "auto" and check that a backend can run on the tensors' device and dtypes."""
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be one of auto, triton, torch, got {name!r}.")
-    if name == "torch" or (name == "auto" and (like.device.type != "cuda" or like.dtype == torch.float64)):
+    on, double = tensors[0].device, any(x.dtype == torch.float64 for x in tensors)
+    if name == "torch" or on.type == "meta" or (name == "auto" and (on.type != "cuda" or double)):
         return "torch"
     try:
-        from . import rows_triton
+        from .rows import rows_triton
     except ImportError as error:
         if name == "auto":
             return "torch"
         raise ValueError(f"backend='triton' needs the triton package: {error}.") from error
-    if like.dtype == torch.float64:
+    if name == "auto":
+        return "triton" if rows_triton.supports(on) else "torch"
+    if double:
         raise ValueError("backend='triton' has no float64, got torch.float64: use backend='torch'.")
-    if not rows_triton.supports(like.device):
-        raise ValueError(f"backend='triton' needs a CUDA or ROCm device (or TRITON_INTERPRET=1), got {like.device}.")
+    if not rows_triton.supports(on):
+        raise ValueError(
+            "backend='triton' needs a CUDA device of capability 8 or more, or a ROCm device (or TRITON_INTERPRET=1), "
+            f"got {on}."
+        )
     return "triton"
 
 
 def workspace(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"workspace_bytes must be an int, got {type(value).__name__}.")
-    if value <= 0:
+    if index("workspace_bytes", value) <= 0:
         raise ValueError(f"workspace_bytes must be > 0, got {value}.")
     return value

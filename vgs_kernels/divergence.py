@@ -97,13 +97,6 @@ class Divergence:
                 f"clip=None, got support={self.support!r} and clip={self.clip}."
             )
 
-    def values(self) -> tuple[str | float | int | bool | None, ...]:
-        """The fields in their order, as operators take them (``astuple`` cannot be traced before torch 2.12)."""
-        return (
-            *(self.divergence, self.beta, self.support, self.top_k, self.plausibility, self.clip, self.token_clip),
-            *(self.temperature, self.temperature_squared),
-        )
-
     @property
     def kind(self) -> str:
         """``divergence``, with the end points of the JSD as the KLs that they are."""

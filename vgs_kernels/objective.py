@@ -35,7 +35,6 @@ class VGSObjective:
         adaptive_quantile: the quantile Q_low of the adaptive schedule, in [0, ``vds_quantile``] (paper: 0.4).
         vds_scope: tokens over which the quantiles are taken: this ``"call"``, all data-parallel ``"ranks"``, or each
             ``"trajectory"``.
-        divergence: ``"reverse_kl"``, the only one of the paper's method.
 
     Raises:
         ValueError, TypeError: naming the setting, what came and what was expected.
@@ -50,7 +49,6 @@ class VGSObjective:
     schedule: str = "constant"
     adaptive_quantile: float = 0.4
     vds_scope: str = "call"
-    divergence: str = "reverse_kl"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -68,7 +66,7 @@ class VGSObjective:
             )
         if not isinstance(self.detach_prior, bool):
             raise TypeError(f"detach_prior must be a bool, got {type(self.detach_prior).__name__}.")
-        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES), ("divergence", ("reverse_kl",))):
+        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 

@@ -1,9 +1,9 @@
-"""The row backend in Triton, for CUDA and ROCm. See rows.py for the notation and rows_torch.py for the same in PyTorch.
+"""The rows in Triton, for CUDA and ROCm; rows_torch.py is the same in PyTorch, layout.py has the notation.
 
-Both sweeps stream a tile once. In the statistics sweep a program takes a stretch of one token's columns, and each
-thread keeps statistics of its own columns; they meet once, behind the last column, so that nothing waits for other
-warps on the way. A second, small kernel lets the stretches meet. In the gradient sweep a program takes one token and
-one column block.
+Both sweeps stream a tile once. In the statistics sweep a program takes a split of one token's columns (split-K), and
+each thread keeps an online softmax of its own columns; they are merged once, behind the last column, so that nothing
+waits for other warps on the way. A second, small kernel merges the splits. In the gradient sweep a program takes one
+token and one column block.
 
 Loads are 16 bytes wide whatever the vocabulary: they may reach into the ``readable`` columns behind the tile's end,
 whose values do not count. Where a column may be masked (MASKED), every sum follows the same rule as in PyTorch: where a
@@ -12,24 +12,32 @@ softmax weight is 0, the gap that it multiplies does not count. Elsewhere all nu
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
-from .triton_launch import (
+from .layout import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
+from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
-    MEETING_LANES,
+    MERGE_LANES,
+    NOTHING,
+    OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
+    anchored,
+    cap_slope,
+    exp,
+    lane_sum,
     row_arguments,
     statistics_launch,
     tile_columns,
+    transform,
     transform_arguments,
 )
-from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 
 @triton.jit
@@ -41,18 +49,18 @@ def _load(
 
 
 @triton.jit
-def _raise(maximum, raised, MASKED: tl.constexpr):
+def _rescale(maximum, higher, MASKED: tl.constexpr):
     """What a higher maximum means for sums so far: the new anchor, the anchor's shift, the sums' discount."""
-    anchor = anchored(raised, MASKED)
+    anchor = anchored(higher, MASKED)
     return anchor, anchored(maximum, MASKED) - anchor, exp(maximum - anchor)
 
 
 @triton.jit
 def _centre(x, maximum, MASKED: tl.constexpr):
     """Fold a block into the lanes' maxima: the new ones, the centred block, the anchors' shift, the sums' discount."""
-    raised = tl.maximum(maximum, tl.max(x, axis=1))
-    anchor, shift, discount = _raise(maximum, raised, MASKED)
-    return raised, x - anchor[:, None], shift, discount
+    higher = tl.maximum(maximum, tl.max(x, axis=1))
+    anchor, shift, discount = _rescale(maximum, higher, MASKED)
+    return higher, x - anchor[:, None], shift, discount
 
 
 @triton.jit
@@ -79,43 +87,38 @@ def _steered(a, t, w, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _meet_common(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
-    """Statistics [LANES] of s and t, each lane a block centred at its own anchors: join them and store them."""
+def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, MASKED: tl.constexpr):
+    """Statistics [LANES] of s and t, each lane a block centred at its own anchors: merge them and store them."""
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
-    _, s_shift, s_discount = _raise(s_max, s_top, MASKED)
-    _, t_shift, t_discount = _raise(t_max, t_top, MASKED)
+    _, s_shift, s_discount = _rescale(s_max, s_top, MASKED)
+    _, t_shift, t_discount = _rescale(t_max, t_top, MASKED)
     tl.store(pointer, s_top)
     tl.store(pointer + stride, tl.sum(s_sum * s_discount, axis=0))
     tl.store(pointer + 2 * stride, t_top)
     tl.store(pointer + 3 * stride, tl.sum(t_sum * t_discount, axis=0))
     tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
-    tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
     return s_shift, s_discount, t_shift, t_discount
 
 
 @triton.jit
-def _meet_pair(pointer, stride, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED: tl.constexpr):
-    """What a pair has more; the order of rows.PAIR_STATE."""
-    tl.store(pointer + 6 * stride, tl.sum(_kept(t_gap, t_sum, t_shift - s_shift, t_discount, MASKED), axis=0))
-
-
-@triton.jit
-def _meet_text(
-    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+def _merge_text(
+    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
     a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """What four rows have more than a pair; the order of rows.VGS_STATE."""
+    """What four rows have more than a pair; the order of layout.VGS_STATE."""
     a_top = tl.max(a_max, axis=0)
     w_top = tl.max(w_max, axis=0)
-    _, a_shift, a_discount = _raise(a_max, a_top, MASKED)
-    _, w_shift, w_discount = _raise(w_max, w_top, MASKED)
+    _, a_shift, a_discount = _rescale(a_max, a_top, MASKED)
+    _, w_shift, w_discount = _rescale(w_max, w_top, MASKED)
     q_max += a_shift + t_shift - w_shift
     q_top = tl.max(q_max, axis=0)
-    _, _, q_discount = _raise(q_max, q_top, MASKED)
+    _, _, q_discount = _rescale(q_max, q_top, MASKED)
     prior_gap = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount, MASKED)
     s_view_gap = _kept(s_view_gap, s_sum, s_shift - a_shift, s_discount, MASKED)
     t_view_gap = _kept(t_view_gap, t_sum, t_shift - w_shift, t_discount, MASKED)
+    gap = _kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED)
+    tl.store(pointer + 5 * stride, tl.sum(gap, axis=0))
     tl.store(pointer + 6 * stride, a_top)
     tl.store(pointer + 7 * stride, tl.sum(a_sum * a_discount, axis=0))
     tl.store(pointer + 8 * stride, w_top)
@@ -137,7 +140,7 @@ def statistics_kernel(
     FOUR: tl.constexpr, STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of ``n_blocks`` blocks of a token's columns, out [stretches, K, R]."""
+    """Statistics of ``n_blocks`` blocks of a token's columns, out [splits, K, R]."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -152,12 +155,10 @@ def statistics_kernel(
 
     zero = tl.zeros([LANES], tl.float32)
     lowest = zero + (float("-inf") if MASKED else NOTHING)
-    s_max, s_sum, t_max, t_sum, s_logit, s_gap = lowest, zero, lowest, zero, zero, zero
+    s_max, s_sum, t_max, t_sum, s_logit = lowest, zero, lowest, zero, zero
     if FOUR:
         a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
-        s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero
-    else:
-        t_gap = zero
+        s_gap, s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero, zero
 
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
@@ -168,8 +169,8 @@ def statistics_kernel(
         p_s = exp(s)
         p_t = exp(t)
         s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s, MASKED)
-        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
         if FOUR:
+            s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
             a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
             w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
             a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
@@ -187,48 +188,42 @@ def statistics_kernel(
             a_sum = a_sum * a_discount + lane_sum(p_a)
             w_sum = w_sum * w_discount + lane_sum(exp(w))
             q_sum = q_sum * q_discount + lane_sum(exp(q))
-        else:
-            t_gap = _expect(t_gap, t_sum, t_shift - s_shift, t_discount, p_t, t - s, MASKED)
         s_sum = s_sum * s_discount + lane_sum(p_s)
         t_sum = t_sum * t_discount + lane_sum(p_t)
 
-    out_ptr += tl.program_id(1) * (16 if FOUR else 7) * n_rows + row
-    s_shift, s_discount, t_shift, t_discount = _meet_common(
-        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
-    )
+    out_ptr += tl.program_id(1) * (16 if FOUR else 5) * n_rows + row
+    s_shift, s_discount, t_shift, t_discount = _merge_pair(out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, MASKED)
     if FOUR:
-        _meet_text(
-            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+        _merge_text(
+            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED,
         )  # fmt: skip
-    else:
-        _meet_pair(out_ptr, n_rows, t_sum, s_shift, t_shift, t_discount, t_gap, MASKED)
 
 
 # The number of tokens decides strides and offsets: no recompilation for another batch length.
 @triton.jit(
-    do_not_specialize=["state_stride", "n_rows", "n_stretches"],
-    do_not_specialize_on_alignment=["state_ptr", "stretch_ptr"],
+    do_not_specialize=["state_stride", "n_rows", "n_splits"],
+    do_not_specialize_on_alignment=["state_ptr", "split_ptr"],
 )
-def meet_kernel(
-    state_ptr, state_stride, stretch_ptr, n_rows, n_stretches, FOUR: tl.constexpr, LANES: tl.constexpr
+def merge_kernel(
+    state_ptr, state_stride, split_ptr, n_rows, n_splits, FOUR: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Join the statistics of a token's stretches [n_stretches, K, R] with the state, that of earlier tiles."""
+    """Merge the statistics of a token's splits [n_splits, K, R] with the state, that of earlier tiles."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
-    inside = lane <= n_stretches
+    inside = lane <= n_splits
     earlier = lane == 0
-    stretch = stretch_ptr + (lane - 1) * ((16 if FOUR else 7) * n_rows)
-    lanes = tl.where(earlier, state_ptr, stretch) + row
+    split = split_ptr + (lane - 1) * ((16 if FOUR else 5) * n_rows)
+    lanes = tl.where(earlier, state_ptr, split) + row
     stride = tl.where(earlier, state_stride, n_rows)
     s_max = tl.load(lanes, mask=inside, other=float("-inf"))
     s_sum = tl.load(lanes + stride, mask=inside, other=0.0)
     t_max = tl.load(lanes + 2 * stride, mask=inside, other=float("-inf"))
     t_sum = tl.load(lanes + 3 * stride, mask=inside, other=0.0)
     s_logit = tl.load(lanes + 4 * stride, mask=inside, other=0.0)
-    s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
     state_ptr += row
     if FOUR:
+        s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
         a_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
         a_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
         w_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
@@ -239,19 +234,15 @@ def meet_kernel(
         s_view_gap = tl.load(lanes + 13 * stride, mask=inside, other=0.0)
         t_view_gap = tl.load(lanes + 14 * stride, mask=inside, other=0.0)
         a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
-    else:
-        t_gap = tl.load(lanes + 6 * stride, mask=inside, other=0.0)
     tl.debug_barrier()  # the state is read before it is written
-    s_shift, s_discount, t_shift, t_discount = _meet_common(
-        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
+    s_shift, s_discount, t_shift, t_discount = _merge_pair(
+        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, True
     )
     if FOUR:
-        _meet_text(
-            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
+        _merge_text(
+            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, True,
         )  # fmt: skip
-    else:
-        _meet_pair(state_ptr, state_stride, t_sum, s_shift, t_shift, t_discount, t_gap, True)
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
@@ -259,9 +250,9 @@ def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride,
     state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr,
-    language_weight_ptr, language_mean_gap_ptr, policy_ptr, chosen_ptr, text_row_ptr, n_columns, n_loaded,
+    policy_ptr, chosen_ptr, n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    FOUR: tl.constexpr, PRIOR: tl.constexpr, LANGUAGE: tl.constexpr, POLICY: tl.constexpr, COMPACT: tl.constexpr,
+    PRIOR: tl.constexpr, POLICY: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -278,19 +269,17 @@ def gradient_kernel(
     s_centred = s - anchored(tl.load(state_ptr), MASKED)
     t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
     exp_s = exp(s_centred)
-    gap = s_centred - t_centred
-    if FOUR:
-        a_ptr += row * a_stride
-        w_ptr += row * w_stride
-        a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-        w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-        a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
-        w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
-        gamma = tl.load(gamma_ptr + row)
-        prior_gap = gamma * (a_centred - w_centred)
-        if MASKED:  # 0 * inf is 0
-            prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
-        gap = (1 + gamma) * gap - prior_gap
+    a_ptr += row * a_stride
+    w_ptr += row * w_stride
+    a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+    w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+    a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
+    w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
+    gamma = tl.load(gamma_ptr + row)
+    prior_gap = gamma * (a_centred - w_centred)
+    if MASKED:  # 0 * inf is 0
+        prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+    gap = (1 + gamma) * (s_centred - t_centred) - prior_gap
     p_weight = (weight * inv_sum) * exp_s
     d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
     if MASKED:
@@ -302,30 +291,18 @@ def gradient_kernel(
     if STUDENT_CAP:
         d_s *= cap_slope(s, student_cap, inv_temperature)
     tl.store(out_ptr + row * out_stride + at, d_s, mask=stored)
-    if PRIOR or LANGUAGE:
-        text_row = tl.load(text_row_ptr + row) if COMPACT else row
-        if text_row >= 0:
-            d_a = tl.zeros([BLOCK], tl.float32)
-            if PRIOR:
-                q = _steered(a_centred, t_centred, w_centred, MASKED)
-                q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
-                prior_weight = weight * gamma
-                inv_q_sum = 1 / tl.load(state_ptr + 11 * state_stride)
-                d_a = prior_weight * (inv_q_sum * exp(q) - inv_sum * exp_s)
-                if MASKED:
-                    d_a = tl.where(prior_weight != 0, d_a, 0.0)
-            if LANGUAGE:
-                language_weight = tl.load(language_weight_ptr + row) / tl.load(state_ptr + 7 * state_stride)
-                p_weight = language_weight * exp(a_centred)
-                term = p_weight * (a_centred - w_centred - tl.load(language_mean_gap_ptr + row))
-                if MASKED:
-                    term = tl.where(p_weight != 0, term, 0.0)
-                d_a += term
-            if STUDENT_CAP:
-                d_a *= cap_slope(a, student_cap, inv_temperature)
-            if MASKED:
-                d_a = tl.where(a > float("-inf"), d_a, 0.0)
-            tl.store(out_text_ptr + text_row * out_text_stride + at, d_a, mask=stored)
+    if PRIOR:
+        q = _steered(a_centred, t_centred, w_centred, MASKED)
+        q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
+        prior_weight = weight * gamma
+        inv_q_sum = 1 / tl.load(state_ptr + 11 * state_stride)
+        d_a = prior_weight * (inv_q_sum * exp(q) - inv_sum * exp_s)
+        if MASKED:
+            d_a = tl.where(prior_weight != 0, d_a, 0.0)
+            d_a = tl.where(a > float("-inf"), d_a, 0.0)
+        if STUDENT_CAP:
+            d_a *= cap_slope(a, student_cap, inv_temperature)
+        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
 
 
 def _four(rows: list[Tensor]) -> list[Tensor]:
@@ -343,45 +320,36 @@ def statistics(tile: RowTile, state: Tensor) -> None:
     parts = state.new_empty(count, len(VGS_STATE if tile.four else PAIR_STATE), n_rows)
     statistics_kernel[(n_rows, count)](
         *rows, *(row.stride(0) for row in rows), parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
+        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
-    meet_kernel[(n_rows,)](
+    merge_kernel[(n_rows,)](
         state, state.stride(0), parts, n_rows, count,
-        FOUR=tile.four, LANES=MEETING_LANES, num_warps=1,
+        FOUR=tile.four, LANES=MERGE_LANES, num_warps=1, **OPTIONS,
     )  # fmt: skip
 
 
 def gradient(
-    tile: RowTile,
-    state: Tensor,
-    coefficients: RowCoefficients,
-    out: Tensor,
-    out_text: Tensor | None = None,
-    text_rows: Tensor | None = None,
+    tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
 ) -> None:
-    """Write d_s to ``out`` [R, C] and, if given, d_a to ``out_text``; they may be the student's tiles themselves.
+    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
 
     Columns behind C that are ``readable`` are overwritten with 0.
 
     Args:
         state: [K, R] statistics over all columns.
-        text_rows: [R] int64 row of ``out_text`` for each token, -1 for none; None stands for the tile's own order.
-            Such rows must not be those of the tile, which other tokens may not have read yet.
     """
-    rows = _four(row_arguments(tile))
+    rows = row_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = transform_arguments(tile)
-    weight, mean_gap, gamma, prior, *others = coefficients
+    weight, mean_gap, gamma, prior, *policy = coefficients
     text = out if out_text is None else out_text
     # What a variant does not read is stood in for by what it does.
-    others = [weight if value is None else value for value in others]
-    vectors = [value.contiguous() for value in (weight, mean_gap, gamma, *others)]
+    vectors = [(weight if value is None else value).contiguous() for value in (weight, mean_gap, gamma, *policy)]
     gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
         *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
-        state, state.stride(0), *vectors, weight if text_rows is None else text_rows, n_columns, n_loaded, *scalars,
-        FOUR=tile.four, PRIOR=prior, LANGUAGE=coefficients.language_weight is not None,
-        POLICY=coefficients.policy is not None, COMPACT=text_rows is not None,
-        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
+        state, state.stride(0), *vectors, n_columns, n_loaded, *scalars,
+        PRIOR=prior, POLICY=coefficients.policy is not None,
+        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
 
 
@@ -390,6 +358,11 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache
 def supports(device: torch.device) -> bool:
-    """Whether the kernels can run on tensors of this device."""
-    return device.type == "cuda" or is_interpreted()
+    """Whether the kernels can run on tensors of this device: Triton has no NVIDIA device below capability 8."""
+    if is_interpreted():
+        return True
+    return device.type == "cuda" and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    )

@@ -1,4 +1,4 @@
-"""The row backend in PyTorch, for CPUs and for devices without Triton. See rows.py for the notation."""
+"""The rows in PyTorch: the readable specification of the Triton rows, and the backend of CPUs. Notation: layout.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import VGS_STATE, RowCoefficients, RowTile, RunningStatistics, anchor, slices
+from .layout import VGS_STATE, RowCoefficients, RowTile, RunningStatistics, anchor, slices
 
 #: Tokens and elements of a block: an operator's start must be small beside its work, and long stretches of few rows are
 #: read faster than short ones of many. The temporaries of a block take 20 MiB.
@@ -72,7 +72,9 @@ def _fold(tile: RowTile, rows: slice, blocks: Blocks, state: Tensor) -> None:
         *temporaries, difference, product = blocks.temporaries(rows, columns)
         centred, weights = (dict(zip(x.names, temporaries[i::2], strict=True)) for i in range(2))
         logits = load(tile, rows, columns, state.dtype)
-        anchors = x.rise(torch.maximum(x.maxima, torch.stack([values.amax(1) for values in logits.values()])), masked)
+        anchors = x.rescale(
+            torch.maximum(x.maxima, torch.stack([values.amax(1) for values in logits.values()])), masked
+        )
         for name, at, total in zip(x.names, anchors, block_sums, strict=True):
             torch.sub(logits[name], at.unsqueeze(1), out=centred[name])
             torch.sum(exp(centred[name], weights[name]), 1, out=total)
@@ -88,59 +90,40 @@ def _fold(tile: RowTile, rows: slice, blocks: Blocks, state: Tensor) -> None:
         x.totals += block_totals
         if tile.four:
             steered = _steered(centred, masked, out=difference)
-            at = x.rise_steered(torch.maximum(x.q_max, steered.amax(1)))
+            at = x.rescale_steered(torch.maximum(x.q_max, steered.amax(1)))
             x.q_sum.add_(exp(steered.sub_(at.unsqueeze(1)), out=steered).sum(1))
     x.store()
 
 
-def one_hot(chosen: Tensor, columns: slice, like: Tensor) -> Tensor:
-    """[R, C] of these columns: 1 at ``chosen`` [R, 1], counted from the tile's first column; else 0."""
-    local = chosen - columns.start
-    inside = (local >= 0) & (local < like.shape[1])
-    return torch.zeros_like(like).scatter_(1, torch.where(inside, local, 0), inside.to(like.dtype))
+def one_hot(chosen: Tensor, like: Tensor) -> Tensor:
+    """[R, C]: 1 at the columns ``chosen`` [R, 1] that lie inside, else 0."""
+    inside = (chosen >= 0) & (chosen < like.shape[1])
+    return torch.zeros_like(like).scatter_(1, torch.where(inside, chosen, 0), inside.to(like.dtype))
 
 
 def chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
-    """Multiply by the soft-cap's derivative; the linear gain is already in the token weights."""
+    """Multiply by the soft-cap's derivative, 0 at a masked column; the linear gain is already in the weights."""
     transform = tile.student_transform
-    if transform.softcap is None:
-        return gradient
-    slope = 1 - (logits / (transform.softcap * transform.inv_temperature)).square_()
-    return gradient.mul_(slope.clamp_(min=0))  # 0 at a masked column
-
-
-def _language(centred: dict[str, Tensor], total: Tensor, weight: Tensor, mean_gap: Tensor, masked: bool) -> Tensor:
-    """weight * softmax(a) * (a' - w' - mean_gap)."""
-    p_weight = exp(centred["a"], out=torch.empty_like(centred["a"])).mul_(weight / total)
-    term = (centred["a"] - centred["w"]).sub_(mean_gap).mul_(p_weight)
-    return term.masked_fill_(p_weight == 0, 0) if masked else term
+    if transform.softcap is not None:
+        slope = 1 - (logits / (transform.softcap * transform.inv_temperature)).square_()
+        gradient = gradient.mul_(slope.clamp_(min=0))
+    return gradient.masked_fill_(logits == -torch.inf, 0) if tile.may_be_masked else gradient
 
 
 def gradient(
-    tile: RowTile,
-    state: Tensor,
-    coefficients: RowCoefficients,
-    out: Tensor,
-    out_text: Tensor | None = None,
-    text_rows: Tensor | None = None,
+    tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
 ) -> None:
-    """Write d_s to ``out`` [R, C] and, if given, d_a to ``out_text``; they may be the student's tiles themselves.
+    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
 
     Args:
         state: [K, R] statistics over all columns.
-        text_rows: [R] row of ``out_text`` for each token, -1 for none; None stands for the tile's own order. Without
-            a live prior only.
     """
     masked = tile.may_be_masked
-    blocks = Blocks(tile, state, 6 if tile.four else 3)
+    blocks = Blocks(tile, state, 6)
     for rows in blocks.rows():
-        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=False)}
+        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=True)}
         scalars = [value[rows].unsqueeze(1) if isinstance(value, Tensor) else value for value in coefficients]
-        weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap, policy, chosen = scalars
-        tokens, text_at = slice(None), rows
-        if text_rows is not None:
-            tokens = (text_rows[rows] >= 0).nonzero().squeeze(1)
-            text_at = text_rows[rows][tokens]
+        weight, mean_gap, gamma, live_prior, policy, chosen = scalars
         for columns in blocks.columns():
             p, *temporaries = blocks.temporaries(rows, columns)
             logits = load(tile, rows, columns, state.dtype)
@@ -149,35 +132,22 @@ def gradient(
                 for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
             }
             exp(centred["s"], out=p).div_(x["s_sum"])
-            if out_text is not None:
-                d_a = None
-                if live_prior:
-                    q = _steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
-                    d_a = exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
-                    if masked:  # 0 * inf is 0
-                        d_a.masked_fill_(weight * gamma == 0, 0)
-                if language_weight is not None:
-                    gated = {name: centred[name][tokens] for name in "aw"}
-                    scale = (values[tokens] for values in (x["a_sum"], language_weight, language_mean_gap))
-                    term = _language(gated, *scale, masked)
-                    d_a = term if d_a is None else d_a.add_(term)
-                d_a = chain(d_a, logits["a"][tokens], tile)
-                if masked:
-                    d_a.masked_fill_(logits["a"][tokens] == -torch.inf, 0)
-            gap = centred["s"].sub_(centred["t"])
-            if tile.four:
-                prior_gap = centred["a"].sub_(centred["w"])
+            if live_prior:
+                q = _steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
+                d_a = exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
                 if masked:  # 0 * inf is 0
-                    prior_gap.masked_fill_(gamma == 0, 0)
-                gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1)
-            gap.sub_(mean_gap)
-            pull = None if policy is None else one_hot(chosen, columns, p).sub_(p).mul_(policy)
+                    d_a.masked_fill_(weight * gamma == 0, 0)
+                out_text[rows, columns] = chain(d_a, logits["a"], tile)
+            gap = centred["s"].sub_(centred["t"])
+            prior_gap = centred["a"].sub_(centred["w"])
+            if masked:  # 0 * inf is 0
+                prior_gap.masked_fill_(gamma == 0, 0)
+            gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1).sub_(mean_gap)
+            pull = None if policy is None else one_hot(chosen - columns.start, p).sub_(p).mul_(policy)
             p_weight = p.mul_(weight)
             d_s = gap.mul_(p_weight)
             if masked:
                 d_s.masked_fill_(p_weight == 0, 0)
             if pull is not None:
-                d_s.add_(pull.masked_fill_(logits["s"] == -torch.inf, 0) if masked else pull)
+                d_s.add_(pull)
             out[rows, columns] = chain(d_s, logits["s"], tile)
-            if out_text is not None:
-                out_text[text_at, columns] = d_a.to(out_text.dtype)

@@ -1,4 +1,4 @@
-"""The entry backend in Triton. See entries.py for the mathematics; blocks and loads are those of rows_triton.py."""
+"""Divergences that are summed entry by entry, in Triton; entries_torch.py has the mathematics, in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import Divergence
-from .entries import SUMS, TAILS, EntryCoefficients, log_sums
-from .rows import RowTile
-from .triton_launch import (
+from ..divergence import Divergence
+from .entries_torch import SUMS, TAILS
+from .layout import EntryCoefficients, RowTile, Statistics
+from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
+    NOTHING,
+    OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
+    anchored,
+    cap_slope,
+    exp,
+    lane_sum,
     row_arguments,
     statistics_launch,
     tile_columns,
+    transform,
     transform_arguments,
 )
-from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
-KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+#: The gradient of the sampled one is a policy's alone, whatever is multiplied by its weights of 0.
+KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "sampled_reverse_kl": 1}
 
 
 @triton.jit
@@ -43,18 +50,29 @@ def _log1p(x):
 
 
 @triton.jit
+def _balanced(plain, y, x):
+    """y * (e^x - 1 - x), which is ``plain`` where x is not small."""
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
+    return tl.where(tl.abs(x) < 0.1, y * series, plain)
+
+
+@triton.jit
 def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
-    """An entry and p times its derivative, as entries.entry."""
+    """An entry and p times its derivative, as entries_torch.entry."""
     if KIND == _REVERSE:
         value = p * r
         if MASKED:
             value = tl.where(p > 0, value, 0.0)
         slope = value + p
+        if not CLIP:
+            value = _balanced(value - p + q, p, -r)
     elif KIND == _FORWARD:
         value = -q * r
         if MASKED:
             value = tl.where(q > 0, value, 0.0)
         slope = -q
+        if not CLIP:
+            value = _balanced(value + p - q, q, r)
     else:
         larger = r >= 0
         ratio = -_log1p(tl.where(larger, beta, 1 - beta) * _expm1(-tl.abs(r)))
@@ -95,8 +113,8 @@ def _distributions(
 def _tail(maximum, total, x, outside):
     """Fold columns outside of a support into a lane's maximum and sum of exponentials. Without any, its sum is void."""
     x = tl.maximum(tl.where(outside, x, NOTHING), NOTHING)
-    raised = tl.maximum(maximum, tl.max(x, axis=1))
-    return raised, total * exp(maximum - raised) + lane_sum(exp(x - raised[:, None]))
+    higher = tl.maximum(maximum, tl.max(x, axis=1))
+    return higher, total * exp(maximum - higher) + lane_sum(exp(x - higher[:, None]))
 
 
 @triton.jit
@@ -118,7 +136,7 @@ def totals_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
+    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [splits, 6, R]."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -130,7 +148,7 @@ def totals_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
     zero = tl.zeros([LANES], tl.float32)
-    values, slopes = zero, zero
+    values, slopes, rests, tops = zero, zero, zero, zero
     if TAIL:
         s_max, s_tail, t_max, t_tail = zero + NOTHING, zero, zero + NOTHING, zero
     for start in range(begin, end, LANES * WIDTH):
@@ -151,20 +169,27 @@ def totals_kernel(
         if MASKED or TAIL:
             value = tl.where(counted, value, 0.0)
             slope = tl.where(counted, slope, 0.0)
+            p = tl.where(counted, p, 0.0)
+        large = p > 0.5
         values += lane_sum(value)
-        slopes += lane_sum(slope)
-    out_ptr += tl.program_id(1) * 4 * n_rows + row
+        slopes += lane_sum(tl.where(large, 0.0, slope))
+        rests += lane_sum(tl.where(large, 0.0, p))
+        tops += lane_sum(tl.where(large, slope, 0.0))
+    out_ptr += tl.program_id(1) * 6 * n_rows + row
     tl.store(out_ptr, tl.sum(values, axis=0))
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
+    tl.store(out_ptr + 2 * n_rows, tl.sum(rests, axis=0))
+    tl.store(out_ptr + 3 * n_rows, tl.sum(tops, axis=0))
     if TAIL:
-        tl.store(out_ptr + 2 * n_rows, _log_sum(s_max, s_tail))
-        tl.store(out_ptr + 3 * n_rows, _log_sum(t_max, t_tail))
+        tl.store(out_ptr + 4 * n_rows, _log_sum(s_max, s_tail))
+        tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
 def entry_gradient_kernel(
     s_ptr, t_ptr, s_stride, t_stride, out_ptr, out_stride, state_ptr, state_stride,
-    shift_ptr, weight_ptr, mean_slope_ptr, tail_slope_ptr, limit_ptr, policy_ptr, chosen_ptr, n_columns, n_loaded,
+    shift_ptr, weight_ptr, mean_slope_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr, policy_ptr, chosen_ptr,
+    n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
     KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -178,9 +203,11 @@ def entry_gradient_kernel(
     )  # fmt: skip
     _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
     if TAIL:
-        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, p * tl.load(tail_slope_ptr + row))
+        share = exp(s_centred - tl.load(tail_log_ptr + row))
+        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
     weight = tl.load(weight_ptr + row)
-    d_s = weight * (slope - p * tl.load(mean_slope_ptr + row))
+    d_s = tl.where(p > 0.75, tl.load(top_ptr + row), slope - p * tl.load(mean_slope_ptr + row))
+    d_s *= weight
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -209,12 +236,12 @@ def totals(
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, limit)
     layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
-    n_rows, shift = len(tile.student), log_sums(state)
+    n_rows, shift = len(tile.student), Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
         *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
         parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
+        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
     if limit is not None:
@@ -230,8 +257,9 @@ def gradient(
     scalars, options = _options(tile, divergence, coefficients.limit)
     # What a variant does not read is stood in for by what it does.
     vectors = [(coefficients.weight if value is None else value).contiguous() for value in coefficients]
+    shift = Statistics(state).log_sums.to(state.dtype)
     entry_gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), log_sums(state), *vectors,
+        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), shift, *vectors,
         n_columns, n_loaded, *scalars, POLICY=coefficients.policy is not None, **options,
-        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
+        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the two row backends share: tiles of logit rows, the running statistics, and what becomes of them.
+"""What the row backends share: tiles of logit rows, the online softmax's running statistics, and what becomes of them.
 
 Notation: s, a are the student's logits with and without the image, t, w the teacher's, q = a + t - w those of the
 steered target. A *pair* of rows (student, target) is the special case without a and w: plain distillation, the
@@ -10,18 +10,18 @@ small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_COMMON_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
-#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s') or exp(t').
-PAIR_STATE = (*_COMMON_STATE, "t_gap")
+#: Running statistics of a pair: max and sum of exp(x') of both rows, and the sum of s' weighted with exp(s').
+PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *_COMMON_STATE,
+    *(*PAIR_STATE, "s_gap"),
     *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
     *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
@@ -29,7 +29,6 @@ VGS_STATE = (
 GAPS = {
     "s_logit": ("s", "s", None),
     "s_gap": ("s", "s", "t"),
-    "t_gap": ("t", "t", "s"),
     "s_prior_gap": ("s", "a", "w"),
     "s_view_gap": ("s", "s", "a"),
     "t_view_gap": ("t", "t", "w"),
@@ -37,14 +36,23 @@ GAPS = {
 }
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """dtype of logits, statistics and collected gradients for inputs of this dtype: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """dtype of logits, statistics and collected gradients: float32, or float64 where one input is of it."""
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's and some of Intel's do not."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 def wide(x: Tensor) -> Tensor:
     """In float64 where the device has it."""
-    return x if x.device.type == "mps" else x.double()
+    return x.double() if has_float64(x.device) else x
 
 
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
@@ -92,25 +100,54 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
+    @property
+    def pair(self) -> list[tuple[Tensor, LogitTransform]]:
+        """The student's and the target's logits and their transforms."""
+        return [(self.student, self.student_transform), (self.target, self.target_transform)]
+
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient sweep, [R] each, and whether d_a has the term of a live prior.
+    """Per-token scalars of the gradient of four rows, [R] each, and whether d_a has the term of a live prior.
 
-    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
-    rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) with ``live_prior``, and of
-    language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given. Where ``policy`` is given,
-    d_s gains policy * (1 - p) at the column ``chosen`` of the vocabulary (int64, may lie outside) and -policy * p
-    elsewhere.
+    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). With
+    ``live_prior``, d_a = weight * gamma * (softmax(q) - p). Where ``policy`` is given, d_s gains policy * (1 - p) at
+    the column ``chosen`` of the tile (int64, may lie outside) and -policy * p elsewhere.
     """
 
     weight: Tensor
     mean_gap: Tensor
     gamma: Tensor
     live_prior: bool = False
-    language_weight: Tensor | None = None
-    language_mean_gap: Tensor | None = None
     policy: Tensor | None = None
     chosen: Tensor | None = None
+
+
+class EntryCoefficients(NamedTuple):
+    """Per-token scalars of the gradient of a pair, [R] each.
+
+    d_s = weight * (slope - p * mean_slope); weight * top where p > 3/4: such an entry is the difference of two numbers
+    that nearly cancel, and ``top`` comes from all others. Outside of a support weight * (share * tail_slope - p *
+    mean_slope), with the share exp(s' - tail_log) of the tail. Plus the policy's part as above.
+
+    ``limit`` is the least logit of the student, as it lies in the tile, that is inside the support; None: all are.
+    """
+
+    weight: Tensor
+    mean_slope: Tensor
+    top: Tensor
+    tail_slope: Tensor | None = None
+    tail_log: Tensor | None = None
+    limit: Tensor | None = None
+    policy: Tensor | None = None
+    chosen: Tensor | None = None
+
+
+def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:
+    """Rows [R, C] of which those that are not ``live`` [R] may hold anything: what is not finite becomes 0.
+
+    ``lowest`` is what becomes of -inf, which masks a logit.
+    """
+    return x if live is None else torch.where(live.unsqueeze(1), x, x.nan_to_num(0.0, 0.0, lowest))
 
 
 def slices(n: int, size: int) -> list[slice]:
@@ -144,7 +181,9 @@ def _steered(rows: Tensor) -> Tensor:
 
 
 class RunningStatistics:
-    """A state [K, R] on its way to higher maxima. What is done to [R] vectors is done to all rows, or gaps, at once.
+    """A state [K, R] of the online softmax, rescaled to ever higher maxima.
+
+    What is done to [R] vectors is done to all rows, or gaps, at once.
 
     Attributes:
         names: of the rows.
@@ -169,7 +208,7 @@ class RunningStatistics:
         ]
         self._weighting, self._upper, self._lower = zip(*places, strict=True)
 
-    def rise(self, maxima: Tensor, masked: bool) -> Tensor:
+    def rescale(self, maxima: Tensor, masked: bool) -> Tensor:
         """Centre what was summed at higher maxima [rows, R]; returns the new anchors."""
         anchors = anchor(maxima)
         shift, discount = anchor(self.maxima) - anchors, (self.maxima - anchors).exp_()
@@ -185,24 +224,24 @@ class RunningStatistics:
         self.maxima = maxima
         return anchors
 
-    def rise_steered(self, maximum: Tensor) -> Tensor:
+    def rescale_steered(self, maximum: Tensor) -> Tensor:
         """The same of q alone: another ``q_max`` [R], for the present maxima of the other rows."""
         q_anchor = anchor(maximum)
         self.q_sum.mul_((self.q_max - q_anchor).exp_())
         self.q_max.copy_(maximum)
         return q_anchor
 
-    def tops(self) -> Tensor:
+    def common_maxima(self) -> Tensor:
         """Maxima that compare between states of the same tokens, [rows, R], and that of q where there is one."""
         if not self.four:
             return self.maxima
         return torch.cat([self.maxima, (self.q_max + _steered(anchor(self.maxima))).unsqueeze(0)])
 
-    def rise_to(self, tops: Tensor) -> None:
-        """Centre at common ``tops``, the maxima of several states: then their sums and totals add up."""
-        anchors = self.rise(tops[: len(self.names)], masked=True)
+    def rescale_to(self, maxima: Tensor) -> None:
+        """Centre at the common ``maxima`` of several states: then their sums and totals add up."""
+        anchors = self.rescale(maxima[: len(self.names)], masked=True)
         if self.four:
-            self.rise_steered(tops[-1] - _steered(anchors))
+            self.rescale_steered(maxima[-1] - _steered(anchors))
 
     def addends(self) -> list[Tensor]:
         """Everything that adds up between states with common maxima."""
@@ -241,11 +280,6 @@ class Statistics:
         return self._divergence("s_gap")
 
     @property
-    def forward(self) -> Tensor:
-        """KL(softmax(t) || softmax(s)); of a pair alone."""
-        return self._divergence("t_gap")
-
-    @property
     def visual(self) -> Tensor:
         """KL(softmax(s) || softmax(q))."""
         mean_gap = self.mean("s_gap") - self.mean("s_prior_gap")
@@ -270,6 +304,11 @@ class Statistics:
     def entropy(self) -> Tensor:
         """Of softmax(s)."""
         return self["s_sum"].log() - self.mean("s_logit")
+
+    @property
+    def log_sums(self) -> Tensor:
+        """log sum exp s' - log sum exp t': what makes s' - t' the log-ratio of the two probabilities."""
+        return self["s_sum"].log() - self["t_sum"].log()
 
     def log_probability(self, logits: Tensor, row: str = "s") -> Tensor:
         """log softmax(row) at columns with these logits, [N]."""
