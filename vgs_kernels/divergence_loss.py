@@ -20,9 +20,11 @@ from .parallel import VocabularyShard
 from .policy import PolicyGradient, unit_weights
 from .rows import Backend
 from .rows.entries_torch import SUMS, TAILS, entry
-from .rows.layout import EntryCoefficients, LogitTransform, Statistics, scaled, wide
+from .rows.layout import LARGE, EntryCoefficients, LogitTransform, Statistics, scaled, wide
 from .sources import DENSE_ROWS, ComposedRow, DenseSource, LinearSource, Part, StackedRows
 
+#: KLs below this, in nats, are summed by entries: from statistics in float32 they would be right to 1e-4 of this.
+NEARLY_EQUAL = 0.01
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("divergence", "entropy")
 
@@ -41,6 +43,7 @@ class DivergenceLoss:
         ids: [N] columns of the whole vocabulary, or None.
         policy: or None.
         unit: what the gradient's weights are divided by; None: their own, see ``policy.unit_weights``.
+        gradient_alone: whether nobody asks for the values.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class DivergenceLoss:
         ids: Tensor | None = None,
         policy: PolicyGradient | None = None,
         unit: Tensor | None = None,
+        gradient_alone: bool = False,
     ) -> None:
         if divergence.top_k is not None and divergence.top_k > shard.total:
             raise ValueError(f"top_k must be at most the vocabulary's {shard.total} entries, got {divergence.top_k}.")
@@ -61,6 +65,7 @@ class DivergenceLoss:
         self.unit_weights, self.unit = token_weights, unit
         if unit is None:
             self.unit_weights, self.unit = unit_weights(token_weights, token_weights.dtype, policy=policy)
+        self._gradient_alone = gradient_alone
         self._sampled = divergence.kind == "sampled_reverse_kl"
         self.picks = 2 if self._sampled else 1
         self._found: list[list[Tensor]] = []
@@ -92,14 +97,24 @@ class DivergenceLoss:
         return EntryCoefficients(**scalars)
 
     def _value(self, x: Statistics, state: Tensor, tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [R] before clipping, and the scalars of the gradient before weights."""
+        """Values [R] before clipping, and the scalars of the gradient before weights.
+
+        A KL comes from the statistics. Where these nearly cancel, for the rows are nearly equal or an entry has all the
+        mass, entries are summed; any other divergence is always.
+        """
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
-        sums, tails = (
-            state.new_zeros(len(SUMS), state.shape[1]),
-            state.new_full((len(TAILS), state.shape[1]), -torch.inf),
-        )
-        for _, tile in tiles:
-            self._totals(tile, state, self.divergence, limit, sums, tails)
+        kind, needed = self.divergence.kind, None
+        if kind in ("reverse_kl", "forward_kl") and self.divergence.clip is None and limit is None:
+            coarse = x.standard if kind == "reverse_kl" else x.forward
+            coarse_slope = coarse if kind == "reverse_kl" else torch.full_like(coarse, -1)
+            needed = x["s_sum"] < 1 / LARGE
+            if not self._gradient_alone:
+                needed |= coarse < NEARLY_EQUAL
+        sums = state.new_zeros(len(SUMS), state.shape[1])
+        tails = state.new_full((len(TAILS), state.shape[1]), -torch.inf)
+        if needed is None or needed.device.type != "cpu" or needed.any():  # another device would be waited for
+            for _, tile in tiles:
+                self._totals(tile, state, self.divergence, limit, sums, tails, needed)
         self._shard.sum(sums)
         value, slope, rest, top = wide(sums)
         of_tail = {}
@@ -110,8 +125,12 @@ class DivergenceLoss:
             tail_value, tail_slope = entry(p, q, log_p - log_q, self.divergence)
             value, slope, rest = value + tail_value, slope + tail_slope, rest + p
             of_tail = {"tail_slope": tail_slope, "tail_log": tails[0], "limit": limit}
-        # (1 - p) * slope - p * all other slopes, of the entry with p > 1/2.
-        return value, {"mean_slope": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
+        # (1 - p) * slope - p * all other slopes, of the entry with all the mass.
+        scalars = {"mean_slope": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
+        if needed is not None:
+            value = torch.where(needed, value, coarse)
+            scalars["mean_slope"] = torch.where(needed, scalars["mean_slope"], coarse_slope)
+        return value, scalars
 
     def _clipped(self, value: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Values after the clip of a token, and the weights of their gradients."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -64,6 +64,7 @@ def sweep(
     loss: Loss | None = None,
     sink: Sink | None = None,
     known: tuple[Tensor, Tensor | None] | None = None,
+    then: Callable[[slice, RowTile, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the statistics sweep and, with a loss and a sink, the gradient sweep over all tokens of a source.
 
@@ -73,6 +74,8 @@ def sweep(
         loss: None: statistics alone.
         sink: takes the gradient of the student's rows.
         known: what an earlier sweep over the same rows returned; it is then not repeated.
+        then: what else to do with a tile that spans the vocabulary and its statistics, before the next one. The
+            student's rows are overwritten by then.
 
     Returns:
         The statistics [K, N], and the logits at the loss's ``ids`` [picks, N], both over all shards of the vocabulary.
@@ -92,9 +95,7 @@ def sweep(
                         _pick(logits, transform, ids[rows], columns, out)
             source.shard.merge(*found)
         scalars = None if loss is None else loss.settle(rows, *found, tiles)
-        if sink is None or scalars is None:
-            continue
-        for columns, tile in tiles:
+        for columns, tile in tiles if sink is not None and scalars is not None else ():
             here = scalars if scalars.chosen is None else scalars._replace(chosen=scalars.chosen - columns.start)
             out = sink.tiles(rows, columns, tile)
             if isinstance(here, EntryCoefficients):
@@ -102,6 +103,8 @@ def sweep(
             else:
                 backend.gradient(tile, found[0], here, *out)
             sink.collect(rows, columns)
+        if then is not None:
+            then(rows, tiles.whole, found[0])
     return state, picked
 
 
@@ -134,6 +137,12 @@ class Tiles:
             if self._tile is None or len(self._columns) > 1:
                 self._tile = self._masked(self._source.load(self._rows, columns))
             yield columns, self._tile
+
+    @property
+    def whole(self) -> RowTile:
+        """The one that spans the vocabulary."""
+        ((_, tile),) = self
+        return tile
 
     def _deciding(self, tile: RowTile) -> Tensor:
         if self._support == "student_top_k":

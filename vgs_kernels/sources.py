@@ -193,6 +193,8 @@ class LinearSource(Source):
         n, device = parts[0].n, parts[0].views[0].device
         count = sum(len(part.views) for part in parts)
         plan = Plan.of(n, shard.largest, count * dtype.itemsize, views, workspace_bytes, device)
+        #: Whether tiles span the vocabulary, on all ranks that share it.
+        self.spans = plan.columns >= shard.largest
         # Every rank of a group cuts the tokens alike, for their statistics are merged tile by tile.
         plan = replace(plan, columns=max(1, min(plan.columns, shard.columns)))
         super().__init__(n, count == 4, shard, plan, torch.empty(0, dtype=dtype, device=device), True)
@@ -210,6 +212,18 @@ class LinearSource(Source):
         s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if self.four else (*tiles[:2], None, None)
         deciding = tiles[2] if len(tiles) == 3 else None
         return RowTile(s, t, a, w, *self._transforms, self._may_be_masked, pitch(n_columns), deciding)
+
+
+class TileSource(Source):
+    """One tile that is there already, of a pair of rows over all columns of a shard."""
+
+    def __init__(self, tile: RowTile, shard: VocabularyShard, like: Tensor) -> None:
+        n = len(tile.student)
+        super().__init__(n, False, shard, Plan(max(n, 1), shard.columns, max(n, 1)), like, True)
+        self._tile = tile
+
+    def load(self, rows: slice, columns: slice) -> RowTile:
+        return self._tile
 
 
 class DenseSource(Source):

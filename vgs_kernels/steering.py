@@ -17,9 +17,10 @@ from .divergence_loss import DivergenceLoss
 from .driver import Tiles, sweep
 from .gradients import DenseSink
 from .objective import VGSObjective
+from .plan import GradientView
 from .policy import unit_weights
-from .rows.layout import VGS_STATE, LogitTransform, RowCoefficients, Statistics, scaled
-from .sources import DENSE_ROWS, DenseSource, LinearSource, StackedRows
+from .rows.layout import VGS_STATE, LogitTransform, RowCoefficients, RowTile, Statistics, scaled
+from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
@@ -87,6 +88,12 @@ class VGSLoss:
         pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
         return RowCoefficients(weight, mean_gap, gamma, self.live_prior, pull, self.ids[rows])
 
+    def gate_of(self, vds: Tensor, rows: slice) -> Tensor:
+        """[R] bool: the gate of these tokens, once the limits are known; ``vds`` are their scores unless given."""
+        vds = vds.to(self.dtype) if self.vds is None else self.vds[rows]
+        gate = vds > self.limits[-1][rows]
+        return gate if self._counted is None else gate & self._counted[rows]
+
     def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses of the tokens [N] and terms [T, N], from the statistics of all; settles the gate."""
         x = Statistics(state)
@@ -94,9 +101,7 @@ class VGSLoss:
             self.vds = x.vds.to(self.dtype)
         if self.limits is None:
             self._find_limits()
-        self.gate = self.vds > self.limits[-1]
-        if self._counted is not None:
-            self.gate &= self._counted
+        self.gate = self.gate_of(self.vds, slice(None))
         gamma = gating.token_gamma(self.vds, self.objective, self.limits)
         standard, visual, language = x.standard, x.visual, x.language
         per_token = (
@@ -162,22 +167,39 @@ def linear(call: Call) -> Outcome:
     source = LinearSource(
         [StackedRows(student, [hidden, text], call.live), teacher_rows], transforms, *source_options, views
     )
-    found = sweep(source, call.backend, loss, gradients.sink(views, source.plan))
+
+    # Language preservation, the pair (a, w) of the gated tokens.
+    language = objective.lam > 0 and text_gradient
+
+    def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
+        pair = DivergenceLoss(
+            Divergence(), weights, loss.gain, shard, call.backend, unit=loss.unit, gradient_alone=True
+        )
+        sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
+
+    def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
+        here = loss.gate_of(Statistics(state).vds, rows).nonzero().squeeze(1)
+        view = gradients.view("student_text_hidden", objective.lam, here + rows.start)
+        pair = TileSource(tile.pair_at(here, text=True), shard, state)
+        preserve(pair, view, loss.unit_weights[rows][here], (language_statistics(state[:, here]), None))
+
+    # A gate that is known beforehand lets the term be formed while its rows are in memory. Elsewhere than on a CPU the
+    # host would wait for each tile's gated tokens, too few for a product of their own.
+    at_once = language and loss.limits is not None and not prior and source.spans and hidden.device.type == "cpu"
+    found = sweep(
+        source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
+    )
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
-
-    # Language preservation, the pair (a, w) of the gated tokens. Their statistics are taken again: in a GEMM of another
-    # shape the logits are rounded otherwise, and p * (gap - mean_gap) would no longer cancel.
-    language = objective.lam > 0 and text_gradient
-    if language:
+    if language and not at_once:
+        # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
+        # p * (gap - mean_gap) would no longer cancel.
         gated = loss.gated_tokens()
         views = ((student, text), (teacher, teacher_text))
         rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
-        views = [gradients.view("student_text_hidden", objective.lam, gated)]
-        source = LinearSource(rows, transforms, *source_options, views)
-        weights = (loss.unit_weights * loss.gate)[gated]
-        pair = DivergenceLoss(Divergence(), weights, loss.gain, shard, call.backend, unit=loss.unit)
-        sweep(source, call.backend, pair, gradients.sink(views, source.plan, add=True))
+        view = gradients.view("student_text_hidden", objective.lam, gated)
+        source = LinearSource(rows, transforms, *source_options, [view])
+        preserve(source, view, (loss.unit_weights * loss.gate)[gated])
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
     shard.sum(gradients.by_name["student_hidden"], of_text)
     return losses, terms, loss.unit, gradients.by_name
@@ -211,7 +233,9 @@ def dense(call: Call) -> Outcome:
         tile_rows = DENSE_ROWS if prior else tile_rows
         source = DenseSource([a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
         known = language_statistics(found[0]), None
-        pair = DivergenceLoss(Divergence(), weights, loss.gain, source.shard, call.backend, unit=loss.unit)
+        pair = DivergenceLoss(
+            Divergence(), weights, loss.gain, source.shard, call.backend, unit=loss.unit, gradient_alone=True
+        )
         sweep(source, call.backend, pair, DenseSink([d_text], add=prior), known)
     return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}
 
@@ -229,6 +253,7 @@ class Picking:
 
 
 def language_statistics(state: Tensor) -> Tensor:
-    """What four rows know of the pair (a, w), as statistics of that pair, without the entropy."""
+    """What four rows know of the pair (a, w), as statistics of that pair, without entropy and forward KL."""
     x = dict(zip(VGS_STATE, state, strict=True))
-    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], torch.zeros_like(state[0])])
+    unknown = torch.zeros_like(state[0])
+    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], unknown, x["a_gap"], unknown])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..divergence import Divergence
 from .entries_torch import SUMS, TAILS
-from .layout import EntryCoefficients, RowTile, Statistics
+from .layout import LARGE, SATURATED, EntryCoefficients, RowTile, Statistics
 from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
@@ -29,6 +29,7 @@ from .triton_common import (
 )
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
+_LARGE, _SATURATED = tl.constexpr(LARGE), tl.constexpr(SATURATED)
 #: The gradient of the sampled one is a policy's alone, whatever is multiplied by its weights of 0.
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "sampled_reverse_kl": 1}
 
@@ -63,7 +64,7 @@ def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: 
         value = p * r
         if MASKED:
             value = tl.where(p > 0, value, 0.0)
-        slope = value + p
+        slope = value + p if CLIP else value
         if not CLIP:
             value = _balanced(value - p + q, p, -r)
     elif KIND == _FORWARD:
@@ -170,7 +171,7 @@ def totals_kernel(
             value = tl.where(counted, value, 0.0)
             slope = tl.where(counted, slope, 0.0)
             p = tl.where(counted, p, 0.0)
-        large = p > 0.5
+        large = p > _LARGE
         values += lane_sum(value)
         slopes += lane_sum(tl.where(large, 0.0, slope))
         rests += lane_sum(tl.where(large, 0.0, p))
@@ -206,7 +207,7 @@ def entry_gradient_kernel(
         share = exp(s_centred - tl.load(tail_log_ptr + row))
         slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
     weight = tl.load(weight_ptr + row)
-    d_s = tl.where(p > 0.75, tl.load(top_ptr + row), slope - p * tl.load(mean_slope_ptr + row))
+    d_s = tl.where(p > _SATURATED, tl.load(top_ptr + row), slope - p * tl.load(mean_slope_ptr + row))
     d_s *= weight
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
@@ -229,9 +230,18 @@ def _options(tile: RowTile, divergence: Divergence, limit: Tensor | None) -> tup
 
 
 def totals(
-    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence,
+    limit: Tensor | None,
+    sums: Tensor,
+    tails: Tensor,
+    needed: Tensor | None = None,
 ) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
+
+    Of all tokens: the host would have to wait for the device to leave out those that are not ``needed``.
+    """
     rows = row_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, limit)

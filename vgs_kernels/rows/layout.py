@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Running statistics of a pair: max and sum of exp(x') of both rows, and the sum of s' weighted with exp(s').
-PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit")
+#: Running statistics of a pair: max and sum of exp(x') of both rows, and weighted sums, see ``GAPS``.
+PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap", "t_gap")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *(*PAIR_STATE, "s_gap"),
+    *PAIR_STATE[:-1],
     *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
     *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
@@ -29,11 +29,17 @@ VGS_STATE = (
 GAPS = {
     "s_logit": ("s", "s", None),
     "s_gap": ("s", "s", "t"),
+    "t_gap": ("t", "t", "s"),
     "s_prior_gap": ("s", "a", "w"),
     "s_view_gap": ("s", "s", "a"),
     "t_view_gap": ("t", "t", "w"),
     "a_gap": ("a", "a", "w"),
 }
+
+
+#: Above this an entry's p is so near 1 that 1 - p is to be summed from the other entries; sums treat entries above
+#: ``LARGE`` so, which includes them whatever the rounding.
+SATURATED, LARGE = 0.999, 0.99
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -100,6 +106,12 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
+    def pair_at(self, tokens: Tensor, *, text: bool = False) -> RowTile:
+        """A copy of the student's and the target's rows of some tokens, or of their text-only rows."""
+        pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
+        student, target = (row[tokens] for row in pair)
+        return RowTile(student, target, None, None, *self[4:7], readable=student.shape[1])
+
     @property
     def pair(self) -> list[tuple[Tensor, LogitTransform]]:
         """The student's and the target's logits and their transforms."""
@@ -125,9 +137,9 @@ class RowCoefficients(NamedTuple):
 class EntryCoefficients(NamedTuple):
     """Per-token scalars of the gradient of a pair, [R] each.
 
-    d_s = weight * (slope - p * mean_slope); weight * top where p > 3/4: such an entry is the difference of two numbers
-    that nearly cancel, and ``top`` comes from all others. Outside of a support weight * (share * tail_slope - p *
-    mean_slope), with the share exp(s' - tail_log) of the tail. Plus the policy's part as above.
+    d_s = weight * (slope - p * mean_slope); weight * top where p > ``SATURATED``: such an entry is the difference of
+    two numbers that nearly cancel, and ``top`` comes from all others. Outside of a support weight * (share * tail_slope
+    - p * mean_slope), with the share exp(s' - tail_log) of the tail. Plus the policy's part as above.
 
     ``limit`` is the least logit of the student, as it lies in the tile, that is inside the support; None: all are.
     """
@@ -278,6 +290,11 @@ class Statistics:
     def standard(self) -> Tensor:
         """KL(softmax(s) || softmax(t))."""
         return self._divergence("s_gap")
+
+    @property
+    def forward(self) -> Tensor:
+        """KL(softmax(t) || softmax(s)); of a pair alone."""
+        return self._divergence("t_gap")
 
     @property
     def visual(self) -> Tensor:

@@ -87,7 +87,7 @@ def _steered(a, t, w, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, MASKED: tl.constexpr):
+def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
     """Statistics [LANES] of s and t, each lane a block centred at its own anchors: merge them and store them."""
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
@@ -98,12 +98,13 @@ def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, MASKED: tl
     tl.store(pointer + 2 * stride, t_top)
     tl.store(pointer + 3 * stride, tl.sum(t_sum * t_discount, axis=0))
     tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
+    tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
     return s_shift, s_discount, t_shift, t_discount
 
 
 @triton.jit
 def _merge_text(
-    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
+    pointer, stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
     a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What four rows have more than a pair; the order of layout.VGS_STATE."""
@@ -117,8 +118,6 @@ def _merge_text(
     prior_gap = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount, MASKED)
     s_view_gap = _kept(s_view_gap, s_sum, s_shift - a_shift, s_discount, MASKED)
     t_view_gap = _kept(t_view_gap, t_sum, t_shift - w_shift, t_discount, MASKED)
-    gap = _kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED)
-    tl.store(pointer + 5 * stride, tl.sum(gap, axis=0))
     tl.store(pointer + 6 * stride, a_top)
     tl.store(pointer + 7 * stride, tl.sum(a_sum * a_discount, axis=0))
     tl.store(pointer + 8 * stride, w_top)
@@ -155,10 +154,10 @@ def statistics_kernel(
 
     zero = tl.zeros([LANES], tl.float32)
     lowest = zero + (float("-inf") if MASKED else NOTHING)
-    s_max, s_sum, t_max, t_sum, s_logit = lowest, zero, lowest, zero, zero
+    s_max, s_sum, t_max, t_sum, s_logit, s_gap, t_gap = lowest, zero, lowest, zero, zero, zero, zero
     if FOUR:
         a_max, a_sum, w_max, w_sum, q_max, q_sum = lowest, zero, lowest, zero, lowest, zero
-        s_gap, s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero, zero
+        s_prior_gap, s_view_gap, t_view_gap, a_gap = zero, zero, zero, zero
 
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
@@ -169,8 +168,10 @@ def statistics_kernel(
         p_s = exp(s)
         p_t = exp(t)
         s_logit = _expect(s_logit, s_sum, s_shift, s_discount, p_s, s, MASKED)
-        if FOUR:
-            s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
+        s_gap = _expect(s_gap, s_sum, s_shift - t_shift, s_discount, p_s, s - t, MASKED)
+        if not FOUR:
+            t_gap = _expect(t_gap, t_sum, t_shift - s_shift, t_discount, p_t, t - s, MASKED)
+        else:
             a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
             w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
             a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
@@ -191,11 +192,16 @@ def statistics_kernel(
         s_sum = s_sum * s_discount + lane_sum(p_s)
         t_sum = t_sum * t_discount + lane_sum(p_t)
 
-    out_ptr += tl.program_id(1) * (16 if FOUR else 5) * n_rows + row
-    s_shift, s_discount, t_shift, t_discount = _merge_pair(out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, MASKED)
-    if FOUR:
+    out_ptr += tl.program_id(1) * (16 if FOUR else 7) * n_rows + row
+    s_shift, s_discount, t_shift, t_discount = _merge_pair(
+        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
+    )
+    if not FOUR:
+        t_gap = _kept(t_gap, t_sum, t_shift - s_shift, t_discount, MASKED)
+        tl.store(out_ptr + 6 * n_rows, tl.sum(t_gap, axis=0))
+    else:
         _merge_text(
-            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
+            out_ptr, n_rows, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, MASKED,
         )  # fmt: skip
 
@@ -213,7 +219,7 @@ def merge_kernel(
     lane = tl.arange(0, LANES)
     inside = lane <= n_splits
     earlier = lane == 0
-    split = split_ptr + (lane - 1) * ((16 if FOUR else 5) * n_rows)
+    split = split_ptr + (lane - 1) * ((16 if FOUR else 7) * n_rows)
     lanes = tl.where(earlier, state_ptr, split) + row
     stride = tl.where(earlier, state_stride, n_rows)
     s_max = tl.load(lanes, mask=inside, other=float("-inf"))
@@ -221,9 +227,11 @@ def merge_kernel(
     t_max = tl.load(lanes + 2 * stride, mask=inside, other=float("-inf"))
     t_sum = tl.load(lanes + 3 * stride, mask=inside, other=0.0)
     s_logit = tl.load(lanes + 4 * stride, mask=inside, other=0.0)
+    s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
     state_ptr += row
-    if FOUR:
-        s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
+    if not FOUR:
+        t_gap = tl.load(lanes + 6 * stride, mask=inside, other=0.0)
+    else:
         a_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
         a_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
         w_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
@@ -236,11 +244,14 @@ def merge_kernel(
         a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
     tl.debug_barrier()  # the state is read before it is written
     s_shift, s_discount, t_shift, t_discount = _merge_pair(
-        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, True
+        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
     )
-    if FOUR:
+    if not FOUR:
+        t_gap = _kept(t_gap, t_sum, t_shift - s_shift, t_discount, True)
+        tl.store(state_ptr + 6 * state_stride, tl.sum(t_gap, axis=0))
+    else:
         _merge_text(
-            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount, s_gap,
+            state_ptr, state_stride, s_sum, t_sum, s_shift, s_discount, t_shift, t_discount,
             a_max, a_sum, w_max, w_sum, q_max, q_sum, s_prior_gap, s_view_gap, t_view_gap, a_gap, True,
         )  # fmt: skip
 
