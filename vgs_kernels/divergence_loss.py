@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import Call, StudentGradients
 from .divergence import Divergence
-from .driver import Tiles, sweep
+from .driver import Loss, Tiles, sweep
 from .gradients import DenseSink
 from .parallel import VocabularyShard
 from .policy import PolicyGradient, unit_weights
@@ -31,8 +31,8 @@ TERMS = ("divergence", "entropy")
 Outcome = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
-class DivergenceLoss:
-    """Values and scalars of the gradient of one divergence and of a policy term. A ``driver.Loss``.
+class DivergenceLoss(Loss):
+    """Values and scalars of the gradient of one divergence and of a policy term.
 
     Args:
         divergence: its settings.
@@ -60,7 +60,8 @@ class DivergenceLoss:
     ) -> None:
         if divergence.top_k is not None and divergence.top_k > shard.total:
             raise ValueError(f"top_k must be at most the vocabulary's {shard.total} entries, got {divergence.top_k}.")
-        self.divergence, self.policy, self.ids = divergence, policy, shard.local(ids)
+        super().__init__(shard.local(ids))
+        self.divergence, self.policy = divergence, policy
         self._weights, self._shard, self._gain, self._totals = token_weights, shard, gain, backend.totals
         self.unit_weights, self.unit = token_weights, unit
         if unit is None:
@@ -105,7 +106,7 @@ class DivergenceLoss:
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
         kind, needed = self.divergence.kind, None
         if kind in ("reverse_kl", "forward_kl") and self.divergence.clip is None and limit is None:
-            coarse = x.standard if kind == "reverse_kl" else x.forward
+            coarse = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
             coarse_slope = coarse if kind == "reverse_kl" else torch.full_like(coarse, -1)
             needed = x["s_sum"] < 1 / LARGE
             if not self._gradient_alone:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +30,8 @@ def guard(device: torch.device) -> contextlib.ExitStack:
     return stack
 
 
-class Loss(Protocol):
-    """What becomes of the statistics between the sweeps.
+class Loss:
+    """What becomes of the statistics between the sweeps; by itself nothing, but that logits can be looked up.
 
     Attributes:
         ids: [N] columns of this shard whose logits are wanted, or None.
@@ -40,9 +39,11 @@ class Loss(Protocol):
         divergence: whose support restricts the tiles, or None.
     """
 
-    ids: Tensor | None
-    picks: int
-    divergence: Divergence | None
+    picks = 1
+    divergence: Divergence | None = None
+
+    def __init__(self, ids: Tensor | None = None) -> None:
+        self.ids = ids
 
     def settle(
         self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles
@@ -55,23 +56,22 @@ class Loss(Protocol):
             picked: [picks, R] logits at ``ids``, -inf where an id lies outside of the vocabulary; or None.
             tiles: for another sweep.
         """
-        ...
 
 
 def sweep(
     source: Source,
     backend: Backend,
-    loss: Loss | None = None,
+    loss: Loss,
     sink: Sink | None = None,
     known: tuple[Tensor, Tensor | None] | None = None,
     then: Callable[[slice, RowTile, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the statistics sweep and, with a loss and a sink, the gradient sweep over all tokens of a source.
+    """Run the statistics sweep and, with a sink, the gradient sweep over all tokens of a source.
 
     Args:
         source: the logit rows.
         backend: who works on tiles.
-        loss: None: statistics alone.
+        loss: what to do between the sweeps.
         sink: takes the gradient of the student's rows.
         known: what an earlier sweep over the same rows returned; it is then not repeated.
         then: what else to do with a tile that spans the vocabulary and its statistics, before the next one. The
@@ -80,12 +80,12 @@ def sweep(
     Returns:
         The statistics [K, N], and the logits at the loss's ``ids`` [picks, N], both over all shards of the vocabulary.
     """
-    ids = None if loss is None else loss.ids
+    ids = loss.ids
     state, picked = known or (source.new_state(source.n), None)
     if known is None and ids is not None:
         picked = state.new_full((loss.picks, source.n), -torch.inf)
     for rows in slices(source.n, source.plan.rows):
-        tiles = Tiles(source, rows, None if loss is None else loss.divergence)
+        tiles = Tiles(source, rows, loss.divergence)
         found = state[:, rows], None if picked is None else picked[:, rows]
         if known is None:
             for columns, tile in tiles:
@@ -94,7 +94,7 @@ def sweep(
                     for out, (logits, transform) in zip(found[1], tile.pair, strict=False):
                         _pick(logits, transform, ids[rows], columns, out)
             source.shard.merge(*found)
-        scalars = None if loss is None else loss.settle(rows, *found, tiles)
+        scalars = loss.settle(rows, *found, tiles)
         for columns, tile in tiles if sink is not None and scalars is not None else ():
             here = scalars if scalars.chosen is None else scalars._replace(chosen=scalars.chosen - columns.start)
             out = sink.tiles(rows, columns, tile)

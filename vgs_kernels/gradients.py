@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,18 +10,6 @@ from torch import Tensor
 from .gemm import add_hidden_gradient, add_weight_gradient
 from .plan import GradientView, Plan, pitch, slab_rows
 from .rows.layout import RowTile
-
-
-class Sink(Protocol):
-    """Takes the gradient of one tile after the other."""
-
-    def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
-        """Where to write d_s [R, C] and, if wanted, d_a."""
-        ...
-
-    def collect(self, rows: slice, columns: slice) -> None:
-        """Take what was written there."""
-        ...
 
 
 class DenseSink:
@@ -35,12 +22,14 @@ class DenseSink:
         self._gradients, self._add = gradients, add
 
     def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
+        """Where to write d_s [R, C] and, if wanted, d_a of a tile."""
         # As wide as the gradients: columns behind the tile that can be read are written, too.
         wide = [torch.empty_like(x[rows]) if self._add else x[rows] for x in self._gradients]
         self._written = [x[:, columns] for x in wide]
         return self._written
 
     def collect(self, rows: slice, columns: slice) -> None:
+        """Take what was written there."""
         if self._add:
             for gradient, tile in zip(self._gradients, self._written, strict=True):
                 gradient[rows, columns] += tile
@@ -74,6 +63,7 @@ class LinearSink:
         self._blocks = [None if view.in_place else weight.new_empty(size, dtype=view.dtype) for view in views]
 
     def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
+        """Where to write d_s [R, C] and, if wanted, d_a of a tile."""
         local = slice(rows.start - self._start, rows.stop - self._start)
         self._written = [
             slab if view.in_place else slab_rows(block, local, slab.shape[1])
@@ -107,3 +97,6 @@ class LinearSink:
             add_weight_gradient(d_logits, view.states(tokens), out, view.alpha, keep=add or at.start > 0)
         if self._d_bias is not None:
             self._d_bias[columns].add_(d_logits.sum(0, dtype=self._d_bias.dtype), alpha=view.alpha)
+
+
+Sink = DenseSink | LinearSink

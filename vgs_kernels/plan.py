@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ _CUT_ROWS, _MIN_CUT_ROWS, _MIN_COLUMNS = 512, 128, 128
 _ROW_MULTIPLE = 64
 _PITCH_COLUMNS = 64
 #: A CPU's products gain nothing from more rows, and every call pays for the first touch of its slabs.
-_MAX_ROWS = {"cpu": 256}
+MAX_ROWS = {"cpu": 256}
 #: What a vocabulary entry costs in memory traffic, in units of the student's width: heads are read once for each tile
 #: (the teacher's twice as wide), and once for each gradient block, when the head gradient is read and written as well.
 _TILE_TRAFFIC, _BLOCK_TRAFFIC = 6, 10
@@ -92,23 +91,6 @@ class Plan:
     rows: int
     columns: int
     gradient_rows: int
-
-    @classmethod
-    def of(
-        cls,
-        n: int,
-        vocab: int,
-        slab_bytes: int,
-        views: Sequence[GradientView],
-        workspace_bytes: int,
-        device: torch.device,
-    ) -> Plan:
-        """The tiles of a sweep, for slabs of that many bytes for each token and column."""
-        own = [view for view in views if not view.in_place]
-        gradient_bytes = sum(view.dtype.itemsize for view in own)
-        if len(own) < len(views):  # tied to the slabs' tokens by the views that lie in them
-            slab_bytes, gradient_bytes = slab_bytes + gradient_bytes, 0
-        return cls.fit(n, vocab, slab_bytes, gradient_bytes, workspace_bytes, _MAX_ROWS.get(device.type))
 
     @classmethod
     def fit(

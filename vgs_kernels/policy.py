@@ -49,18 +49,6 @@ class PolicyGradient:
         self._old = None if old_logps is None else wide(old_logps)
         self._low, self._high = epsilons
 
-    @classmethod
-    def of(
-        cls,
-        advantages: Tensor | None,
-        weights: Tensor | None,
-        old_logps: Tensor | None,
-        epsilons: Sequence[float],
-        dtype: torch.dtype,
-    ) -> PolicyGradient | None:
-        """From an operator's arguments."""
-        return None if advantages is None else cls(advantages, weights, old_logps, epsilons, dtype)
-
     @property
     def magnitude(self) -> Tensor:
         """[N]: what the gradient's scale is measured by."""

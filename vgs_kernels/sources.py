@@ -12,7 +12,7 @@ from torch import Tensor
 from .gemm import project
 from .heads import Head
 from .parallel import VocabularyShard
-from .plan import GradientView, Plan, pitch, slab_rows, states
+from .plan import MAX_ROWS, GradientView, Plan, pitch, slab_rows, states
 from .rows.layout import LogitTransform, RowTile, new_state, quiet, slices
 
 #: Elements of a part of a composed row that is formed on its own.
@@ -192,7 +192,10 @@ class LinearSource(Source):
     ) -> None:
         n, device = parts[0].n, parts[0].views[0].device
         count = sum(len(part.views) for part in parts)
-        plan = Plan.of(n, shard.largest, count * dtype.itemsize, views, workspace_bytes, device)
+        own = [view.dtype.itemsize for view in views if not view.in_place]
+        # Blocks beside a view that lies in the slabs are tied to its tokens.
+        sizes = (count * dtype.itemsize, sum(own)) if len(own) == len(views) else (count * dtype.itemsize + sum(own), 0)
+        plan = Plan.fit(n, shard.largest, *sizes, workspace_bytes, MAX_ROWS.get(device.type))
         #: Whether tiles span the vocabulary, on all ranks that share it.
         self.spans = plan.columns >= shard.largest
         # Every rank of a group cuts the tokens alike, for their statistics are merged tile by tile.

@@ -14,7 +14,7 @@ from . import gating
 from .arguments import Call, StudentGradients
 from .divergence import Divergence
 from .divergence_loss import DivergenceLoss
-from .driver import Tiles, sweep
+from .driver import Loss, Tiles, sweep
 from .gradients import DenseSink
 from .objective import VGSObjective
 from .plan import GradientView
@@ -28,8 +28,8 @@ TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vd
 Outcome = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
-class VGSLoss:
-    """standard + gamma * visual of four rows, the gate, and in the end loss and terms. A ``driver.Loss``.
+class VGSLoss(Loss):
+    """standard + gamma * visual of four rows, the gate, and in the end loss and terms.
 
     Args:
         call: the arguments.
@@ -38,11 +38,10 @@ class VGSLoss:
         live_prior: whether p_x inside q* receives gradient.
     """
 
-    picks, divergence = 1, None
-
     def __init__(self, call: Call, gain: float, ids: Tensor | None, live_prior: bool) -> None:
+        super().__init__(ids)
         self.objective = objective_of(call)
-        self.dtype, self.ids, self.gain, self.live_prior = call.dtype, ids, gain, live_prior
+        self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
         vds, limits = call.get("vds"), call.get("vds_threshold")
@@ -77,7 +76,7 @@ class VGSLoss:
         x = Statistics(state)
         gamma = torch.full_like(x["s_max"], self.objective.gamma)
         if self.objective.schedule == "adaptive":
-            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
+            vds = x.kl("t_view_gap").to(self.dtype) if self.vds is None else self.vds[rows]
             gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
         weight = self.gain * self.unit_weights[rows]
         mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
@@ -98,17 +97,17 @@ class VGSLoss:
         """Losses of the tokens [N] and terms [T, N], from the statistics of all; settles the gate."""
         x = Statistics(state)
         if self.vds is None:
-            self.vds = x.vds.to(self.dtype)
+            self.vds = x.kl("t_view_gap").to(self.dtype)
         if self.limits is None:
             self._find_limits()
         self.gate = self.gate_of(self.vds, slice(None))
         gamma = gating.token_gamma(self.vds, self.objective, self.limits)
-        standard, visual, language = x.standard, x.visual, x.language
+        standard, visual, language = x.kl("s_gap"), x.visual, x.kl("a_gap")
         per_token = (
             standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
         )
         losses = scaled(self.unit_weights * self.unit, per_token)
-        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
+        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.kl("s_view_gap")]
         if picked is not None:
             terms.append(x.log_probability(picked[0]))
         if self.policy is not None:
@@ -178,7 +177,7 @@ def linear(call: Call) -> Outcome:
         sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
 
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
-        here = loss.gate_of(Statistics(state).vds, rows).nonzero().squeeze(1)
+        here = loss.gate_of(Statistics(state).kl("t_view_gap"), rows).nonzero().squeeze(1)
         view = gradients.view("student_text_hidden", objective.lam, here + rows.start)
         pair = TileSource(tile.pair_at(here, text=True), shard, state)
         preserve(pair, view, loss.unit_weights[rows][here], (language_statistics(state[:, here]), None))
@@ -219,7 +218,7 @@ def dense(call: Call) -> Outcome:
     whole = call.options["backend"] == "triton" and call.live is None
     tile_rows = max(n, 1) if whole else DENSE_ROWS
     source = DenseSource([s, t, a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
-    found = sweep(source, call.backend, None if loss.ids is None else Picking(loss.ids))
+    found = sweep(source, call.backend, Loss(loss.ids))
     losses, terms = loss.finish(*found)
 
     d_student = call.logit_gradient("student_logits", vocab, written=True)
@@ -238,18 +237,6 @@ def dense(call: Call) -> Outcome:
         )
         sweep(source, call.backend, pair, DenseSink([d_text], add=prior), known)
     return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}
-
-
-class Picking:
-    """Only the student's logits at ``ids`` are wanted. A ``driver.Loss``."""
-
-    picks, divergence = 1, None
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> None:
-        return None
 
 
 def language_statistics(state: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def totals(
                     top = anchor(state[PAIR_STATE.index(f"{name}_max"), rows])
                     found = logits[name].masked_fill(inside, -torch.inf).logsumexp(1).sub_(top)
                     torch.logaddexp(tail, found, out=tail)
-            of_block = [value, slope]
+            of_block = [value, slope, p]
             if has_large:
                 large = p > LARGE
                 top = slope.masked_fill(~large, 0)

@@ -282,40 +282,16 @@ class Statistics:
         """Expectation of a gap of centred logits, see ``GAPS``."""
         return self[name] / self[f"{GAPS[name][0]}_sum"]
 
-    def _divergence(self, gap: str) -> Tensor:
-        _, p, q = GAPS[gap]  # its weights are of the row that comes first in the difference
-        return self.mean(gap) - self[f"{p}_sum"].log() + self[f"{q}_sum"].log()
-
-    @property
-    def standard(self) -> Tensor:
-        """KL(softmax(s) || softmax(t))."""
-        return self._divergence("s_gap")
-
-    @property
-    def forward(self) -> Tensor:
-        """KL(softmax(t) || softmax(s)); of a pair alone."""
-        return self._divergence("t_gap")
+    def kl(self, gap: str) -> Tensor:
+        """KL(softmax(x) || softmax(y)) of the gap x' - y' whose weights are of x, see ``GAPS``."""
+        _, x, y = GAPS[gap]
+        return self.mean(gap) - self[f"{x}_sum"].log() + self[f"{y}_sum"].log()
 
     @property
     def visual(self) -> Tensor:
         """KL(softmax(s) || softmax(q))."""
         mean_gap = self.mean("s_gap") - self.mean("s_prior_gap")
         return mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"]
-
-    @property
-    def language(self) -> Tensor:
-        """KL(softmax(a) || softmax(w))."""
-        return self._divergence("a_gap")
-
-    @property
-    def vds(self) -> Tensor:
-        """KL(softmax(t) || softmax(w))."""
-        return self._divergence("t_view_gap")
-
-    @property
-    def student_vds(self) -> Tensor:
-        """KL(softmax(s) || softmax(a))."""
-        return self._divergence("s_view_gap")
 
     @property
     def entropy(self) -> Tensor:
