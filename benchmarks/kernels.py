@@ -80,16 +80,24 @@ def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]])
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
-_GRADIENT = "PRIOR POLICY"
+_GRADIENT = "FOUR PRIOR CLIP TAIL POLICY"
 KERNELS = {
     "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
     "merge_kernel": Kernel(rows_triton.merge_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
     "gradient_kernel": Kernel(
-        rows_triton.gradient_kernel,
+        entries_triton.gradient_kernel,
         "write",
         [
-            *_variants(_GRADIENT, ("", "PRIOR"), _WRITES),
-            *_variants(_GRADIENT, ("PRIOR POLICY",), _FEW_WRITES),
+            *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR"), _WRITES, KIND=0),
+            *_variants(_GRADIENT, ("FOUR PRIOR POLICY",), _FEW_WRITES, KIND=0),
+            *_entries(
+                *(_GRADIENT, _FEW_WRITES),
+                {
+                    "reverse_kl": ("", "CLIP TAIL POLICY"),
+                    "forward_kl": ("", "CLIP TAIL POLICY"),
+                    "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
+                },
+            ),
         ],
     ),
     "totals_kernel": Kernel(
@@ -98,18 +106,6 @@ KERNELS = {
         _entries(
             *("CLIP TAIL", _FEW_READS),
             {"reverse_kl": ("", "CLIP TAIL"), "forward_kl": ("", "CLIP TAIL"), "jsd": ("", "CLIP", "CLIP TAIL")},
-        ),
-    ),
-    "entry_gradient_kernel": Kernel(
-        entries_triton.entry_gradient_kernel,
-        "write",
-        _entries(
-            *("CLIP TAIL POLICY", _FEW_WRITES),
-            {
-                "reverse_kl": ("", "CLIP TAIL POLICY"),
-                "forward_kl": ("", "CLIP TAIL POLICY"),
-                "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
-            },
         ),
     ),
 }
@@ -205,7 +201,7 @@ def _column_bytes(sweep: str, variant: Variant) -> int:
     """Bytes that one token moves for one column: every logit row once, every gradient row once."""
     used = {key for key, value in variant.options.items() if value}
     written = {"read": 0, "write": 2 if "PRIOR" in used else 1}[sweep]
-    rows = 4 if "FOUR" in used or "PRIOR" in variant.options else 2
+    rows = 4 if "FOUR" in used else 2
     return rows * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
 
 

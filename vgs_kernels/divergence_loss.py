@@ -20,7 +20,7 @@ from .parallel import VocabularyShard
 from .policy import PolicyGradient, unit_weights
 from .rows import Backend
 from .rows.entries_torch import SUMS, TAILS, entry
-from .rows.layout import LARGE, EntryCoefficients, LogitTransform, Statistics, scaled, wide
+from .rows.layout import LARGE, LogitTransform, RowCoefficients, Statistics, scaled, wide
 from .sources import DENSE_ROWS, ComposedRow, DenseSource, LinearSource, Part, StackedRows
 
 #: KLs below this, in nats, are summed by entries: from statistics in float32 they would be right to 1e-4 of this.
@@ -71,12 +71,12 @@ class DivergenceLoss(Loss):
         self.picks = 2 if self._sampled else 1
         self._found: list[list[Tensor]] = []
 
-    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> EntryCoefficients:
+    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
         x = Statistics(state)
         logps = None if picked is None else x.log_probability(picked[0])
         if self._sampled:
             value = logps - x.log_probability(picked[1], "t")
-            scalars = {"mean_slope": torch.zeros_like(value), "top": torch.zeros_like(value)}
+            scalars = {"mean": torch.zeros_like(value), "top": torch.zeros_like(value)}
         else:
             value, scalars = self._value(x, state, tiles)
         # A student without any mass inside the support, as of distributions that do not meet.
@@ -95,7 +95,7 @@ class DivergenceLoss(Loss):
         scalars = {name: x.to(state.dtype) for name, x in {**scalars, "weight": weight}.items()}
         if pull is not None:
             scalars |= {"policy": pull.to(state.dtype), "chosen": self.ids[rows]}
-        return EntryCoefficients(**scalars)
+        return RowCoefficients(**scalars)
 
     def _value(self, x: Statistics, state: Tensor, tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [R] before clipping, and the scalars of the gradient before weights.
@@ -127,10 +127,10 @@ class DivergenceLoss(Loss):
             value, slope, rest = value + tail_value, slope + tail_slope, rest + p
             of_tail = {"tail_slope": tail_slope, "tail_log": tails[0], "limit": limit}
         # (1 - p) * slope - p * all other slopes, of the entry with all the mass.
-        scalars = {"mean_slope": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
+        scalars = {"mean": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
         if needed is not None:
             value = torch.where(needed, value, coarse)
-            scalars["mean_slope"] = torch.where(needed, scalars["mean_slope"], coarse_slope)
+            scalars["mean"] = torch.where(needed, scalars["mean"], coarse_slope)
         return value, scalars
 
     def _clipped(self, value: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .divergence import Divergence
 from .gradients import Sink
 from .rows import Backend
-from .rows.layout import EntryCoefficients, LogitTransform, RowCoefficients, RowTile, slices
+from .rows.layout import LogitTransform, RowCoefficients, RowTile, slices
 from .sources import Source
 
 
@@ -45,9 +45,7 @@ class Loss:
     def __init__(self, ids: Tensor | None = None) -> None:
         self.ids = ids
 
-    def settle(
-        self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles
-    ) -> RowCoefficients | EntryCoefficients | None:
+    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients | None:
         """Values of these tokens, and the scalars of their gradient (None: there is none).
 
         Args:
@@ -98,10 +96,7 @@ def sweep(
         for columns, tile in tiles if sink is not None and scalars is not None else ():
             here = scalars if scalars.chosen is None else scalars._replace(chosen=scalars.chosen - columns.start)
             out = sink.tiles(rows, columns, tile)
-            if isinstance(here, EntryCoefficients):
-                backend.entry_gradient(tile, found[0], loss.divergence, here, *out)
-            else:
-                backend.gradient(tile, found[0], here, *out)
+            backend.gradient(tile, found[0], loss.divergence, here, *out)
             sink.collect(rows, columns)
         if then is not None:
             then(rows, tiles.whole, found[0])

@@ -21,25 +21,25 @@ KERNELS_SCRIPT = """
 import itertools
 import torch
 from benchmarks.kernels import KERNELS
-from vgs_kernels.rows import rows_triton
+from vgs_kernels.rows import entries_triton, rows_triton
 from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V = 33, 1003
 cases = [(kernel, *x) for kernel in ("statistics_kernel", "gradient_kernel") for x in KERNELS[kernel].variants]
 for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1024)):
-    count = 4 if options.get("FOUR", True) else 2
+    count = 4 if options["FOUR"] else 2
     rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits])[:, :V] for _ in range(count)]
     caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
     tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), width)
     state = new_state(N, tile.four, rows[0].float())
     rows_triton.statistics(tile, state)
-    if kernel == "gradient_kernel":
+    if kernel == "gradient_kernel" and options["FOUR"]:
         out = torch.zeros(N, width, dtype=DTYPES[gradient], device=DEVICE)[:, :V]
         text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if options["PRIOR"] else None
         policy = (torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)) if options["POLICY"] else ()
         coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *policy)
-        rows_triton.gradient(tile, state, coefficients, out, text)
+        entries_triton.gradient(tile, state, None, coefficients, out, text)
         assert out.any() and (text is None or text.any())
 """
 

@@ -10,7 +10,7 @@ from tiles import make_tile
 
 from vgs_kernels.divergence import Divergence
 from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton
-from vgs_kernels.rows.layout import EntryCoefficients, LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -30,7 +30,7 @@ def test_blocks_of_the_torch_rows(monkeypatch, masked):
         state = new_state(n, True, tile.student)
         rows_torch.statistics(tile, state)
         out, out_text = torch.zeros(2, n, columns, dtype=torch.float64)
-        rows_torch.gradient(tile, state, coefficients, out, out_text)
+        entries_torch.gradient(tile, state, None, coefficients, out, out_text)
         results.append((state, out, out_text))
     for blocks, whole in zip(*results[::-1], strict=True):
         torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
@@ -53,7 +53,7 @@ def test_rows_further_apart_than_32_bits_count():
         tile = RowTile(student, target, None, None, LogitTransform(), LogitTransform(), False, columns)
         state, out = new_state(n, False, torch.empty(0)), torch.empty(n, columns)
         rows_triton.statistics(tile, state)
-        entries_triton.gradient(tile, state, Divergence(), EntryCoefficients(*torch.ones(3, n)), out)
+        entries_triton.gradient(tile, state, Divergence(), RowCoefficients(*torch.ones(2, n), top=torch.ones(n)), out)
         states.append(state)
         gradients.append(out)
     assert torch.equal(*states) and torch.equal(*gradients)

@@ -5,7 +5,7 @@ import torch
 from covering import pairwise
 from tiles import make_tile
 
-from vgs_kernels.rows import rows_torch, rows_triton, triton_common
+from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton, triton_common
 from vgs_kernels.rows.layout import RowCoefficients, new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
@@ -46,9 +46,9 @@ def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap
     for prior in (False, True) if four else ():
         coefficients = RowCoefficients(*torch.rand(3, n), prior)
         whole = torch.full((2, 2, n, width or columns), torch.nan)
-        for backend, gradients in zip((rows_torch, rows_triton), whole, strict=True):
+        for backend, gradients in zip((entries_torch, entries_triton), whole, strict=True):
             out, out_text = gradients[..., :columns]
-            backend.gradient(tile, states[0], coefficients, out, out_text if prior else None)
+            backend.gradient(tile, states[0], None, coefficients, out, out_text if prior else None)
         for got, wanted in zip(whole[1, :, :, :columns], whole[0, :, :, :columns], strict=True):
             written = ~wanted.isnan()
             assert torch.equal(written, ~got.isnan())

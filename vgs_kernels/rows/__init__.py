@@ -1,7 +1,7 @@
 """Logit rows of a tile: statistics in one sweep, gradients in another, in PyTorch and in Triton side by side.
 
-layout.py has the notation and what both share. Four rows are the VGS loss (rows_torch.py, rows_triton.py); a pair of
-rows is any divergence (entries_torch.py, entries_triton.py).
+layout.py has the notation and what both share. rows_torch.py and rows_triton.py take statistics of four rows, those of
+the VGS loss, or of a pair; entries_torch.py and entries_triton.py have the divergences of a pair, and all gradients.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 
 class Backend(NamedTuple):
-    """Who works on tiles: statistics and gradient of rows, and totals and gradient of divergences by entries."""
+    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries."""
 
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     totals: Callable[..., None]
-    entry_gradient: Callable[..., None]
 
 
 def backend(name: str) -> Backend:
@@ -27,4 +26,4 @@ def backend(name: str) -> Backend:
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
-    return Backend(rows.statistics, rows.gradient, entries.totals, entries.gradient)
+    return Backend(rows.statistics, entries.gradient, entries.totals)

@@ -1,4 +1,4 @@
-"""Divergences that are summed entry by entry, in PyTorch: the readable specification of entries_triton.py.
+"""Divergences of a pair of rows, and all gradients, in PyTorch: the readable specification of entries_triton.py.
 
 With p = softmax(s), q = softmax(t), r = log(p / q) = (s' - t') - log sum exp s' + log sum exp t' (logits centred at
 their row's maximum, see layout.py), an entry of the divergence and p times its derivative by p are::
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..divergence import Divergence
-from .layout import LARGE, PAIR_STATE, SATURATED, EntryCoefficients, RowTile, Statistics, anchor
-from .rows_torch import Blocks, chain, exp, load, one_hot
+from .layout import LARGE, PAIR_STATE, SATURATED, VGS_STATE, RowCoefficients, RowTile, anchor, wide
+from .rows_torch import Blocks, chain, exp, load, one_hot, steered
 
 #: What one sweep over normalised rows sums for each token inside the support: the divergence; slopes and p of the
 #: entries with p <= ``LARGE``; the slope of one above, if there is one ...
@@ -92,25 +92,29 @@ def _slope(p: Tensor, q: Tensor, r: Tensor, divergence: Divergence, masked: bool
     return -q  # the gradient of the sampled one is a policy's alone, and this has a weight of 0
 
 
+def _named(state: Tensor, rows: slice) -> dict[str, Tensor]:
+    """[R, 1] statistics of these tokens."""
+    names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
+    return {name: values[rows].unsqueeze(1) for name, values in zip(names, state, strict=True)}
+
+
 def _distributions(
-    tile: RowTile, rows: slice, columns: slice, state: Tensor, shift: Tensor, blocks: Blocks, wanted: str = "qr"
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Logits of a block, and p, q and r, [R, C] each, in the blocks' memory; q and r are void unless ``wanted``."""
-    x = {name: values[rows].unsqueeze(1) for name, values in zip(PAIR_STATE, state, strict=True)}
-    p, q, r = blocks.temporaries(rows, columns)
-    logits = load(tile, rows, columns, state.dtype)
+    logits: dict[str, Tensor],
+    x: dict[str, Tensor],
+    temporaries: list[Tensor],
+    wanted: str = "qr",
+    mean: Tensor | float = 0.0,
+) -> list[Tensor]:
+    """p, q and r - mean of a block, [R, C] each, in this memory; q and r are void unless ``wanted``."""
+    p, q, r = temporaries
     s = torch.sub(logits["s"], anchor(x["s_max"]), out=p)
     t = torch.sub(logits["t"], anchor(x["t_max"]), out=q)
     if "r" in wanted:
-        torch.sub(s, t, out=r).sub_(shift[rows].unsqueeze(1))
+        shift = wide(x["s_sum"]).log() - wide(x["t_sum"]).log() + mean
+        torch.sub(s, t, out=r).sub_(shift.to(r.dtype))
     if "q" in wanted:
         exp(t, out=q).div_(x["t_sum"])
-    return logits, [exp(s, out=p).div_(x["s_sum"]), q, r]
-
-
-def _has_p_above(least: float, state: Tensor) -> bool:
-    """Whether a token's largest p is above this."""
-    return bool((1 / state[PAIR_STATE.index("s_sum")] > least).any())
+    return [exp(s, out=p).div_(x["s_sum"]), q, r]
 
 
 def totals(
@@ -126,7 +130,7 @@ def totals(
 
     Args:
         state: [K, R] statistics over all columns.
-        limit: [R], as in ``EntryCoefficients``.
+        limit: [R], as in ``RowCoefficients``.
         needed: [R] bool, the tokens whose sums are wanted, without a limit; None: all.
     """
     if needed is not None and not needed.all():
@@ -137,19 +141,19 @@ def totals(
             sums[:, at] = part
         return
     blocks = Blocks(tile, state, 3)
-    shift = Statistics(state).log_sums.to(state.dtype)
     for rows in blocks.rows():
-        has_large = _has_p_above(LARGE, state[:, rows])
+        x = _named(state, rows)
+        has_large = bool((1 / x["s_sum"] > LARGE).any())
         for columns in blocks.columns():
-            logits, (p, q, r) = _distributions(tile, rows, columns, state, shift, blocks)
+            logits = load(tile, rows, columns, state.dtype)
+            p, q, r = _distributions(logits, x, blocks.temporaries(rows, columns))
             value, slope = entry(p, q, r, divergence, masked=tile.may_be_masked)
             if limit is not None:
                 inside = tile.student[rows, columns] >= limit[rows].unsqueeze(1)
                 value, slope, p = (x.masked_fill_(~inside, 0) for x in (value, slope, p))
                 for name, tail in zip("st", tails[:, rows], strict=True):
-                    top = anchor(state[PAIR_STATE.index(f"{name}_max"), rows])
-                    found = logits[name].masked_fill(inside, -torch.inf).logsumexp(1).sub_(top)
-                    torch.logaddexp(tail, found, out=tail)
+                    outside = logits[name].masked_fill(inside, -torch.inf) - anchor(x[f"{name}_max"])
+                    torch.logaddexp(tail, outside.logsumexp(1), out=tail)
             of_block = [value, slope, p]
             if has_large:
                 large = p > LARGE
@@ -160,32 +164,80 @@ def totals(
 
 
 def gradient(
-    tile: RowTile, state: Tensor, divergence: Divergence, coefficients: EntryCoefficients, out: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence | None,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    out_text: Tensor | None = None,
 ) -> None:
-    """Write d_s to ``out`` [R, C], which may be the student's tile itself."""
-    blocks = Blocks(tile, state, 3)
-    shift = Statistics(state).log_sums.to(state.dtype)
-    of_kind = {"reverse_kl": "r", "jsd": "r"}.get(divergence.kind, "q")
-    wanted = of_kind if divergence.clip is None else "qr"
-    # Of a plain reverse KL, p * r - p * mean_slope is p * (r - mean_slope).
-    plain = divergence.kind == "reverse_kl" and divergence.clip is None and coefficients.limit is None
-    if plain:
-        shift = shift + coefficients.mean_slope
+    """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; they may be the student's tiles themselves.
+
+    Args:
+        state: [K, R] statistics over all columns.
+        divergence: of a pair; None of four rows.
+    """
+    masked = tile.may_be_masked
+    blocks = Blocks(tile, state, 6 if tile.four else 3)
     for rows in blocks.rows():
-        scalars = [None if value is None else value[rows].unsqueeze(1) for value in coefficients]
-        weight, mean_slope, top, tail_slope, tail_log, limit, policy, chosen = scalars
-        saturated = _has_p_above(SATURATED, state[:, rows])
+        x = _named(state, rows)
+        here = RowCoefficients(*(y[rows].unsqueeze(1) if isinstance(y, Tensor) else y for y in coefficients))
         for columns in blocks.columns():
-            logits, (p, q, r) = _distributions(tile, rows, columns, state, shift, blocks, wanted)
-            slope = _slope(p, q, r, divergence, tile.may_be_masked)
-            if limit is not None:
-                share = logits["s"] - (tail_log + anchor(state[PAIR_STATE.index("s_max"), rows]).unsqueeze(1))
-                outside = tile.student[rows, columns] < limit
-                slope = torch.where(outside, exp(share, out=share).mul_(tail_slope), slope)
-            d_s = slope if plain else torch.addcmul(slope, p, mean_slope, value=-1, out=q)
-            d_s = (torch.where(p > SATURATED, top, d_s) if saturated else d_s).mul_(weight)
-            if tile.may_be_masked:
-                d_s.masked_fill_(weight == 0, 0)
-            if policy is not None:
-                d_s.add_(one_hot(chosen - columns.start, p).sub_(p).mul_(policy))
+            logits, temporaries = load(tile, rows, columns, state.dtype), blocks.temporaries(rows, columns)
+            if tile.four:
+                p, d_s, d_a = _of_four(logits, x, here, temporaries, masked)
+                if d_a is not None:
+                    out_text[rows, columns] = chain(d_a, logits["a"], tile)
+            else:
+                student = tile.student[rows, columns]
+                p, d_s = _of_pair(logits, x, divergence, here, temporaries, masked, student)
+            d_s.mul_(here.weight)
+            if masked:
+                d_s.masked_fill_(here.weight == 0, 0)
+            if here.policy is not None:
+                d_s.add_(one_hot(here.chosen - columns.start, p).sub_(p).mul_(here.policy))
             out[rows, columns] = chain(d_s, logits["s"], tile)
+
+
+def _of_four(
+    logits: dict[str, Tensor], x: dict[str, Tensor], here: RowCoefficients, temporaries: list[Tensor], masked: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """p, d_s before its weight, and d_a of a live prior."""
+    p, *temporaries = temporaries
+    centred = {
+        name: torch.sub(values, anchor(x[f"{name}_max"]), out=temporary)
+        for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
+    }
+    exp(centred["s"], out=p).div_(x["s_sum"])
+    d_a = None
+    if here.live_prior:
+        q = steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
+        weight = here.weight * here.gamma
+        d_a = _unless_zero(exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight), weight, masked)
+    prior_gap = _unless_zero(centred["a"].sub_(centred["w"]), here.gamma, masked)
+    gap = centred["s"].sub_(centred["t"]).mul_(1 + here.gamma)
+    gap.addcmul_(prior_gap, here.gamma, value=-1).sub_(here.mean)
+    return p, _unless_zero(gap.mul_(p), p, masked), d_a
+
+
+def _of_pair(
+    logits: dict[str, Tensor],
+    x: dict[str, Tensor],
+    divergence: Divergence,
+    here: RowCoefficients,
+    temporaries: list[Tensor],
+    masked: bool,
+    student: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """p, and d_s before its weight; ``student`` are its logits as they lie in the tile."""
+    wanted = "qr" if divergence.clip is not None else "r" if divergence.kind in ("reverse_kl", "jsd") else "q"
+    # Of a plain reverse KL, p * r - p * mean is p * (r - mean).
+    plain = divergence.kind == "reverse_kl" and divergence.clip is None and here.limit is None
+    p, q, r = _distributions(logits, x, temporaries, wanted, here.mean if plain else 0.0)
+    slope = _slope(p, q, r, divergence, masked)
+    if here.limit is not None:
+        share = logits["s"] - (here.tail_log + anchor(x["s_max"]))
+        outside = student < here.limit
+        slope = torch.where(outside, exp(share, out=share).mul_(here.tail_slope), slope)
+    d_s = slope if plain else torch.addcmul(slope, p, here.mean, value=-1, out=q)
+    return p, torch.where(p > SATURATED, here.top, d_s) if (1 / x["s_sum"] > SATURATED).any() else d_s

@@ -1,4 +1,7 @@
-"""Divergences that are summed entry by entry, in Triton; entries_torch.py has the mathematics, in PyTorch."""
+"""Divergences of a pair of rows, and all gradients, in Triton; entries_torch.py has the mathematics, in PyTorch.
+
+In a gradient sweep a program takes one token and one column block.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from ..divergence import Divergence
 from .entries_torch import SUMS, TAILS
-from .layout import LARGE, SATURATED, EntryCoefficients, RowTile, Statistics
+from .layout import LARGE, SATURATED, RowCoefficients, RowTile, Statistics
 from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
@@ -20,9 +23,12 @@ from .triton_common import (
     anchored,
     cap_slope,
     exp,
+    four_arguments,
     lane_sum,
+    load,
     row_arguments,
     statistics_launch,
+    steered,
     tile_columns,
     transform,
     transform_arguments,
@@ -187,28 +193,48 @@ def totals_kernel(
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
-def entry_gradient_kernel(
-    s_ptr, t_ptr, s_stride, t_stride, out_ptr, out_stride, state_ptr, state_stride,
-    shift_ptr, weight_ptr, mean_slope_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr, policy_ptr, chosen_ptr,
+def gradient_kernel(
+    s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
+    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, shift_ptr,
+    weight_ptr, mean_ptr, gamma_ptr, policy_ptr, chosen_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
     n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    # From the last column to the first: what the statistics sweep read last may still be in the cache.
     at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    stored = at < n_loaded  # zeros behind the tile's end
+    state_ptr += row
+    weight = tl.load(weight_ptr + row)
+    mean = tl.load(mean_ptr + row)
     raw = _raw(s_ptr + row * s_stride, at, n_loaded)
     p, q, s_centred, t_centred, s = _distributions(
-        raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr + row, state_stride,
+        raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr, state_stride,
         student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
     )  # fmt: skip
-    _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
-    if TAIL:
-        share = exp(s_centred - tl.load(tail_log_ptr + row))
-        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
-    weight = tl.load(weight_ptr + row)
-    d_s = tl.where(p > _SATURATED, tl.load(top_ptr + row), slope - p * tl.load(mean_slope_ptr + row))
-    d_s *= weight
+    if FOUR:
+        a_ptr += row * a_stride
+        w_ptr += row * w_stride
+        a = load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+        w = load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+        a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
+        w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
+        gamma = tl.load(gamma_ptr + row)
+        prior_gap = gamma * (a_centred - w_centred)
+        if MASKED:  # 0 * inf is 0
+            prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+        d_s = weight * p * ((1 + gamma) * (s_centred - t_centred) - prior_gap - mean)
+        if MASKED:
+            d_s = tl.where(p > 0, d_s, 0.0)
+    else:
+        _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
+        if TAIL:
+            share = exp(s_centred - tl.load(tail_log_ptr + row))
+            slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
+        d_s = weight * tl.where(p > _SATURATED, tl.load(top_ptr + row), slope - p * mean)
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -218,12 +244,25 @@ def entry_gradient_kernel(
         d_s *= cap_slope(s, student_cap, inv_temperature)
     if MASKED:
         d_s = tl.where(s > float("-inf"), d_s, 0.0)
-    # Zeros behind the tile's end.
-    tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=at < n_loaded)
+    tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=stored)
+    if PRIOR:
+        q = steered(a_centred, t_centred, w_centred, MASKED)
+        q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
+        prior_weight = weight * gamma
+        d_a = prior_weight * (exp(q) / tl.load(state_ptr + 11 * state_stride) - p)
+        if MASKED:
+            d_a = tl.where(prior_weight != 0, d_a, 0.0)
+            d_a = tl.where(a > float("-inf"), d_a, 0.0)
+        if STUDENT_CAP:
+            d_a *= cap_slope(a, student_cap, inv_temperature)
+        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
 
 
-def _options(tile: RowTile, divergence: Divergence, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
+def _options(
+    tile: RowTile, divergence: Divergence | None, limit: Tensor | None
+) -> tuple[list[float], dict[str, object]]:
     scalars, options = transform_arguments(tile)
+    divergence = divergence or Divergence()  # of four rows none is read
     clip = 0.0 if divergence.clip is None else float(divergence.clip)
     options |= {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
     return [*scalars, float(divergence.beta), clip], options
@@ -259,17 +298,28 @@ def totals(
 
 
 def gradient(
-    tile: RowTile, state: Tensor, divergence: Divergence, coefficients: EntryCoefficients, out: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence | None,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    out_text: Tensor | None = None,
 ) -> None:
-    """Write d_s to ``out`` [R, C], which may be the student's tile itself; columns behind C as in rows_triton."""
-    rows = row_arguments(tile)
+    """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; arguments as in entries_torch.gradient.
+
+    Columns behind C that are ``readable`` are overwritten with 0.
+    """
+    rows = four_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, coefficients.limit)
+    weight, mean, gamma, prior, *others = coefficients
+    text = out if out_text is None else out_text
+    shift = weight if tile.four else Statistics(state).log_sums.to(state.dtype)
     # What a variant does not read is stood in for by what it does.
-    vectors = [(coefficients.weight if value is None else value).contiguous() for value in coefficients]
-    shift = Statistics(state).log_sums.to(state.dtype)
-    entry_gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), shift, *vectors,
-        n_columns, n_loaded, *scalars, POLICY=coefficients.policy is not None, **options,
+    vectors = [(weight if value is None else value).contiguous() for value in (weight, mean, gamma, *others)]
+    gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
+        *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
+        state, state.stride(0), shift, *vectors, n_columns, n_loaded, *scalars,
+        FOUR=tile.four, PRIOR=prior, POLICY=coefficients.policy is not None, **options,
         BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

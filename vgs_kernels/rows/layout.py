@@ -119,39 +119,30 @@ class RowTile(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient of four rows, [R] each, and whether d_a has the term of a live prior.
+    """Per-token scalars of a gradient, [R] each; None where they play no part.
 
-    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). With
-    ``live_prior``, d_a = weight * gamma * (softmax(q) - p). Where ``policy`` is given, d_s gains policy * (1 - p) at
-    the column ``chosen`` of the tile (int64, may lie outside) and -policy * p elsewhere.
+    Of four rows, d_s = weight * p * (gap - mean) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w').
+    With a live prior, d_a = weight * gamma * (softmax(q) - p).
+
+    Of a pair, d_s = weight * (slope - p * mean), see entries_torch.py; weight * top where p > ``SATURATED``: such an
+    entry is the difference of two numbers that nearly cancel, and ``top`` comes from all others. With a ``limit``,
+    the least logit of the student, as it lies in the tile, that is inside the support, columns outside have
+    weight * (share * tail_slope - p * mean), with the share exp(s' - tail_log) of the tail.
+
+    Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
+    and -policy * p elsewhere.
     """
 
     weight: Tensor
-    mean_gap: Tensor
-    gamma: Tensor
+    mean: Tensor
+    gamma: Tensor | None = None
     live_prior: bool = False
     policy: Tensor | None = None
     chosen: Tensor | None = None
-
-
-class EntryCoefficients(NamedTuple):
-    """Per-token scalars of the gradient of a pair, [R] each.
-
-    d_s = weight * (slope - p * mean_slope); weight * top where p > ``SATURATED``: such an entry is the difference of
-    two numbers that nearly cancel, and ``top`` comes from all others. Outside of a support weight * (share * tail_slope
-    - p * mean_slope), with the share exp(s' - tail_log) of the tail. Plus the policy's part as above.
-
-    ``limit`` is the least logit of the student, as it lies in the tile, that is inside the support; None: all are.
-    """
-
-    weight: Tensor
-    mean_slope: Tensor
-    top: Tensor
+    top: Tensor | None = None
     tail_slope: Tensor | None = None
     tail_log: Tensor | None = None
     limit: Tensor | None = None
-    policy: Tensor | None = None
-    chosen: Tensor | None = None
 
 
 def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:

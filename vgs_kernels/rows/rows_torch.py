@@ -1,4 +1,7 @@
-"""The rows in PyTorch: the readable specification of the Triton rows, and the backend of CPUs. Notation: layout.py."""
+"""Statistics of rows in PyTorch: the readable specification of the Triton rows, and the backend of CPUs.
+
+Notation: layout.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .layout import VGS_STATE, RowCoefficients, RowTile, RunningStatistics, anchor, slices
+from .layout import RowTile, RunningStatistics, slices
 
 #: Tokens and elements of a block: an operator's start must be small beside its work, and long stretches of few rows are
 #: read faster than short ones of many. The temporaries of a block take 20 MiB.
@@ -49,7 +52,7 @@ def exp(x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(x, _LOG2_E, out=out).exp2_()
 
 
-def _steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
+def steered(centred: dict[str, Tensor], masked: bool, out: Tensor) -> Tensor:
     """q' = a' + (t' - w'), and -inf where any of the three is."""
     torch.sub(centred["t"], centred["w"], out=out).add_(centred["a"])
     return out.masked_fill_(centred["w"] == -torch.inf, -torch.inf) if masked else out
@@ -89,9 +92,9 @@ def _fold(tile: RowTile, rows: slice, blocks: Blocks, state: Tensor) -> None:
         x.sums += block_sums
         x.totals += block_totals
         if tile.four:
-            steered = _steered(centred, masked, out=difference)
-            at = x.rescale_steered(torch.maximum(x.q_max, steered.amax(1)))
-            x.q_sum.add_(exp(steered.sub_(at.unsqueeze(1)), out=steered).sum(1))
+            q = steered(centred, masked, out=difference)
+            at = x.rescale_steered(torch.maximum(x.q_max, q.amax(1)))
+            x.q_sum.add_(exp(q.sub_(at.unsqueeze(1)), out=q).sum(1))
     x.store()
 
 
@@ -108,46 +111,3 @@ def chain(gradient: Tensor, logits: Tensor, tile: RowTile) -> Tensor:
         slope = 1 - (logits / (transform.softcap * transform.inv_temperature)).square_()
         gradient = gradient.mul_(slope.clamp_(min=0))
     return gradient.masked_fill_(logits == -torch.inf, 0) if tile.may_be_masked else gradient
-
-
-def gradient(
-    tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
-) -> None:
-    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
-
-    Args:
-        state: [K, R] statistics over all columns.
-    """
-    masked = tile.may_be_masked
-    blocks = Blocks(tile, state, 6)
-    for rows in blocks.rows():
-        x = {name: values[rows].unsqueeze(1) for name, values in zip(VGS_STATE, state, strict=True)}
-        scalars = [value[rows].unsqueeze(1) if isinstance(value, Tensor) else value for value in coefficients]
-        weight, mean_gap, gamma, live_prior, policy, chosen = scalars
-        for columns in blocks.columns():
-            p, *temporaries = blocks.temporaries(rows, columns)
-            logits = load(tile, rows, columns, state.dtype)
-            centred = {
-                name: torch.sub(values, anchor(x[f"{name}_max"]), out=temporary)
-                for (name, values), temporary in zip(logits.items(), temporaries, strict=False)
-            }
-            exp(centred["s"], out=p).div_(x["s_sum"])
-            if live_prior:
-                q = _steered(centred, masked, out=temporaries[-1]).sub_(anchor(x["q_max"]))
-                d_a = exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight * gamma)
-                if masked:  # 0 * inf is 0
-                    d_a.masked_fill_(weight * gamma == 0, 0)
-                out_text[rows, columns] = chain(d_a, logits["a"], tile)
-            gap = centred["s"].sub_(centred["t"])
-            prior_gap = centred["a"].sub_(centred["w"])
-            if masked:  # 0 * inf is 0
-                prior_gap.masked_fill_(gamma == 0, 0)
-            gap.mul_(1 + gamma).addcmul_(prior_gap, gamma, value=-1).sub_(mean_gap)
-            pull = None if policy is None else one_hot(chosen - columns.start, p).sub_(p).mul_(policy)
-            p_weight = p.mul_(weight)
-            d_s = gap.mul_(p_weight)
-            if masked:
-                d_s.masked_fill_(p_weight == 0, 0)
-            if pull is not None:
-                d_s.add_(pull)
-            out[rows, columns] = chain(d_s, logits["s"], tile)

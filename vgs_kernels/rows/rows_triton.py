@@ -1,9 +1,8 @@
-"""The rows in Triton, for CUDA and ROCm; rows_torch.py is the same in PyTorch, layout.py has the notation.
+"""Statistics of rows in Triton, for CUDA and ROCm; rows_torch.py is the same in PyTorch, layout.py has the notation.
 
-Both sweeps stream a tile once. In the statistics sweep a program takes a split of one token's columns (split-K), and
+Every sweep streams a tile once. In the statistics sweep a program takes a split of one token's columns (split-K), and
 each thread keeps an online softmax of its own columns; they are merged once, behind the last column, so that nothing
-waits for other warps on the way. A second, small kernel merges the splits. In the gradient sweep a program takes one
-token and one column block.
+waits for other warps on the way. A second, small kernel merges the splits.
 
 Loads are 16 bytes wide whatever the vocabulary: they may reach into the ``readable`` columns behind the tile's end,
 whose values do not count. Where a column may be masked (MASKED), every sum follows the same rule as in PyTorch: where a
@@ -19,33 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import PAIR_STATE, VGS_STATE, RowCoefficients, RowTile
+from .layout import PAIR_STATE, VGS_STATE, RowTile
 from .triton_common import (
-    GRADIENT_BLOCK,
-    GRADIENT_WARPS,
     MERGE_LANES,
     NOTHING,
     OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
     anchored,
-    cap_slope,
     exp,
+    four_arguments,
     lane_sum,
-    row_arguments,
+    load,
     statistics_launch,
+    steered,
     tile_columns,
-    transform,
     transform_arguments,
 )
-
-
-@triton.jit
-def _load(
-    pointer, columns, n_columns, n_loaded, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
-):
-    x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
-    return transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP, MASKED)
 
 
 @triton.jit
@@ -77,13 +66,6 @@ def _expect(total, sum_before, shift, discount, weights, gap, MASKED: tl.constex
     if MASKED:
         product = tl.where(weights > 0, product, 0.0)
     return _kept(total, sum_before, shift, discount, MASKED) + lane_sum(product)
-
-
-@triton.jit
-def _steered(a, t, w, MASKED: tl.constexpr):
-    """q' = a' + (t' - w'), and -inf where any of the three is."""
-    steered = a + (t - w)
-    return tl.where(w == float("-inf"), float("-inf"), steered) if MASKED else steered
 
 
 @triton.jit
@@ -161,8 +143,8 @@ def statistics_kernel(
 
     for start in range(begin, end, LANES * WIDTH):
         at = start + offsets
-        s = _load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-        t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+        s = load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+        t = load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
         s_max, s, s_shift, s_discount = _centre(s, s_max, MASKED)
         t_max, t, t_shift, t_discount = _centre(t, t_max, MASKED)
         p_s = exp(s)
@@ -172,8 +154,8 @@ def statistics_kernel(
         if not FOUR:
             t_gap = _expect(t_gap, t_sum, t_shift - s_shift, t_discount, p_t, t - s, MASKED)
         else:
-            a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-            w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+            a = load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+            w = load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
             a_max, a, a_shift, a_discount = _centre(a, a_max, MASKED)
             w_max, w, w_shift, w_discount = _centre(w, w_max, MASKED)
             p_a = exp(a)
@@ -185,7 +167,7 @@ def statistics_kernel(
             t_view_gap = _expect(t_view_gap, t_sum, t_shift - w_shift, t_discount, p_t, t - w, MASKED)
             a_gap = _expect(a_gap, a_sum, a_shift - w_shift, a_discount, p_a, a - w, MASKED)
             q_before = q_max + (a_shift + t_shift - w_shift)
-            q_max, q, _, q_discount = _centre(_steered(a, t, w, MASKED), q_before, MASKED)
+            q_max, q, _, q_discount = _centre(steered(a, t, w, MASKED), q_before, MASKED)
             a_sum = a_sum * a_discount + lane_sum(p_a)
             w_sum = w_sum * w_discount + lane_sum(exp(w))
             q_sum = q_sum * q_discount + lane_sum(exp(q))
@@ -256,75 +238,10 @@ def merge_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
-def gradient_kernel(
-    s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
-    out_ptr, out_text_ptr, out_stride, out_text_stride,
-    state_ptr, state_stride, weight_ptr, mean_gap_ptr, gamma_ptr,
-    policy_ptr, chosen_ptr, n_columns, n_loaded,
-    student_scale, student_cap, target_scale, target_cap, inv_temperature,
-    PRIOR: tl.constexpr, POLICY: tl.constexpr,
-    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    # From the last column to the first: what the statistics sweep read last may still be in the cache.
-    at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
-    stored = at < n_loaded  # zeros behind the tile's end
-    state_ptr += row
-    weight = tl.load(weight_ptr + row)
-    inv_sum = 1 / tl.load(state_ptr + state_stride)
-    s_ptr += row * s_stride
-    t_ptr += row * t_stride
-    s = _load(s_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-    t = _load(t_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-    s_centred = s - anchored(tl.load(state_ptr), MASKED)
-    t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
-    exp_s = exp(s_centred)
-    a_ptr += row * a_stride
-    w_ptr += row * w_stride
-    a = _load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
-    w = _load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-    a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
-    w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
-    gamma = tl.load(gamma_ptr + row)
-    prior_gap = gamma * (a_centred - w_centred)
-    if MASKED:  # 0 * inf is 0
-        prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
-    gap = (1 + gamma) * (s_centred - t_centred) - prior_gap
-    p_weight = (weight * inv_sum) * exp_s
-    d_s = p_weight * (gap - tl.load(mean_gap_ptr + row))
-    if MASKED:
-        d_s = tl.where(p_weight != 0, d_s, 0.0)
-    if POLICY:
-        chosen = (at == tl.load(chosen_ptr + row)) & (at < n_columns)
-        pull = tl.load(policy_ptr + row) * (tl.where(chosen, 1.0, 0.0) - inv_sum * exp_s)
-        d_s += tl.where(s > float("-inf"), pull, 0.0) if MASKED else pull
-    if STUDENT_CAP:
-        d_s *= cap_slope(s, student_cap, inv_temperature)
-    tl.store(out_ptr + row * out_stride + at, d_s, mask=stored)
-    if PRIOR:
-        q = _steered(a_centred, t_centred, w_centred, MASKED)
-        q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
-        prior_weight = weight * gamma
-        inv_q_sum = 1 / tl.load(state_ptr + 11 * state_stride)
-        d_a = prior_weight * (inv_q_sum * exp(q) - inv_sum * exp_s)
-        if MASKED:
-            d_a = tl.where(prior_weight != 0, d_a, 0.0)
-            d_a = tl.where(a > float("-inf"), d_a, 0.0)
-        if STUDENT_CAP:
-            d_a *= cap_slope(a, student_cap, inv_temperature)
-        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
-
-
-def _four(rows: list[Tensor]) -> list[Tensor]:
-    """A pair has no text rows: its own rows stand in for them and are never read."""
-    return rows if len(rows) == 4 else 2 * rows
-
-
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
     n_rows = len(tile.student)
-    rows = _four(row_arguments(tile))
+    rows = four_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = transform_arguments(tile)
     layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
@@ -336,31 +253,6 @@ def statistics(tile: RowTile, state: Tensor) -> None:
     merge_kernel[(n_rows,)](
         state, state.stride(0), parts, n_rows, count,
         FOUR=tile.four, LANES=MERGE_LANES, num_warps=1, **OPTIONS,
-    )  # fmt: skip
-
-
-def gradient(
-    tile: RowTile, state: Tensor, coefficients: RowCoefficients, out: Tensor, out_text: Tensor | None = None
-) -> None:
-    """Of four rows: write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``, maybe the student's tiles.
-
-    Columns behind C that are ``readable`` are overwritten with 0.
-
-    Args:
-        state: [K, R] statistics over all columns.
-    """
-    rows = row_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = transform_arguments(tile)
-    weight, mean_gap, gamma, prior, *policy = coefficients
-    text = out if out_text is None else out_text
-    # What a variant does not read is stood in for by what it does.
-    vectors = [(weight if value is None else value).contiguous() for value in (weight, mean_gap, gamma, *policy)]
-    gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
-        state, state.stride(0), *vectors, n_columns, n_loaded, *scalars,
-        PRIOR=prior, POLICY=coefficients.policy is not None,
-        **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
 
 

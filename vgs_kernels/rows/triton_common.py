@@ -35,6 +35,12 @@ def row_arguments(tile: RowTile) -> list[Tensor]:
     return rows
 
 
+def four_arguments(tile: RowTile) -> list[Tensor]:
+    """Four rows as kernels take them. A pair's own rows stand in for text-only ones, which are not read."""
+    rows = row_arguments(tile)
+    return rows if tile.four else 2 * rows
+
+
 def tile_columns(tile: RowTile) -> tuple[int, int]:
     """The tile's columns, and how many of them to load."""
     n_columns = tile.student.shape[1]
@@ -131,3 +137,18 @@ def cap_slope(z, softcap, inv_temperature):
     """Derivative of the soft-cap; the linear gain is already in the token weights."""
     capped = z * (1 / (softcap * inv_temperature))
     return tl.maximum(1 - capped * capped, 0.0)  # 0 where z is no logit but a mask, or lies behind the tile's end
+
+
+@triton.jit
+def load(
+    pointer, columns, n_columns, n_loaded, scale, softcap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr
+):
+    x = tl.load(pointer + columns, mask=columns < n_loaded).to(tl.float32)
+    return transform(x, columns, n_columns, scale, softcap, inv_temperature, HAS_CAP, MASKED)
+
+
+@triton.jit
+def steered(a, t, w, MASKED: tl.constexpr):
+    """q' = a' + (t' - w'), and -inf where any of the three is."""
+    steered = a + (t - w)
+    return tl.where(w == float("-inf"), float("-inf"), steered) if MASKED else steered
