@@ -100,38 +100,50 @@ class DivergenceLoss(Loss):
     def _value(self, x: Statistics, state: Tensor, tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [R] before clipping, and the scalars of the gradient before weights.
 
-        A KL comes from the statistics. Where these nearly cancel, for the rows are nearly equal or an entry has all the
-        mass, entries are summed; any other divergence is always.
+        A KL follows from the statistics. Where their sums nearly cancel, for the rows are nearly equal or an entry has
+        all the mass, entries are summed, as they are of any other divergence.
         """
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
-        kind, needed = self.divergence.kind, None
+        kind, at, value = self.divergence.kind, slice(None), None
         if kind in ("reverse_kl", "forward_kl") and self.divergence.clip is None and limit is None:
-            coarse = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
-            coarse_slope = coarse if kind == "reverse_kl" else torch.full_like(coarse, -1)
+            value = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
+            mean, top = value if kind == "reverse_kl" else torch.full_like(value, -1), torch.zeros_like(value)
             needed = x["s_sum"] < 1 / LARGE
             if not self._gradient_alone:
-                needed |= coarse < NEARLY_EQUAL
+                needed |= value < NEARLY_EQUAL
+            if state.device.type == "cpu":  # another device would have to be waited for
+                at = needed.nonzero().squeeze(1)
+        found = self._summed(state[:, at], tiles, at, limit)
+        if value is None:
+            return found
+        scalars = {"mean": mean.clone(), "top": top}
+        value[at] = found[0]
+        for name, values in scalars.items():
+            values[at] = found[1][name]
+        return value, scalars
+
+    def _summed(
+        self, state: Tensor, tiles: Tiles, at: Tensor | slice, limit: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same by sums over entries, of the tokens ``at``, whose state this is."""
         sums = state.new_zeros(len(SUMS), state.shape[1])
         tails = state.new_full((len(TAILS), state.shape[1]), -torch.inf)
-        if needed is None or needed.device.type != "cpu" or needed.any():  # another device would be waited for
-            for _, tile in tiles:
-                self._totals(tile, state, self.divergence, limit, sums, tails, needed)
+        for _, tile in tiles if state.shape[1] else ():
+            here = tile.pair_at(at) if isinstance(at, Tensor) else tile
+            self._totals(here, state, self.divergence, limit, sums, tails)
         self._shard.sum(sums)
         value, slope, rest, top = wide(sums)
         of_tail = {}
         if limit is not None:
             self._shard.sum_exponentials(tails)
+            x = Statistics(state)
             log_p, log_q = (tail - x[f"{name}_sum"].log() for tail, name in zip(wide(tails), "st", strict=True))
             p, q = log_p.exp(), log_q.exp()
             tail_value, tail_slope = entry(p, q, log_p - log_q, self.divergence)
             value, slope, rest = value + tail_value, slope + tail_slope, rest + p
             of_tail = {"tail_slope": tail_slope, "tail_log": tails[0], "limit": limit}
         # (1 - p) * slope - p * all other slopes, of the entry with all the mass.
-        scalars = {"mean": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
-        if needed is not None:
-            value = torch.where(needed, value, coarse)
-            scalars["mean"] = torch.where(needed, scalars["mean"], coarse_slope)
-        return value, scalars
+        return value, {"mean": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
 
     def _clipped(self, value: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Values after the clip of a token, and the weights of their gradients."""

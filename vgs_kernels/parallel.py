@@ -106,7 +106,6 @@ class VocabularyShard(NamedTuple):
         dist.all_reduce(merged, group=group)
         for addend, value in zip(addends, merged, strict=True):
             addend.copy_(value)
-        x.store()
 
     def top(self, values: Tensor, count: int) -> Tensor:
         """The ``count`` largest of all shards' values [R, <= count], in descending order."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import Divergence
-from .layout import LARGE, PAIR_STATE, SATURATED, VGS_STATE, RowCoefficients, RowTile, anchor, wide
+from .layout import LARGE, SATURATED, RowCoefficients, RowTile, anchor, named, wide
 from .rows_torch import Blocks, chain, exp, load, one_hot, steered
 
 #: What one sweep over normalised rows sums for each token inside the support: the divergence; slopes and p of the
@@ -92,12 +92,6 @@ def _slope(p: Tensor, q: Tensor, r: Tensor, divergence: Divergence, masked: bool
     return -q  # the gradient of the sampled one is a policy's alone, and this has a weight of 0
 
 
-def _named(state: Tensor, rows: slice) -> dict[str, Tensor]:
-    """[R, 1] statistics of these tokens."""
-    names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
-    return {name: values[rows].unsqueeze(1) for name, values in zip(names, state, strict=True)}
-
-
 def _distributions(
     logits: dict[str, Tensor],
     x: dict[str, Tensor],
@@ -118,31 +112,17 @@ def _distributions(
 
 
 def totals(
-    tile: RowTile,
-    state: Tensor,
-    divergence: Divergence,
-    limit: Tensor | None,
-    sums: Tensor,
-    tails: Tensor,
-    needed: Tensor | None = None,
+    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
 ) -> None:
     """Add a tile's part to ``SUMS`` [4, R] and, with a limit, to ``TAILS`` [2, R].
 
     Args:
         state: [K, R] statistics over all columns.
         limit: [R], as in ``RowCoefficients``.
-        needed: [R] bool, the tokens whose sums are wanted, without a limit; None: all.
     """
-    if needed is not None and not needed.all():
-        at = needed.nonzero().squeeze(1)
-        if len(at):
-            part = sums[:, at]
-            totals(tile.pair_at(at), state[:, at], divergence, None, part, tails)
-            sums[:, at] = part
-        return
     blocks = Blocks(tile, state, 3)
     for rows in blocks.rows():
-        x = _named(state, rows)
+        x = named(state[:, rows].unsqueeze(2))
         has_large = bool((1 / x["s_sum"] > LARGE).any())
         for columns in blocks.columns():
             logits = load(tile, rows, columns, state.dtype)
@@ -180,7 +160,7 @@ def gradient(
     masked = tile.may_be_masked
     blocks = Blocks(tile, state, 6 if tile.four else 3)
     for rows in blocks.rows():
-        x = _named(state, rows)
+        x = named(state[:, rows].unsqueeze(2))
         here = RowCoefficients(*(y[rows].unsqueeze(1) if isinstance(y, Tensor) else y for y in coefficients))
         for columns in blocks.columns():
             logits, temporaries = load(tile, rows, columns, state.dtype), blocks.temporaries(rows, columns)

@@ -220,8 +220,8 @@ def gradient_kernel(
         w_ptr += row * w_stride
         a = load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
         w = load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
-        a_centred = a - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
-        w_centred = w - anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
+        a_centred = a - anchored(tl.load(state_ptr + 4 * state_stride), MASKED)
+        w_centred = w - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
         gamma = tl.load(gamma_ptr + row)
         prior_gap = gamma * (a_centred - w_centred)
         if MASKED:  # 0 * inf is 0
@@ -247,9 +247,9 @@ def gradient_kernel(
     tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=stored)
     if PRIOR:
         q = steered(a_centred, t_centred, w_centred, MASKED)
-        q -= anchored(tl.load(state_ptr + 10 * state_stride), MASKED)
+        q -= anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
         prior_weight = weight * gamma
-        d_a = prior_weight * (exp(q) / tl.load(state_ptr + 11 * state_stride) - p)
+        d_a = prior_weight * (exp(q) / tl.load(state_ptr + 9 * state_stride) - p)
         if MASKED:
             d_a = tl.where(prior_weight != 0, d_a, 0.0)
             d_a = tl.where(a > float("-inf"), d_a, 0.0)
@@ -269,18 +269,9 @@ def _options(
 
 
 def totals(
-    tile: RowTile,
-    state: Tensor,
-    divergence: Divergence,
-    limit: Tensor | None,
-    sums: Tensor,
-    tails: Tensor,
-    needed: Tensor | None = None,
+    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
 ) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
-
-    Of all tokens: the host would have to wait for the device to leave out those that are not ``needed``.
-    """
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
     rows = row_arguments(tile)
     n_columns, n_loaded = tile_columns(tile)
     scalars, options = _options(tile, divergence, limit)
@@ -288,9 +279,9 @@ def totals(
     n_rows, shift = len(tile.student), Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
-        *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
+       *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
         parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
+       **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
     if limit is not None:
@@ -318,7 +309,7 @@ def gradient(
     # What a variant does not read is stood in for by what it does.
     vectors = [(weight if value is None else value).contiguous() for value in (weight, mean, gamma, *others)]
     gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
+       *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
         state, state.stride(0), shift, *vectors, n_columns, n_loaded, *scalars,
         FOUR=tile.four, PRIOR=prior, POLICY=coefficients.policy is not None, **options,
         BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,

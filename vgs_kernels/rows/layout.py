@@ -17,13 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Running statistics of a pair: max and sum of exp(x') of both rows, and weighted sums, see ``GAPS``.
+#: Running statistics of a pair: max and sum of exp(x') of both rows, then weighted sums, see ``GAPS``.
 PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap", "t_gap")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *PAIR_STATE[:-1],
-    *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
-    *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
+    *(*PAIR_STATE[:4], "a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
+    *("s_logit", "s_gap", "s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
 #: Weighted sum -> (row whose exp(x') weights, the two rows whose centred logits are subtracted).
 GAPS = {
@@ -158,11 +157,15 @@ def slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def named(state: Tensor) -> dict[str, Tensor]:
+    """The statistics [R] of a state by name."""
+    return dict(zip(PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE, state, strict=True))
+
+
 def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
     """[K, N] running statistics of no column at all."""
-    names = VGS_STATE if four else PAIR_STATE
-    state = like.new_zeros(len(names), n_tokens)
-    for row, name in zip(state, names, strict=True):
+    state = like.new_zeros(len(VGS_STATE if four else PAIR_STATE), n_tokens)
+    for name, row in named(state).items():
         if name.endswith("_max"):
             row.fill_(-torch.inf)  # an index tensor would be copied from the host
     return state
@@ -184,31 +187,26 @@ def _steered(rows: Tensor) -> Tensor:
 
 
 class RunningStatistics:
-    """A state [K, R] of the online softmax, rescaled to ever higher maxima.
+    """A state [K, R] of the online softmax, rescaled in place to ever higher maxima.
 
     What is done to [R] vectors is done to all rows, or gaps, at once.
 
     Attributes:
         names: of the rows.
         gaps: the part of ``GAPS`` that these rows have.
-        maxima, sums: [rows, R].
-        totals: [gaps, R] weighted sums.
-        q_max, q_sum: [R] views of the state; None of a pair.
+        maxima, sums: [rows, R] views of the state.
+        totals: [gaps, R] weighted sums, another view.
+        q_max, q_sum: [R] likewise; None of a pair.
     """
 
     def __init__(self, state: Tensor) -> None:
-        self.four = len(state) == len(VGS_STATE)
-        self.names = "staw" if self.four else "st"
-        self._state = dict(zip(VGS_STATE if self.four else PAIR_STATE, state, strict=True))
-        self.gaps = {name: gap for name, gap in GAPS.items() if name in self._state}
-        self.maxima, self.sums = (
-            torch.stack([self._state[f"{name}_{kind}"] for name in self.names]) for kind in ("max", "sum")
-        )
-        self.totals = torch.stack([self._state[name] for name in self.gaps])
-        self.q_max, self.q_sum = self._state.get("q_max"), self._state.get("q_sum")
-        places = [
-            [len(self.names) if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()
-        ]
+        names = named(state)
+        self.four, self.names = "a_max" in names, "staw" if "a_max" in names else "st"
+        self.gaps = {name: gap for name, gap in GAPS.items() if name in names}
+        n_rows = len(self.names)
+        self.maxima, self.sums = state[0 : 2 * n_rows : 2], state[1 : 2 * n_rows : 2]
+        self.q_max, self.q_sum, self.totals = names.get("q_max"), names.get("q_sum"), state[-len(self.gaps) :]
+        places = [[n_rows if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()]
         self._weighting, self._upper, self._lower = zip(*places, strict=True)
 
     def rescale(self, maxima: Tensor, masked: bool) -> Tensor:
@@ -224,7 +222,7 @@ class RunningStatistics:
         self.sums.mul_(discount)
         if self.four:
             self.q_max.add_(_steered(shift))
-        self.maxima = maxima
+        self.maxima.copy_(maxima)
         return anchors
 
     def rescale_steered(self, maximum: Tensor) -> Tensor:
@@ -250,21 +248,12 @@ class RunningStatistics:
         """Everything that adds up between states with common maxima."""
         return [*self.sums, *self.totals, *([self.q_sum] if self.four else [])]
 
-    def store(self) -> None:
-        """Back into the state."""
-        for name, maximum, total in zip(self.names, self.maxima, self.sums, strict=True):
-            self._state[f"{name}_max"].copy_(maximum)
-            self._state[f"{name}_sum"].copy_(total)
-        for name, total in zip(self.gaps, self.totals, strict=True):
-            self._state[name].copy_(total)
-
 
 class Statistics:
     """Named views of a state and the divergences that follow from it, [N] each, in float64 where the device has it."""
 
     def __init__(self, state: Tensor) -> None:
-        names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
-        self._values = dict(zip(names, wide(state), strict=True))
+        self._values = named(wide(state))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]

@@ -95,7 +95,6 @@ def _fold(tile: RowTile, rows: slice, blocks: Blocks, state: Tensor) -> None:
             q = steered(centred, masked, out=difference)
             at = x.rescale_steered(torch.maximum(x.q_max, q.amax(1)))
             x.q_sum.add_(exp(q.sub_(at.unsqueeze(1)), out=q).sum(1))
-    x.store()
 
 
 def one_hot(chosen: Tensor, like: Tensor) -> Tensor:

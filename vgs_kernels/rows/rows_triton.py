@@ -69,7 +69,7 @@ def _expect(total, sum_before, shift, discount, weights, gap, MASKED: tl.constex
 
 
 @triton.jit
-def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED: tl.constexpr):
+def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, FOUR: tl.constexpr, MASKED: tl.constexpr):
     """Statistics [LANES] of s and t, each lane a block centred at its own anchors: merge them and store them."""
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
@@ -79,8 +79,9 @@ def _merge_pair(pointer, stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MAS
     tl.store(pointer + stride, tl.sum(s_sum * s_discount, axis=0))
     tl.store(pointer + 2 * stride, t_top)
     tl.store(pointer + 3 * stride, tl.sum(t_sum * t_discount, axis=0))
-    tl.store(pointer + 4 * stride, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
-    tl.store(pointer + 5 * stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
+    pointer += (10 if FOUR else 4) * stride
+    tl.store(pointer, tl.sum(_kept(s_logit, s_sum, s_shift, s_discount, MASKED), axis=0))
+    tl.store(pointer + stride, tl.sum(_kept(s_gap, s_sum, s_shift - t_shift, s_discount, MASKED), axis=0))
     return s_shift, s_discount, t_shift, t_discount
 
 
@@ -100,12 +101,12 @@ def _merge_text(
     prior_gap = _kept(s_prior_gap, s_sum, a_shift - w_shift, s_discount, MASKED)
     s_view_gap = _kept(s_view_gap, s_sum, s_shift - a_shift, s_discount, MASKED)
     t_view_gap = _kept(t_view_gap, t_sum, t_shift - w_shift, t_discount, MASKED)
-    tl.store(pointer + 6 * stride, a_top)
-    tl.store(pointer + 7 * stride, tl.sum(a_sum * a_discount, axis=0))
-    tl.store(pointer + 8 * stride, w_top)
-    tl.store(pointer + 9 * stride, tl.sum(w_sum * w_discount, axis=0))
-    tl.store(pointer + 10 * stride, q_top)
-    tl.store(pointer + 11 * stride, tl.sum(q_sum * q_discount, axis=0))
+    tl.store(pointer + 4 * stride, a_top)
+    tl.store(pointer + 5 * stride, tl.sum(a_sum * a_discount, axis=0))
+    tl.store(pointer + 6 * stride, w_top)
+    tl.store(pointer + 7 * stride, tl.sum(w_sum * w_discount, axis=0))
+    tl.store(pointer + 8 * stride, q_top)
+    tl.store(pointer + 9 * stride, tl.sum(q_sum * q_discount, axis=0))
     tl.store(pointer + 12 * stride, tl.sum(prior_gap, axis=0))
     tl.store(pointer + 13 * stride, tl.sum(s_view_gap, axis=0))
     tl.store(pointer + 14 * stride, tl.sum(t_view_gap, axis=0))
@@ -176,7 +177,7 @@ def statistics_kernel(
 
     out_ptr += tl.program_id(1) * (16 if FOUR else 7) * n_rows + row
     s_shift, s_discount, t_shift, t_discount = _merge_pair(
-        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, MASKED
+        out_ptr, n_rows, s_max, s_sum, t_max, t_sum, s_logit, s_gap, FOUR, MASKED
     )
     if not FOUR:
         t_gap = _kept(t_gap, t_sum, t_shift - s_shift, t_discount, MASKED)
@@ -208,25 +209,26 @@ def merge_kernel(
     s_sum = tl.load(lanes + stride, mask=inside, other=0.0)
     t_max = tl.load(lanes + 2 * stride, mask=inside, other=float("-inf"))
     t_sum = tl.load(lanes + 3 * stride, mask=inside, other=0.0)
-    s_logit = tl.load(lanes + 4 * stride, mask=inside, other=0.0)
-    s_gap = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
+    gaps = lanes + (10 if FOUR else 4) * stride
+    s_logit = tl.load(gaps, mask=inside, other=0.0)
+    s_gap = tl.load(gaps + stride, mask=inside, other=0.0)
     state_ptr += row
     if not FOUR:
         t_gap = tl.load(lanes + 6 * stride, mask=inside, other=0.0)
     else:
-        a_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
-        a_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
-        w_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
-        w_sum = tl.load(lanes + 9 * stride, mask=inside, other=0.0)
-        q_max = tl.load(lanes + 10 * stride, mask=inside, other=float("-inf"))
-        q_sum = tl.load(lanes + 11 * stride, mask=inside, other=0.0)
+        a_max = tl.load(lanes + 4 * stride, mask=inside, other=float("-inf"))
+        a_sum = tl.load(lanes + 5 * stride, mask=inside, other=0.0)
+        w_max = tl.load(lanes + 6 * stride, mask=inside, other=float("-inf"))
+        w_sum = tl.load(lanes + 7 * stride, mask=inside, other=0.0)
+        q_max = tl.load(lanes + 8 * stride, mask=inside, other=float("-inf"))
+        q_sum = tl.load(lanes + 9 * stride, mask=inside, other=0.0)
         s_prior_gap = tl.load(lanes + 12 * stride, mask=inside, other=0.0)
         s_view_gap = tl.load(lanes + 13 * stride, mask=inside, other=0.0)
         t_view_gap = tl.load(lanes + 14 * stride, mask=inside, other=0.0)
         a_gap = tl.load(lanes + 15 * stride, mask=inside, other=0.0)
     tl.debug_barrier()  # the state is read before it is written
     s_shift, s_discount, t_shift, t_discount = _merge_pair(
-        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, True
+        state_ptr, state_stride, s_max, s_sum, t_max, t_sum, s_logit, s_gap, FOUR, True
     )
     if not FOUR:
         t_gap = _kept(t_gap, t_sum, t_shift - s_shift, t_discount, True)
