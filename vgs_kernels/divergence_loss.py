@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ NEARLY_EQUAL = 0.01
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("divergence", "entropy")
 
+Settings = TypeVar("Settings")
 Outcome = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -169,18 +171,16 @@ class DivergenceLoss(Loss):
         return losses, torch.stack([term.to(self._weights.dtype) for term in found])
 
 
-def divergence_of(call: Call) -> Divergence:
-    """The divergence that a call was given."""
-    given = {}
-    for field in dataclasses.fields(Divergence):
-        given[field.name] = call.options.get(field.name, call.number(field.name))
-    given |= {"top_k": call.integer("top_k"), "temperature_squared": given["temperature_squared"] == "True"}
-    return Divergence(**given)
+def settings(kind: type[Settings], call: Call) -> Settings:
+    """The divergence or objective that a call was given."""
+    flags = {"True": True, "False": False}
+    given = {x.name: call.options.get(x.name, call.number(x.name)) for x in dataclasses.fields(kind)}
+    return kind(**{name: int(x) if name == "top_k" and x else flags.get(x, x) for name, x in given.items()})
 
 
 def _loss(call: Call, gain: float, shard: VocabularyShard) -> DivergenceLoss:
     weights = call["token_weights"].to(call.dtype)
-    return DivergenceLoss(divergence_of(call), weights, gain, shard, call.backend, call.get("ids"), call.policy)
+    return DivergenceLoss(settings(Divergence, call), weights, gain, shard, call.backend, call.get("ids"), call.policy)
 
 
 def _rows(call: Call, index: itertools.count, count: int, kind: str) -> list[tuple[float | Tensor, Tensor]]:

@@ -94,13 +94,7 @@ class Plan:
 
     @classmethod
     def fit(
-        cls,
-        n: int,
-        vocab: int,
-        slab_bytes: int,
-        gradient_bytes: int,
-        workspace_bytes: int,
-        max_rows: int | None = None,
+        cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int, max_rows: int | None = None
     ) -> Plan:
         """The tiles within the workspace that cause the least traffic; bytes are those of one token and one column."""
         n = max(n, 1)

@@ -5,15 +5,13 @@ This is the room where the method is readable and changeable.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from . import gating
 from .arguments import Call, StudentGradients
 from .divergence import Divergence
-from .divergence_loss import DivergenceLoss
+from .divergence_loss import DivergenceLoss, Outcome, settings
 from .driver import Loss, Tiles, sweep
 from .gradients import DenseSink
 from .objective import VGSObjective
@@ -24,8 +22,6 @@ from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows,
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
-
-Outcome = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 class VGSLoss(Loss):
@@ -40,7 +36,7 @@ class VGSLoss(Loss):
 
     def __init__(self, call: Call, gain: float, ids: Tensor | None, live_prior: bool) -> None:
         super().__init__(ids)
-        self.objective = objective_of(call)
+        self.objective = settings(VGSObjective, call)
         self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
@@ -125,21 +121,13 @@ class VGSLoss(Loss):
         return self.gate.nonzero().squeeze(1)
 
 
-def objective_of(call: Call) -> VGSObjective:
-    """The objective that a call was given."""
-    given = {}
-    for field in dataclasses.fields(VGSObjective):
-        given[field.name] = call.options.get(field.name, call.number(field.name))
-    return VGSObjective(**{**given, "detach_prior": given["detach_prior"] == "True"})
-
-
 def linear(call: Call) -> Outcome:
     """Losses [N], terms, unit and gradients from hidden states: up to three phases, each a sweep of its own."""
     hidden, text, teacher_hidden, teacher_text = (
         call[f"{name}hidden"] for name in ("student_", "student_text_", "teacher_", "teacher_text_")
     )
     heads = [call.head("student"), call.head("teacher")]
-    objective, shard = objective_of(call), call.shard(heads)
+    objective, shard = settings(VGSObjective, call), call.shard(heads)
     student, teacher = (head.first(shard.columns) for head in heads)
     transforms = tuple(head.transform(objective.temperature) for head in (student, teacher))
     source_options = (call.integer("workspace_bytes"), shard, call.dtype)
@@ -206,7 +194,7 @@ def linear(call: Call) -> Outcome:
 
 def dense(call: Call) -> Outcome:
     """The same from logits that the caller holds: statistics, then gradients once the gate is known."""
-    objective, vocab = objective_of(call), call.integer("vocab_size")
+    objective, vocab = settings(VGSObjective, call), call.integer("vocab_size")
     names = ("student_logits", "teacher_logits", "student_text_logits", "teacher_text_logits")
     s, t, a, w = ([(1.0, call[name])] for name in names)
     transform = LogitTransform(inv_temperature=1.0 / objective.temperature)

@@ -20,18 +20,15 @@ from .triton_common import (
     OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
+    TileArguments,
     anchored,
     cap_slope,
     exp,
-    four_arguments,
     lane_sum,
     load,
-    row_arguments,
     statistics_launch,
     steered,
-    tile_columns,
     transform,
-    transform_arguments,
 )
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
@@ -258,30 +255,26 @@ def gradient_kernel(
         tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
 
 
-def _options(
-    tile: RowTile, divergence: Divergence | None, limit: Tensor | None
-) -> tuple[list[float], dict[str, object]]:
-    scalars, options = transform_arguments(tile)
+def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
     divergence = divergence or Divergence()  # of four rows none is read
     clip = 0.0 if divergence.clip is None else float(divergence.clip)
-    options |= {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
-    return [*scalars, float(divergence.beta), clip], options
+    options = {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
+    return [float(divergence.beta), clip], options
 
 
 def totals(
     tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
 ) -> None:
     """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
-    rows = row_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = _options(tile, divergence, limit)
-    layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
-    n_rows, shift = len(tile.student), Statistics(state).log_sums.to(state.dtype)
+    x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
+    scalars, options = _options(divergence, limit)
+    layout, count, blocks = statistics_launch(x)
+    shift = Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
-       *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
-        parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-       **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
+        *x.rows, *x.strides, state, state.stride(0), shift, shift if limit is None else limit,
+        parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
+        **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
     if limit is not None:
@@ -300,17 +293,16 @@ def gradient(
 
     Columns behind C that are ``readable`` are overwritten with 0.
     """
-    rows = four_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = _options(tile, divergence, coefficients.limit)
-    weight, mean, gamma, prior, *others = coefficients
-    text = out if out_text is None else out_text
+    x = TileArguments.of(tile)
+    scalars, options = _options(divergence, coefficients.limit)
+    weight, text = coefficients.weight, out if out_text is None else out_text
     shift = weight if tile.four else Statistics(state).log_sums.to(state.dtype)
     # What a variant does not read is stood in for by what it does.
-    vectors = [(weight if value is None else value).contiguous() for value in (weight, mean, gamma, *others)]
-    gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-       *rows, *(row.stride(0) for row in rows), out, text, out.stride(0), text.stride(0),
-        state, state.stride(0), shift, *vectors, n_columns, n_loaded, *scalars,
-        FOUR=tile.four, PRIOR=prior, POLICY=coefficients.policy is not None, **options,
-        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
+    given = [y for name, y in coefficients._asdict().items() if name != "live_prior"]
+    vectors = [(weight if y is None else y).contiguous() for y in given]
+    gradient_kernel[(len(tile.student), triton.cdiv(x.n_columns, GRADIENT_BLOCK))](
+        *x.rows, *x.strides, out, text, out.stride(0), text.stride(0), state, state.stride(0), shift, *vectors,
+        x.n_columns, x.n_loaded, *x.scalars, *scalars,
+        FOUR=tile.four, PRIOR=coefficients.live_prior, POLICY=coefficients.policy is not None,
+        **x.options, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

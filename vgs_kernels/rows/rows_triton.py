@@ -18,22 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import PAIR_STATE, VGS_STATE, RowTile
+from .layout import RowTile
 from .triton_common import (
     MERGE_LANES,
     NOTHING,
     OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
+    TileArguments,
     anchored,
     exp,
-    four_arguments,
     lane_sum,
     load,
     statistics_launch,
     steered,
-    tile_columns,
-    transform_arguments,
 )
 
 
@@ -242,15 +240,12 @@ def merge_kernel(
 
 def statistics(tile: RowTile, state: Tensor) -> None:
     """Fold a tile into the running statistics ``state`` [K, R] (unit stride along R), in place."""
-    n_rows = len(tile.student)
-    rows = four_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = transform_arguments(tile)
-    layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
-    parts = state.new_empty(count, len(VGS_STATE if tile.four else PAIR_STATE), n_rows)
+    x, n_rows = TileArguments.of(tile), len(tile.student)
+    layout, count, blocks = statistics_launch(x)
+    parts = state.new_empty(count, len(state), n_rows)
     statistics_kernel[(n_rows, count)](
-        *rows, *(row.stride(0) for row in rows), parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        FOUR=tile.four, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
+        *x.rows, *x.strides, parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars,
+        FOUR=tile.four, **x.options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     merge_kernel[(n_rows,)](
         state, state.stride(0), parts, n_rows, count,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,32 +28,30 @@ _PROGRAMS_PER_PROCESSOR, _MIN_SPLIT_BLOCKS, MERGE_LANES = 8, 8, 32
 _LOAD_COLUMNS = 16  # what Triton takes for aligned is a multiple of this
 
 
-def row_arguments(tile: RowTile) -> list[Tensor]:
-    """A tile's rows as kernels take them: two, or four."""
-    rows = [tile.student, tile.target, *([tile.student_text, tile.teacher_text] if tile.four else ())]
-    if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
-        raise ValueError("rows must be contiguous along the vocabulary.")
-    return rows
+class TileArguments(NamedTuple):
+    """A tile as kernels take it."""
 
+    rows: list[Tensor]
+    strides: list[int]
+    n_columns: int
+    n_loaded: int
+    scalars: list[float]
+    options: dict[str, bool]
 
-def four_arguments(tile: RowTile) -> list[Tensor]:
-    """Four rows as kernels take them. A pair's own rows stand in for text-only ones, which are not read."""
-    rows = row_arguments(tile)
-    return rows if tile.four else 2 * rows
-
-
-def tile_columns(tile: RowTile) -> tuple[int, int]:
-    """The tile's columns, and how many of them to load."""
-    n_columns = tile.student.shape[1]
-    aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
-    return n_columns, aligned if aligned <= tile.readable else n_columns
-
-
-def transform_arguments(tile: RowTile) -> tuple[list[float], dict[str, bool]]:
-    student, target = tile.student_transform, tile.target_transform
-    scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
-    caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
-    return scalars, {**caps, "MASKED": tile.may_be_masked}
+    @classmethod
+    def of(cls, tile: RowTile, *, four: bool = True) -> TileArguments:
+        """With ``four``, a pair's own rows stand in for text-only ones, which are not read."""
+        rows = [tile.student, tile.target, *([tile.student_text, tile.teacher_text] if tile.four else ())]
+        if any(row.stride(1) != 1 and row.shape[1] > 1 for row in rows):
+            raise ValueError("rows must be contiguous along the vocabulary.")
+        rows = 2 * rows if four and not tile.four else rows
+        n_columns = tile.student.shape[1]
+        aligned = triton.cdiv(n_columns, _LOAD_COLUMNS) * _LOAD_COLUMNS
+        student, target = tile.student_transform, tile.target_transform
+        scalars = [student.scale, student.softcap or 1.0, target.scale, target.softcap or 1.0, student.inv_temperature]
+        caps = {"STUDENT_CAP": student.softcap is not None, "TARGET_CAP": target.softcap is not None}
+        n_loaded, options = aligned if aligned <= tile.readable else n_columns, {**caps, "MASKED": tile.may_be_masked}
+        return cls(rows, [row.stride(0) for row in rows], n_columns, n_loaded, scalars, options)
 
 
 def statistics_layout(vendor: str, itemsize: int, aligned: bool) -> dict[str, int | bool]:
@@ -83,11 +82,11 @@ def splits(n_rows: int, n_blocks: int, multiprocessors: int) -> tuple[int, int]:
     return triton.cdiv(n_blocks, blocks), blocks
 
 
-def statistics_launch(rows: Sequence[Tensor], n_columns: int, n_loaded: int) -> tuple[dict[str, int | bool], int, int]:
+def statistics_launch(x: TileArguments) -> tuple[dict[str, int | bool], int, int]:
     """Layout of a sweep that only reads, number of splits of a row, and blocks of a split."""
-    layout = statistics_layout(VENDOR, rows[0].element_size(), _aligned(rows, n_loaded))
-    n_blocks = triton.cdiv(n_columns, layout["LANES"] * layout["WIDTH"])
-    return layout, *splits(len(rows[0]), n_blocks, _multiprocessors(rows[0].device))
+    layout = statistics_layout(VENDOR, x.rows[0].element_size(), _aligned(x.rows, x.n_loaded))
+    n_blocks = triton.cdiv(x.n_columns, layout["LANES"] * layout["WIDTH"])
+    return layout, *splits(len(x.rows[0]), n_blocks, _multiprocessors(x.rows[0].device))
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
