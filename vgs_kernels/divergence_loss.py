@@ -103,31 +103,29 @@ class DivergenceLoss(Loss):
         """Values [R] before clipping, and the scalars of the gradient before weights.
 
         A KL follows from the statistics. Where their sums nearly cancel, for the rows are nearly equal or an entry has
-        all the mass, entries are summed, as they are of any other divergence.
+        all the mass, entries are summed. So they are of any other divergence, and of all tokens where the host would
+        have to wait for the device to know which.
         """
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
-        kind, at, value = self.divergence.kind, slice(None), None
-        if kind in ("reverse_kl", "forward_kl") and self.divergence.clip is None and limit is None:
-            value = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
-            mean, top = value if kind == "reverse_kl" else torch.full_like(value, -1), torch.zeros_like(value)
-            needed = x["s_sum"] < 1 / LARGE
-            if not self._gradient_alone:
-                needed |= value < NEARLY_EQUAL
-            if state.device.type == "cpu":  # another device would have to be waited for
-                at = needed.nonzero().squeeze(1)
-        found = self._summed(state[:, at], tiles, at, limit)
-        if value is None:
-            return found
-        scalars = {"mean": mean.clone(), "top": top}
-        value[at] = found[0]
+        kind, plain = self.divergence.kind, self.divergence.clip is None and limit is None
+        if state.device.type != "cpu" or not plain or kind not in ("reverse_kl", "forward_kl"):
+            return self._summed(x, state, tiles, slice(None), limit)
+        value = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
+        mean = value.clone() if kind == "reverse_kl" else torch.full_like(value, -1)
+        scalars = {"mean": mean, "top": torch.zeros_like(value)}
+        needed = x["s_sum"] < 1 / LARGE
+        if not self._gradient_alone:
+            needed |= value < NEARLY_EQUAL
+        at = needed.nonzero().squeeze(1)
+        value[at], exact = self._summed(x, state[:, at], tiles, at, limit)
         for name, values in scalars.items():
-            values[at] = found[1][name]
+            values[at] = exact[name]
         return value, scalars
 
     def _summed(
-        self, state: Tensor, tiles: Tiles, at: Tensor | slice, limit: Tensor | None
+        self, x: Statistics, state: Tensor, tiles: Tiles, at: Tensor | slice, limit: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same by sums over entries, of the tokens ``at``, whose state this is."""
+        """The same by sums over entries, of the tokens ``at``, whose state this is; with a limit, of all tokens."""
         sums = state.new_zeros(len(SUMS), state.shape[1])
         tails = state.new_full((len(TAILS), state.shape[1]), -torch.inf)
         for _, tile in tiles if state.shape[1] else ():
@@ -138,7 +136,6 @@ class DivergenceLoss(Loss):
         of_tail = {}
         if limit is not None:
             self._shard.sum_exponentials(tails)
-            x = Statistics(state)
             log_p, log_q = (tail - x[f"{name}_sum"].log() for tail, name in zip(wide(tails), "st", strict=True))
             p, q = log_p.exp(), log_q.exp()
             tail_value, tail_slope = entry(p, q, log_p - log_q, self.divergence)
