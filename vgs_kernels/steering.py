@@ -180,7 +180,7 @@ def linear(call: Call) -> Outcome:
     del source  # frees the slabs
     if language and not at_once:
         # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
-        # p * (gap - mean_gap) would no longer cancel.
+        # p * (gap - mean) would no longer cancel.
         gated = loss.gated_tokens()
         views = ((student, text), (teacher, teacher_text))
         rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
