@@ -171,8 +171,10 @@ def linear(call: Call) -> Outcome:
         preserve(pair, view, loss.unit_weights[rows][here], (language_statistics(state[:, here]), None))
 
     # A gate that is known beforehand lets the term be formed while its rows are in memory. Elsewhere than on a CPU the
-    # host would wait for each tile's gated tokens, too few for a product of their own.
-    at_once = language and loss.limits is not None and not prior and source.spans and hidden.device.type == "cpu"
+    # host would wait for each tile's gated tokens, too few for a product of their own; and where gradients collect in
+    # blocks, the first one would overwrite the term's part of the head's.
+    here = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
+    at_once = language and loss.limits is not None and not prior and here
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
     )
