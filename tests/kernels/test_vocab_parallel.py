@@ -189,18 +189,19 @@ def test_a_vocabulary_without_columns(group):
 
 
 N, DIM = 300, 24
-#: What is sent, in elements: for each token, once more for each gated one, and for gradients of hidden states.
+#: What is sent, in elements: for each token, once more for each gated one, four sums for each token whose entries are
+#: summed (nearly equal rows, or all mass on one entry), and gradients of hidden states.
 VOLUMES = {
-    "four rows": (Case(tokens=N), 17 * N + 7 * 90 + 2 * N * DIM),
-    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 2 * N * DIM),
+    "four rows": (Case(tokens=N), 17 * N + 7 * 90 + 4 * 4 + 2 * N * DIM),
+    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 4 * 4 + 2 * N * DIM),
     "frozen text": (Case({"lam": 0.0}, tokens=N), 17 * N + N * DIM),
     "adaptive": (
         Case({"lam": 0.0, "schedule": "adaptive"}, tokens=N, requires_grad=("student_weight",)),
-        17 * N + 7 * N,
+        17 * N + 7 * N + 4 * 170,
     ),
     "folded": (
         Case({"lam": 0.0}, {"return_terms": False}, tokens=N, requires_grad=("student_hidden",)),
-        8 * N + N * DIM,
+        8 * N + 4 * 110 + N * DIM,
     ),
     "no ids": (Case(tokens=N, options={"target_ids": None}, requires_grad=()), 16 * N),
 }
