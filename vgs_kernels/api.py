@@ -116,10 +116,10 @@ def fused_linear_vgs_loss(
     text_hidden = request.states("student_text_hidden", student_text_hidden, hidden.shape[1])
     teacher_rows = request.states("teacher_hidden", teacher_hidden)
     teacher_text_rows = request.states("teacher_text_hidden", teacher_text_hidden, teacher_rows.shape[1])
-    loose = {"bias": student_bias, "scale": student_logit_scale, "softcap": student_softcap}
-    student = request.head("student_weight", student_weight, hidden, **loose)
-    loose = {"bias": teacher_bias, "scale": teacher_logit_scale, "softcap": teacher_softcap}
-    teacher = request.head("teacher_weight", teacher_weight, teacher_rows, **loose)
+    loose = (student_bias, student_logit_scale, student_softcap)
+    student = request.head("student_weight", student_weight, hidden, *loose)
+    loose = (teacher_bias, teacher_logit_scale, teacher_softcap)
+    teacher = request.head("teacher_weight", teacher_weight, teacher_rows, *loose)
     request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
     objective = request.put_gating(objective, vds, vds_threshold, trajectory_ids)
     if request.shard and process_group is None and objective.vds_scope == "ranks" and vds_threshold is None:
@@ -254,8 +254,8 @@ def fused_linear_divergence(
     tokens = Tokens("student_hidden", student_hidden, token_weights, target_ids, ignore_index, reduction, policy)
     request = Request(tokens, vocab_size, backend, vocab_group)
     hidden = request.states("student_hidden", student_hidden)
-    loose = {"bias": student_bias, "scale": student_logit_scale, "softcap": student_softcap}
-    student = request.head("student_weight", student_weight, hidden, **loose)
+    loose = (student_bias, student_logit_scale, student_softcap)
+    student = request.head("student_weight", student_weight, hidden, *loose)
     request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
     target = enumerate(checks.sequence("target", target, "a sequence of rows"))
     rows = [request.target_row(f"target[{i}]", row) for i, row in target]

@@ -103,15 +103,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, **loose: Any) -> Head:
-    """Check a head against hidden states [..., D]; ``loose`` fields come with a bare weight alone.
+def head(name: str, given: Tensor | Head, hidden: Tensor, *loose: Any, shard: bool) -> Head:
+    """Check a head, or a bare weight and its (bias, scale, softcap), against hidden states [..., D].
 
     Only a shard may have no column.
     """
-    clash = [field for field, x in loose.items() if x != getattr(Head, field)] if isinstance(given, Head) else []
-    if clash:
-        raise ValueError(f"{name} is a Head, which has a {clash[0]} of its own, got another.")
-    value = given if isinstance(given, Head) else Head(given, **loose)
+    others = [x for x, default in zip(loose, (None, 1.0, None), strict=False) if x is not default and x != default]
+    if isinstance(given, Head) and others:
+        raise ValueError(f"{name} is a Head, which has its own bias, scale and softcap, got others beside it.")
+    value = given if isinstance(given, Head) else Head(given, *loose)
     weight, prefix = value.weight, name.removesuffix("weight")
     if isinstance(weight, Tensor) and weight.numel() == 0 and not shard:
         raise ValueError(

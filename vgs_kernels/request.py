@@ -69,21 +69,19 @@ class Request:
         self._columns[name] = rows.shape[1]
         return rows
 
-    def head(self, name: str, given: Tensor | Head, hidden: Tensor, **loose: Any) -> Head:
-        """Check a head of hidden states [..., D]; see ``checks.head``."""
-        head = checks.head(name, given, hidden, shard=self.shard, **loose)
+    def head(self, name: str, given: Tensor | Head, hidden: Tensor, *loose: Any) -> Head:
+        """Check a head of hidden states [..., D], or a bare weight and its (bias, scale, softcap)."""
+        head = checks.head(name, given, hidden, *loose, shard=self.shard)
         self._models.append(head.weight)
         self._columns[name] = len(head.weight)
         return head
 
     def target_row(self, name: str, given: Any) -> TargetRow:
         """Check a row of a target of hidden states; it gets a :class:`Head` of its own."""
-        row = TargetRow(
-            *checks.sequence(name, given, "a TargetRow or (coefficient, hidden, weight[, bias])", range(3, 7))
-        )
-        coefficient, hidden = self.coefficient(name, row.coefficient), self.states(f"{name}.hidden", row.hidden)
-        loose = {"bias": row.bias, "scale": row.logit_scale, "softcap": row.softcap}
-        return TargetRow(coefficient, hidden, self.head(f"{name}.weight", row.weight, row.hidden, **loose))
+        expected = "a TargetRow or (coefficient, hidden, weight[, bias])"
+        coefficient, hidden, weight, *rest = checks.sequence(name, given, expected, range(3, 7))
+        coefficient, rows = self.coefficient(name, coefficient), self.states(f"{name}.hidden", hidden)
+        return TargetRow(coefficient, rows, self.head(f"{name}.weight", weight, hidden, *rest))
 
     def coefficient(self, name: str, value: float | Tensor) -> float | Tensor:
         """Check a row's coefficient: a number, or one for each token, then [N] in the precision of sums."""

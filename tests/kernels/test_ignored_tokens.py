@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from divergence_checks import on_rows
+from divergence_checks import each, on_rows
 from problems import DEVICE, TRAINABLE, evaluate, make_problem
 
 from vgs_kernels import (
@@ -78,7 +78,7 @@ def assert_same(ours, expected, terms) -> None:
 
 
 @pytest.mark.parametrize("reduction", [None, "none"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@each(OBJECTIVES, "adaptive trajectories", name="name")
 def test_the_vgs_loss(backend, name, reduction):
     """In every scope and schedule, with the mean of those that count and with gradients of their own."""
     problem = make_problem(9, 57, bias=True, dtype=to_dtype(backend))
@@ -98,7 +98,7 @@ def test_the_vgs_loss(backend, name, reduction):
     assert_same(run(spoilt(problem), slice(None)), run(problem.rows(KEPT), KEPT), terms)
 
 
-@pytest.mark.parametrize("function", ["vgs", "divergence"])
+@each(["vgs", "divergence"], "vgs", name="function")
 @pytest.mark.parametrize("old", [False, True])
 def test_a_policy_term(backend, function, old):
     problem = make_problem(9, 57, bias=True, dtype=to_dtype(backend))
@@ -117,7 +117,7 @@ def test_a_policy_term(backend, function, old):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@each(DIVERGENCES, "student top-k", name="name")
 def test_divergences(backend, name, reduction):
     problem = make_problem(9, 57, bias=True, dtype=to_dtype(backend))
     upstream = torch.linspace(-1, 2, 9, device=DEVICE, dtype=problem.student_hidden.dtype)
@@ -135,7 +135,7 @@ def test_divergences(backend, name, reduction):
     assert_same(ours, run(problem.rows(KEPT), KEPT), ("divergence", "entropy", "target_logps"))
 
 
-@pytest.mark.parametrize("name", [*DIVERGENCES, "vgs"])
+@each([*DIVERGENCES, "vgs"], "sampled", "vgs", name="name")
 def test_logits(backend, name):
     """Rows of logits that hold anything; weights of 0 say so as well as ids do."""
     torch.manual_seed(0)
