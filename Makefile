@@ -35,7 +35,7 @@ gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, withi
 test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 	CONSTRAINTS=constraints-oldest.txt OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 
-mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
+mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
 
 emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests of tests/kernels; an hour on two cores

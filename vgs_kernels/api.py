@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, lowering
+from . import checks, steering
 from .divergence import Divergence
-from .heads import Head, TargetRow
+from .divergence_loss import TERMS
+from .heads import Head, TargetRow, grouped
 from .objective import VGSObjective
 from .outputs import DivergenceOutput, VGSOutput
+from .parallel import group_name
 from .policy import PolicyTerm
+from .request import Request
 from .tokens import Tokens
 
 DEFAULT_WORKSPACE_BYTES = 5 * 2**28
@@ -55,11 +58,10 @@ def fused_linear_vgs_loss(
     """The VGS loss (arXiv 2606.00564, Eq. 3-18, 24-25) from hidden states; no [N, V] tensor is formed.
 
     ``logits = softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap) / temperature``, in float32 whatever
-    the dtypes of the inputs, which may differ; 16-bit products need states and head of one dtype. Gradients reach the
-    student's hidden states, weight and bias, each only if it requires grad; they are computed in the forward, so that a
-    frozen input costs nothing. Autocast casts copies, as for a linear layer, and gradients keep the dtype of the
-    inputs. float64 runs on the PyTorch backend; products of float32 inputs follow
-    ``torch.set_float32_matmul_precision``. A -inf logit (through a bias) masks its column.
+    the dtypes of the inputs, which may differ (float64 on the PyTorch backend); 16-bit products need states and head of
+    one dtype, float32 ones follow ``torch.set_float32_matmul_precision``. A logit of -inf (a bias) masks its column.
+    Gradients reach the student's states, weight and bias, in their dtypes and only where required; they are computed in
+    the forward. Autocast casts copies, as for a linear layer.
 
     Args:
         student_hidden, student_text_hidden: [..., Ds] states at response positions, with and without the image. All
@@ -68,93 +70,79 @@ def fused_linear_vgs_loss(
         teacher_hidden, teacher_text_hidden: [..., Dt].
         teacher_weight: [V, Dt], or a :class:`Head`.
         objective: None means ``VGSObjective()``.
-        token_weights: [...] weights of the tokens' losses, without gradient. A token of weight 0 takes part in nothing:
-            it enters no quantile and no gradient, whatever its states hold. In float16, weights far below the largest
-            lose gradient precision.
+        token_weights: [...] weights of the tokens' losses, without gradient. A token of weight 0 takes part in nothing,
+            no quantile and no gradient, whatever its states hold.
         reduction: ``"sum"``, ``"mean"`` (divided by the sum of the weights) or ``"none"`` of weights * losses, where
             weights that are not given are 1. None: the sum with weights that are given, else the mean. With ``"none"``
             the backward projects once more.
         student_bias, teacher_bias: [V], of bare weights.
         target_ids: [...] int64 sampled tokens, for ``target_logps``.
         ignore_index: tokens with this target id are ignored, as if of weight 0; all their terms are 0.
-        vds: [...] visual dependency scores known beforehand; they replace those computed here.
+        vds: [...] visual dependency scores known beforehand.
         vds_threshold: gate threshold known beforehand, a number or 0-d tensor; a pair (low, high) for the adaptive
             schedule.
         trajectory_ids: [...] int64, needed by ``vds_scope="trajectory"``.
         policy: a clipped policy gradient on ``target_ids``, added to the loss, from the same sweep.
-        vocab_size: number of leading columns of both heads to use; names the rest as padding. With ``vocab_group``, of
-            the whole vocabulary.
+        vocab_size: number of leading columns of both heads to use (with ``vocab_group``, of all ranks together); names
+            the rest as padding.
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: see the formula; of bare weights.
         process_group: data-parallel ranks of ``vds_scope="ranks"``; None means all. Every rank must call, also one
             without tokens.
-        vocab_group: ranks that share the vocabulary: each passes its own columns of both heads (weights and biases;
-            any number, in the order of the ranks) and otherwise the same arguments, requiring the same gradients. All
-            get the loss and terms of the whole vocabulary, the whole gradient of the hidden states, which is not to be
-            summed again, and that of their own columns. ``target_ids`` and ``vocab_size`` count through the ranks;
-            padding may fill whole shards. ``vds_scope="ranks"`` then needs a ``process_group`` of its own, one rank of
-            each vocabulary group. A rank sends, in one MAX and one SUM for each tile, 16 float32 for a token (17 with
-            ``target_ids``; folded 9 and 10), 9 more for each token that is projected again (gated ones; adaptive: all),
-            and at the end one [N, Ds] float32 for each gradient of hidden states. The host waits once, for the number
-            of each rank's columns.
+        vocab_group: ranks that share the vocabulary: each passes its own columns of both heads (any number, in the
+            order of the ranks) and otherwise the same arguments, requiring the same gradients. All get the loss, the
+            terms, the whole gradient of the hidden states, not to be summed again, and that of their own columns.
+            ``target_ids`` counts through the ranks. ``vds_scope="ranks"`` then needs a ``process_group`` of its own,
+            one rank of each vocabulary group. For a token a rank sends 16 float32 (17 with ``target_ids``; folded 9 and
+            10), 9 more if it is projected again (gated ones; adaptive: all), and Ds for each gradient of hidden states.
+            The host waits once, for the number of each rank's columns.
         workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the hidden states of one tile or
-            gradient block, whatever N is. Heads are read once for each tile that fits: at the default, 256 tokens of a
-            vocabulary of 152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice;
-            ``python -m benchmarks counts`` says what a workspace costs.
+            gradient block. Heads are read once for each tile that fits: at the default, 256 tokens of a vocabulary of
+            152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
-            teacher's two projections become one (its hidden states are combined and rounded to their dtype); the loss
-            is then (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another
-            constant. Terms that are not formed are None.
+            teacher's two projections become one (its states are combined and rounded to their dtype). The loss is then
+            (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another constant, and
+            none to ``student_text_hidden``. Terms that are not formed are None.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that takes part and requires
-        grad (the folded form takes no gradient to ``student_text_hidden``).
+        :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that requires grad.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    objective, first = lowering.objective(objective), student_hidden
-    hidden = checks.states("student_hidden", first)
-    text_hidden = checks.states("student_text_hidden", student_text_hidden, first, first.shape[-1])
-    teacher_states = checks.states("teacher_hidden", teacher_hidden, first)
-    teacher_text_states = checks.states("teacher_text_hidden", teacher_text_hidden, first, teacher_hidden.shape[-1])
-    checks.process_group("vocab_group", vocab_group)
-    shard = vocab_group is not None
-    loose = {"bias": student_bias, "scale": student_logit_scale, "softcap": student_softcap}
-    student = checks.head("student_weight", student_weight, first, shard=shard, **loose)
-    loose = {"bias": teacher_bias, "scale": teacher_logit_scale, "softcap": teacher_softcap}
-    teacher = checks.head("teacher_weight", teacher_weight, teacher_hidden, shard=shard, **loose)
-    sizes = {"student_weight": len(student.weight), "teacher_weight": len(teacher.weight)}
-    vocab = checks.vocabulary(sizes, vocab_size, shard=shard)
-    if shard and process_group is None and objective.vds_scope == "ranks" and vds_threshold is None:
+    tokens = Tokens("student_hidden", student_hidden, token_weights, target_ids, ignore_index, reduction, policy)
+    request = Request(tokens, vocab_size, backend, vocab_group)
+    hidden = request.states("student_hidden", student_hidden)
+    text_hidden = request.states("student_text_hidden", student_text_hidden, hidden.shape[1])
+    teacher_rows = request.states("teacher_hidden", teacher_hidden)
+    teacher_text_rows = request.states("teacher_text_hidden", teacher_text_hidden, teacher_rows.shape[1])
+    loose = (student_bias, student_logit_scale, student_softcap)
+    student = request.head("student_weight", student_weight, hidden, *loose)
+    loose = (teacher_bias, teacher_logit_scale, teacher_softcap)
+    teacher = request.head("teacher_weight", teacher_weight, teacher_rows, *loose)
+    request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
+    objective = request.put_gating(objective, vds, vds_threshold, trajectory_ids)
+    if request.shard and process_group is None and objective.vds_scope == "ranks" and vds_threshold is None:
         raise ValueError("process_group must be given for vds_scope='ranks' with a vocab_group, got None.")
-    tokens = Tokens(first, token_weights, target_ids, ignore_index, reduction, policy, vocab)
-    steered = lowering.steered(first, objective, vds, vds_threshold, trajectory_ids)
-    numbers = {"workspace_bytes": checks.workspace(workspace_bytes), "vocab_size": vocab}
-    options = lowering.form(first, vocab_group)
-    options["backend"] = checks.backend(backend, hidden, teacher_states, student.weight, teacher.weight)
 
     foldable = objective.lam == 0 and objective.schedule == "constant" and objective.detach_prior
     if not return_terms and foldable and student.softcap is None and teacher.softcap is None:
-        rows = [TargetRow(1.0, teacher_states, teacher)]
+        rows = [TargetRow(1.0, teacher_rows, teacher)]
         if objective.kappa:
             rows.append(TargetRow(objective.kappa, text_hidden, student))
-            rows.append(TargetRow(-objective.kappa, teacher_text_states, teacher))
+            rows.append(TargetRow(-objective.kappa, teacher_text_rows, teacher))
         tokens.scale(objective.eta * (1 + objective.gamma))
-        knobs = Divergence(temperature=objective.temperature)
-        out = lowering.linear_divergence(hidden, student, rows, True, numbers, knobs, tokens, **options)
-        terms = {"entropy": out.entropy, "target_logps": out.target_logps, "policy": out.policy}
-        return VGSOutput(out.loss, **terms, counted=tokens.counted_shaped)
-    of_student, student_numbers = lowering.head("student", student)
-    of_teacher, teacher_numbers = lowering.head("teacher", teacher)
-    return lowering.vgs(
-        "vgs",
-        {"student_hidden": hidden, "student_text_hidden": text_hidden, **of_student},
-        {"teacher_hidden": teacher_states, "teacher_text_hidden": teacher_text_states, **of_teacher, **steered},
-        {**numbers, **student_numbers, **teacher_numbers},
-        *(objective, tokens, process_group),
-        **options,
-    )
+        out = _linear_divergence(request, hidden, student, rows, True, Divergence(temperature=objective.temperature))
+        return VGSOutput(
+            out.loss, entropy=out.entropy, target_logps=out.target_logps, policy=out.policy, counted=tokens.counted
+        )
+    request.student |= {"student_hidden": hidden, "student_text_hidden": text_hidden}
+    request.fixed |= {"teacher_hidden": teacher_rows, "teacher_text_hidden": teacher_text_rows}
+    request.put_head("student", student, request.student)
+    request.put_head("teacher", teacher, request.fixed)
+    # Counting the gated tokens waits for the device, where nothing bounds their number.
+    counts = objective.lam > 0 and (vds_threshold is not None or objective.vds_scope != "call")
+    return _vgs(request, "vgs", objective, process_group, synchronises=counts)
 
 
 def vgs_loss(
@@ -176,10 +164,10 @@ def vgs_loss(
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> VGSOutput:
-    """The VGS loss of logits that the caller holds, for trainers that have formed them already.
+    """The VGS loss of logits that the caller holds; scales and soft-caps are the caller's, the temperature ours.
 
-    Only the gradients of the student's logits are allocated; the backward scales them in place, or copies of them if
-    the graph is kept. Scales and soft-caps are the caller's; the temperature is the objective's.
+    Only the gradients of the student's logits are allocated, which the backward scales in place (copies, if the graph
+    is kept).
 
     Args:
         student_logits, student_text_logits, teacher_logits, teacher_text_logits: [..., V].
@@ -189,22 +177,30 @@ def vgs_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    objective, first = lowering.objective(objective), student_logits
-    columns = None if vocab_size is not None else first.shape[-1]
-    student = {
-        "student_logits": checks.states("student_logits", first),
-        "student_text_logits": checks.states("student_text_logits", student_text_logits, first, columns),
-    }
-    teacher = {
-        "teacher_logits": checks.states("teacher_logits", teacher_logits, first, columns),
-        "teacher_text_logits": checks.states("teacher_text_logits", teacher_text_logits, first, columns),
-    }
-    vocab = checks.vocabulary(checks.columns(student | teacher), vocab_size)
-    tokens = Tokens(first, token_weights, target_ids, ignore_index, reduction, policy, vocab)
-    teacher |= lowering.steered(first, objective, vds, vds_threshold, trajectory_ids)
-    name = checks.backend(backend, *student.values(), teacher_logits, teacher_text_logits)
-    numbers = {"vocab_size": vocab}
-    return lowering.vgs("vgs_logits", student, teacher, numbers, objective, tokens, process_group, backend=name)
+    tokens = Tokens("student_logits", student_logits, token_weights, target_ids, ignore_index, reduction, policy)
+    request = Request(tokens, vocab_size, backend)
+    for name, logits in (("student_logits", student_logits), ("student_text_logits", student_text_logits)):
+        request.student[name] = request.logits(name, logits)
+    for name, logits in (("teacher_logits", teacher_logits), ("teacher_text_logits", teacher_text_logits)):
+        request.fixed[name] = request.logits(name, logits)
+    objective = request.put_gating(objective, vds, vds_threshold, trajectory_ids)
+    return _vgs(request, "vgs_logits", objective, process_group)
+
+
+def _vgs(
+    request: Request,
+    loss: str,
+    objective: VGSObjective,
+    process_group: torch.distributed.ProcessGroup | None,
+    *,
+    synchronises: bool = False,
+) -> VGSOutput:
+    """The VGS loss of a request that has its rows."""
+    of_ranks = objective.vds_scope == "ranks"
+    request.options["process_group"] = group_name(process_group) if of_ranks else None
+    request.put_settings(objective)
+    found = request.run(loss, steering.TERMS, synchronises=of_ranks or synchronises)
+    return VGSOutput(**{**found, "gate": found["gate"] > 0})
 
 
 def fused_linear_divergence(
@@ -234,21 +230,18 @@ def fused_linear_divergence(
     :attr:`VGSObjective.kappa`), contrastive targets, and whatever :class:`Divergence` describes. The target receives no
     gradient, whose rows it may be: a teacher's, or those of the live, a frozen or an averaged student.
 
-    Gradients are computed in the forward, so that a frozen input costs nothing.
-
     Args:
         student_hidden: [..., D].
         student_weight: [V, D], or a :class:`Head`.
         target: rows (coefficient, hidden [..., Dk], weight [V, Dk] or Head[, bias [V]]) or :class:`TargetRow`.
         divergence: a :class:`Divergence`, or the name of one, whose further settings are then **knobs. The JSD,
-            ``clip`` and ``"student_top_k"`` read each tile of logits once more; a support masks logits and saves no
-            product. Where the workspace cuts the vocabulary, each of these projects again.
-        policy: a term that is added to the loss, on ``target_ids``. Not with ``"teacher_top_k"``, outside of which a
-            sampled token has no probability, nor with ``reduction="none"``.
+            ``clip`` and ``"student_top_k"`` read each tile of logits once more; where the workspace cuts the
+            vocabulary, they project again.
+        policy: as in :func:`fused_linear_vgs_loss`; not with ``"teacher_top_k"``, outside of which a sampled token has
+            no probability, nor with ``reduction="none"``.
         fold: combine rows of the same head (one :class:`Head`, or the same weight and bias objects with one scale; no
-            soft-cap) before they are projected, by linearity: one product instead of several. Their sum is rounded to
-            the hidden states' dtype. In bfloat16 that makes a gradient error of 0.15 % one of 0.17 % (distant models)
-            to 0.6 % (nearly equal ones).
+            soft-cap) before they are projected: one product instead of several. Their sum is rounded to the hidden
+            states' dtype; in bfloat16 a gradient error of 0.15 % becomes one of 0.17 % (distant models) to 0.6 %.
         token_weights, reduction, student_bias, student_softcap, student_logit_scale, target_ids, ignore_index,
             vocab_size, vocab_group, workspace_bytes, backend: as in :func:`fused_linear_vgs_loss`.
         **knobs: ``beta``, ``support``, ``top_k``, ``plausibility``, ``clip``, ``token_clip``, ``temperature`` and
@@ -257,22 +250,52 @@ def fused_linear_divergence(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    knobs = lowering.divergence(divergence, knobs)
-    checks.process_group("vocab_group", vocab_group)
-    shard = vocab_group is not None
-    hidden = checks.states("student_hidden", student_hidden)
-    loose = {"bias": student_bias, "scale": student_logit_scale, "softcap": student_softcap}
-    student = checks.head("student_weight", student_weight, student_hidden, shard=shard, **loose)
-    given = enumerate(checks.sequence("target", target, "rows"))
-    rows = [lowering.target_row(f"target[{i}]", row, student_hidden, shard) for i, row in given]
-    sizes = {f"target[{i}].weight": len(row.weight.weight) for i, row in enumerate(rows)}
-    vocab = checks.vocabulary({"student_weight": len(student.weight), **sizes}, vocab_size, shard=shard)
-    tokens = Tokens(student_hidden, token_weights, target_ids, ignore_index, reduction, policy, vocab)
-    numbers = {"workspace_bytes": checks.workspace(workspace_bytes), "vocab_size": vocab}
-    options = lowering.form(student_hidden, vocab_group)
-    used = [x for row in rows for x in (row.hidden, row.weight.weight)]
-    options["backend"] = checks.backend(backend, hidden, student.weight, *used)
-    return lowering.linear_divergence(hidden, student, rows, fold, numbers, knobs, tokens, **options)
+    divergence = _divergence(divergence, knobs)
+    tokens = Tokens("student_hidden", student_hidden, token_weights, target_ids, ignore_index, reduction, policy)
+    request = Request(tokens, vocab_size, backend, vocab_group)
+    hidden = request.states("student_hidden", student_hidden)
+    loose = (student_bias, student_logit_scale, student_softcap)
+    student = request.head("student_weight", student_weight, hidden, *loose)
+    request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
+    target = enumerate(checks.sequence("target", target, "a sequence of rows"))
+    rows = [request.target_row(f"target[{i}]", row) for i, row in target]
+    return _linear_divergence(request, hidden, student, rows, fold, divergence)
+
+
+def _divergence(given: str | Divergence, knobs: dict[str, Any]) -> Divergence:
+    if isinstance(given, Divergence) and knobs:
+        raise ValueError(f"divergence is a Divergence, whose settings are its own, got {', '.join(knobs)} beside it.")
+    return given if isinstance(given, Divergence) else Divergence(given, **knobs)
+
+
+def _linear_divergence(
+    request: Request, hidden: Tensor, student: Head, rows: Sequence[TargetRow], fold: bool, divergence: Divergence
+) -> DivergenceOutput:
+    """A divergence of hidden states [N, D]; the rows have a :class:`Head` each."""
+    groups = grouped(rows, fold)
+    # Where the first row is the whole target, it needs no slab of its own to decide.
+    first = rows[0].coefficient
+    decides = divergence.support == "plausible" and (len(rows) > 1 or isinstance(first, Tensor) or first != 1)
+    if decides:
+        groups.append([rows[0]._replace(coefficient=1.0)])
+    request.student["student_hidden"] = hidden
+    request.put_head("student", student, request.student)
+    for i, group in enumerate(groups):
+        request.put_head(f"head{i}", group[0].weight, request.fixed)
+    for i, row in enumerate(row for group in groups for row in group):
+        request.put_addend(i, row.coefficient, "hidden", row.hidden)
+    request.options |= {"head_rows": [str(len(group)) for group in groups], "decides_last": decides}
+    return _run_divergence(request, "divergence", divergence)
+
+
+def _run_divergence(request: Request, loss: str, divergence: Divergence) -> DivergenceOutput:
+    """The divergence of a request that has its rows."""
+    if divergence.divergence == "sampled_reverse_kl" and "target_logps" not in request.tokens.names:
+        raise ValueError("target_ids must be given for divergence='sampled_reverse_kl', got None.")
+    if divergence.support == "teacher_top_k" and "policy" in request.tokens.names:
+        raise ValueError("policy cannot be given with support='teacher_top_k', where sampled tokens can be missing.")
+    request.put_settings(divergence)
+    return DivergenceOutput(**request.run(loss, TERMS))
 
 
 def divergence_loss(
@@ -300,19 +323,13 @@ def divergence_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    knobs = lowering.divergence(divergence, knobs)
-    student = {"student_logits": checks.states("student_logits", student_logits)}
-    rows, named = [], dict(student)
-    for i, addend in enumerate(checks.sequence("target", target, "addends")):
-        if not isinstance(addend, (tuple, list)) or len(addend) != 2:
-            raise TypeError(f"target[{i}] must be (coefficient, logits), got {type(addend).__name__}.")
-        named[f"target[{i}].logits"] = checks.states(f"target[{i}].logits", addend[1], student_logits)
-        rows.append(
-            (lowering.coefficient(f"target[{i}].coefficient", addend[0], student_logits), [*named.values()][-1])
-        )
-    vocab = checks.vocabulary(checks.columns(named), vocab_size)
-    tokens = Tokens(student_logits, token_weights, target_ids, ignore_index, reduction, policy, vocab)
-    fixed, numbers = lowering.addends(rows, "logits")
-    options = {"head_rows": len(rows), "backend": checks.backend(backend, *named.values())}
-    numbers["vocab_size"] = vocab
-    return lowering.divergence_of("divergence_logits", student, fixed, numbers, knobs, tokens, **options)
+    divergence = _divergence(divergence, knobs)
+    tokens = Tokens("student_logits", student_logits, token_weights, target_ids, ignore_index, reduction, policy)
+    request = Request(tokens, vocab_size, backend)
+    request.student["student_logits"] = request.logits("student_logits", student_logits)
+    for i, addend in enumerate(checks.sequence("target", target, "a sequence of addends")):
+        coefficient, logits = checks.sequence(f"target[{i}]", addend, "(coefficient, logits)", (2,))
+        coefficient = request.coefficient(f"target[{i}]", coefficient)
+        request.put_addend(i, coefficient, "logits", request.logits(f"target[{i}].logits", logits))
+    request.options["head_rows"] = len(target)
+    return _run_divergence(request, "divergence_logits", divergence)

@@ -62,7 +62,7 @@ class Call:
         self.needs = listed(spec, "needs")
         self._student = dict(zip(listed(spec, "student"), student, strict=True))
         self._tensors: Mapping[str, Tensor] = self._student | dict(zip(listed(spec, "fixed"), fixed, strict=True))
-        self._numbers = dict(zip(listed(spec, "numbers"), numbers.tolist(), strict=True))
+        self._names, self._values = listed(spec, "numbers"), numbers
         models = [x for name, x in self._tensors.items() if name.endswith(("hidden", "weight", "bias", "logits"))]
         self.dtype = accumulation_dtype(*models)
         if cast := self.options.get("autocast"):
@@ -78,14 +78,17 @@ class Call:
         """A tensor, or None where it was not given."""
         return self._tensors.get(name)
 
+    @functools.cached_property
+    def _numbers(self) -> dict[str, float]:
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
     def number(self, name: str) -> float | None:
         """A number, or None where it was not given."""
         return self._numbers.get(name)
 
     def integer(self, name: str) -> int | None:
         """A whole number, or None where it was not given."""
-        value = self._numbers.get(name)
-        return None if value is None else int(value)
+        return None if self.number(name) is None else int(self.number(name))
 
     @property
     def backend(self) -> Backend:
@@ -107,9 +110,8 @@ class Call:
 
     def head(self, name: str, columns: int | None = None) -> Head:
         """The head of this name, or its leading columns."""
-        scale, softcap = self.number(f"{name}_scale"), self.number(f"{name}_softcap")
-        head = Head(self[f"{name}_weight"], self.get(f"{name}_bias"), 1.0 if scale is None else scale, softcap)
-        return head.first(columns)
+        numbers = self.number(f"{name}_scale"), self.number(f"{name}_softcap")
+        return Head(self[f"{name}_weight"], self.get(f"{name}_bias"), *numbers).first(columns)
 
     def shard(self, heads: Sequence[Head]) -> VocabularyShard:
         """The columns of these heads that this rank uses."""

@@ -1,4 +1,4 @@
-"""Validation of the public functions' arguments: every message names the argument, what came, what was expected."""
+"""Validation of arguments: every message names the argument, what came, what was expected."""
 
 from __future__ import annotations
 
@@ -13,46 +13,87 @@ from torch._subclasses import FakeTensor
 from .heads import Head
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What a number may have to be, beside finite.
+BOUNDS = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    ">= 1": lambda x: x >= 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
 
 
-def tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> Tensor:
-    """Check a floating tensor's rank, sizes (None: any), and, against ``like``, its device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+def instance(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+    """Check the type; True is no int."""
+    wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+    if wrong and not (optional and value is None):
+        expected = f"{'torch.' if kind is Tensor else ''}{kind.__name__}{' or None' if optional else ''}"
+        raise TypeError(f"{name} must be a {expected}, got {type(value).__name__}.")
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+
+
+def number(name: str, value: float | None, must_be: str | None = None, *, optional: bool = False) -> float | None:
+    """Check a finite number, within one of ``BOUNDS``; None is one only if ``optional``."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    if not -math.inf < value < math.inf:  # of a number that is symbolic under torch.compile, too
+        raise ValueError(f"{name} must be finite, got {value}.")
+    if must_be is not None and not BOUNDS[must_be](value):
+        raise ValueError(f"{name} must be {must_be}, got {value}.")
+    return float(value)
+
+
+def integer(name: str, value: int, must_be: str | None = None) -> int:
+    instance(name, value, int)
+    number(name, value, must_be)
+    return value
+
+
+def sequence(name: str, value: Any, of: str, lengths: Sequence[int] | None = None) -> Sequence[Any]:
+    """Check a list, tuple or the like that is not empty, or of one of these lengths."""
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be {of}, got {type(value).__name__}.")
+    if not value or (lengths is not None and len(value) not in lengths):
+        raise ValueError(f"{name} must be {of}, got {len(value)} entries.")
+    return value
+
+
+def tensor(
+    name: str,
+    value: Tensor,
+    shape: Sequence[int | None] | None,
+    like: Tensor | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> None:
+    """Check a tensor's sizes (None: any; no shape: two dimensions or more), dtype and, against ``like``, device."""
+    instance(name, value, Tensor)
     if hasattr(value, "full_tensor"):
         raise TypeError(f"{name} is a DTensor; gather it once and pass a plain tensor ({name}.full_tensor()).")
-    if value.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
-        shown = str(tuple("*" if size is None else size for size in shape)).replace("'", "")
-        raise ValueError(f"{name} must have shape {shown}, got {tuple(value.shape)}.")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
-    if like is not None:
-        device(name, value, like)
-    return value
+    got, wanted = tuple(value.shape), shape
+    if wanted is None:
+        wanted = (None,) * max(len(got), 2)
+    if len(got) != len(wanted) or any(size not in (None, x) for size, x in zip(wanted, got, strict=True)):
+        shown = "(..., D)" if shape is None else str(tuple("*" if x is None else x for x in shape)).replace("'", "")
+        raise ValueError(f"{name} must have shape {shown}, got {got}.")
+    if value.dtype not in dtypes:
+        expected = "a floating dtype" if dtypes is FLOATS else f"dtype {dtypes[0]}"
+        raise TypeError(f"{name} must be of {expected}, got {value.dtype}.")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}.")
 
 
-def states(name: str, value: Tensor, like: Tensor | None = None, columns: int | None = None) -> Tensor:
-    """Check hidden states or logits [..., D] with the leading dimensions of ``like``; returns them as [N, D]."""
-    if like is None:
-        dims = value.dim() if isinstance(value, Tensor) else 2
-        if dims < 2:
-            raise ValueError(f"{name} must have shape (..., D), got {tuple(value.shape)}.")
-        return tensor(name, value, (None,) * dims).flatten(0, -2)
-    return tensor(name, value, (*like.shape[:-1], columns), like).flatten(0, -2)
-
-
-def columns(logits: dict[str, Tensor]) -> dict[str, int]:
-    """The columns of logits [N, V] by name, at least one each."""
-    for name, value in logits.items():
-        if value.shape[1] == 0:
-            raise ValueError(f"{name} must have at least one column, got shape {tuple(value.shape)}.")
-    return {name: value.shape[1] for name, value in logits.items()}
-
-
-def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
-    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence) or not value:
-        raise ValueError(f"{name} must be a non-empty sequence of {of}, got {type(value).__name__}.")
-    return value
+def per_token(name: str, value: Tensor | None, like: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor | None:
+    """Check an optional tensor with one entry for each token of ``like`` [..., D]; returns [N]."""
+    if value is None:
+        return None
+    tensor(name, value, like.shape[:-1], like, dtypes)
+    return value.detach().reshape(-1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -62,95 +103,44 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def head(name: str, given: Tensor | Head, hidden: Tensor, *, shard: bool, **loose: Any) -> Head:
-    """Check a head against hidden states [..., D]; ``loose`` fields come with a bare weight [V, D] alone.
+def head(name: str, given: Tensor | Head, hidden: Tensor, *loose: Any, shard: bool) -> Head:
+    """Check a head, or a bare weight and its (bias, scale, softcap), against hidden states [..., D].
 
     Only a shard may have no column.
     """
-    if isinstance(given, Head):
-        if clash := [field for field, value in loose.items() if value != getattr(Head, field)]:
-            raise ValueError(f"{name} is a Head, which has a {clash[0]} of its own, got another.")
-        value = given
-    else:
-        value = Head(given, **loose)
-    weight = value.weight
+    others = [x for x, default in zip(loose, (None, 1.0, None), strict=False) if x is not default and x != default]
+    if isinstance(given, Head) and others:
+        raise ValueError(f"{name} is a Head, which has its own bias, scale and softcap, got others beside it.")
+    value = given if isinstance(given, Head) else Head(given, *loose)
+    weight, prefix = value.weight, name.removesuffix("weight")
     if isinstance(weight, Tensor) and weight.numel() == 0 and not shard:
         raise ValueError(
             f"{name} is empty, got shape {tuple(weight.shape)}; expected (V, {hidden.shape[-1]}). "
             "A head sharded by ZeRO-3 must be gathered before the call."
         )
     tensor(name, weight, (None, hidden.shape[-1]), like=hidden)
-    prefix = name.removesuffix("weight")
     if value.bias is not None:
         tensor(f"{prefix}bias", value.bias, (weight.shape[0],), like=hidden)
-    number(f"{prefix}softcap", value.softcap, positive=True, optional=True)
-    number(f"{prefix}logit_scale", value.scale, positive=True)
+    number(f"{prefix}softcap", value.softcap, "> 0", optional=True)
+    number(f"{prefix}logit_scale", value.scale, "> 0")
     return value
 
 
-def device(name: str, value: Tensor, like: Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {value.device}.")
-
-
-def per_token(name: str, value: Tensor | None, like: Tensor, *, integer: bool = False) -> Tensor | None:
-    """Check an optional tensor with one entry a token, floating or int64, of ``like`` [..., D]; returns [N]."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}.")
-    if value.shape != like.shape[:-1]:
+def vocabulary(columns: dict[str, int], vocab_size: int | None) -> int:
+    """The number of columns to use, given those of each head."""
+    sizes = ", ".join(f"{name} has {size}" for name, size in columns.items())
+    if vocab_size is None and len(set(columns.values())) > 1:
         raise ValueError(
-            f"{name} must have shape {tuple(like.shape[:-1])}, one entry a token, got {tuple(value.shape)}."
+            f"the heads must have the same vocabulary: {sizes}. If the additional columns are padding, "
+            "say so with vocab_size."
         )
-    if integer and value.dtype != torch.int64:
-        raise TypeError(f"{name} must be of dtype torch.int64, got {value.dtype}.")
-    if not integer and value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}.")
-    device(name, value, like)
-    return value.detach().reshape(-1)
+    return _at_most(vocab_size, min(columns.values()), sizes)
 
 
-def index(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-    return value
-
-
-def number(name: str, value: float | None, *, positive: bool = False, optional: bool = False) -> float | None:
-    """Check a finite number, > 0 if ``positive``; None is one only if ``optional``."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    if not -math.inf < value < math.inf:  # of a number that is symbolic under torch.compile, too
-        raise ValueError(f"{name} must be finite, got {value}.")
-    if positive and value <= 0:
-        raise ValueError(f"{name} must be > 0, got {value}.")
-    return float(value)
-
-
-def vocabulary(heads: dict[str, int], vocab_size: int | None, *, shard: bool = False) -> int | None:
-    """The number of columns to use, given those of each head; of a shard only the ranks together can tell (None)."""
-    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
-        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}.")
-    if shard:
-        return vocab_size
-    sizes = ", ".join(f"{name} has {size}" for name, size in heads.items())
-    if vocab_size is None:
-        if len(set(heads.values())) > 1:
-            raise ValueError(
-                f"the heads must have the same vocabulary: {sizes}. If the additional columns are padding, "
-                "say so with vocab_size."
-            )
-        return next(iter(heads.values()))
-    return _at_most(vocab_size, min(heads.values()), sizes)
-
-
-def _at_most(vocab_size: int, most: int, sizes: str) -> int:
-    if not 1 <= vocab_size <= most:
+def _at_most(vocab_size: int | None, most: int, sizes: str) -> int:
+    if vocab_size is not None and not 1 <= vocab_size <= most:
         raise ValueError(f"vocab_size must lie in [1, {most}], got {vocab_size}: {sizes}.")
-    return vocab_size
+    return most if vocab_size is None else vocab_size
 
 
 def shards(sizes: Sequence[Sequence[int]], vocab_size: int | None) -> list[int]:
@@ -163,17 +153,11 @@ def shards(sizes: Sequence[Sequence[int]], vocab_size: int | None) -> list[int]:
     total = sum(x[0] for x in sizes)
     if not total:
         raise ValueError("student_weight must have a column on one rank of vocab_group at least, got none.")
-    left = total if vocab_size is None else _at_most(vocab_size, total, shown)
-    used = []
+    left, used = _at_most(vocab_size, total, shown), []
     for count, *_ in sizes:
         used.append(min(count, left))
         left -= used[-1]
     return used
-
-
-def process_group(name: str, value: object) -> None:
-    if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
-        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(value).__name__}.")
 
 
 def readable(x: Tensor) -> bool:
@@ -186,16 +170,13 @@ def ids_in_vocabulary(name: str, ids: Tensor | None, ignored: Tensor | None, voc
     if ids is None or vocab is None or not readable(ids):
         return
     seen = ids if ignored is None else ids[~ignored]
-    if seen.numel():
-        low, high = int(seen.min()), int(seen.max())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"{name} must lie in [0, {vocab}), got values from {low} to {high}.")
+    if seen.numel() and not 0 <= seen.min() <= seen.max() < vocab:
+        raise ValueError(f"{name} must lie in [0, {vocab}), got values from {seen.min()} to {seen.max()}.")
 
 
 def backend(name: str, *tensors: Tensor) -> str:
     """Resolve "auto" and check that a backend can run on the tensors' device and dtypes."""
-    if name not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be one of auto, triton, torch, got {name!r}.")
+    choice("backend", name, ("auto", "triton", "torch"))
     on, double = tensors[0].device, any(x.dtype == torch.float64 for x in tensors)
     if name == "torch" or on.type == "meta" or (name == "auto" and (on.type != "cuda" or double)):
         return "torch"
@@ -215,9 +196,3 @@ def backend(name: str, *tensors: Tensor) -> str:
             f"got {on}."
         )
     return "triton"
-
-
-def workspace(value: int) -> int:
-    if index("workspace_bytes", value) <= 0:
-        raise ValueError(f"workspace_bytes must be > 0, got {value}.")
-    return value

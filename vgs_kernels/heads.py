@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,3 +62,16 @@ class TargetRow(NamedTuple):
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+def grouped(rows: Sequence[TargetRow], fold: bool) -> list[list[TargetRow]]:
+    """Rows by the head that projects them: if ``fold``, those of the same one together."""
+    rows = [row for row in rows if isinstance(row.coefficient, Tensor) or row.coefficient != 0] or rows[:1]
+    groups: list[list[TargetRow]] = []
+    for row in rows:
+        group = next((x for x in groups if fold and x[0].weight.same(row.weight)), None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups

@@ -1,9 +1,8 @@
-"""nn.Module forms: the objective and the fixed options are set once, tensors come with each call."""
+"""nn.Module forms: the fixed options are set once, tensors come with each call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -12,23 +11,27 @@ from .objective import VGSObjective
 from .outputs import DivergenceOutput, VGSOutput
 
 
-class _Loss(nn.Module):
-    """A function with keyword options held; a call may add or override options."""
+class FusedLinearDivergence(nn.Module):
+    """:func:`fused_linear_divergence` with its keyword options held; a call may add or override options.
 
-    function: ClassVar[Callable[..., VGSOutput | DivergenceOutput]]
+    Args:
+        **options: keyword arguments of the function, looked at when it is called.
+    """
+
+    function = staticmethod(fused_linear_divergence)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 
     def forward(self, *inputs: Any, **options: Any) -> VGSOutput | DivergenceOutput:
-        return type(self).function(*inputs, **{**self.options, **options})
+        return self.function(*inputs, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-class FusedLinearVGSLoss(_Loss):
+class FusedLinearVGSLoss(FusedLinearDivergence):
     """:func:`fused_linear_vgs_loss` with its objective and keyword options held; a call may add or override options.
 
     Args:
@@ -39,15 +42,5 @@ class FusedLinearVGSLoss(_Loss):
     function = staticmethod(fused_linear_vgs_loss)
 
     def __init__(self, objective: VGSObjective | None = None, **options: Any) -> None:
-        self.objective = VGSObjective() if objective is None else objective
+        self.objective = objective or VGSObjective()
         super().__init__(objective=self.objective, **options)
-
-
-class FusedLinearDivergence(_Loss):
-    """:func:`fused_linear_divergence` with its keyword options held; a call may add or override options.
-
-    Args:
-        **options: keyword arguments of the function, looked at when it is called.
-    """
-
-    function = staticmethod(fused_linear_divergence)

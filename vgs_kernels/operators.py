@@ -11,16 +11,14 @@ token weights: a head's gradient is a sum over tokens that no later factor can r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import divergence_loss, steering
-from .arguments import Call, listed, numbers_tensor, specify
+from .arguments import Call, listed
 from .driver import guard
-from .rows.layout import accumulation_dtype
 
 _LOSSES = {
     "vgs": steering.linear,
@@ -40,16 +38,12 @@ def run(student: list[Tensor], fixed: list[Tensor], numbers: Tensor, spec: str) 
 
 
 def _fake(student: list[Tensor], fixed: list[Tensor], numbers: Tensor, spec: str) -> list[Tensor]:
-    first, n = student[0], student[0].shape[0]
-    models = listed(spec, "student") + listed(spec, "fixed")
-    kinds = ("hidden", "weight", "bias", "logits")
-    dtype = accumulation_dtype(*(x for name, x in zip(models, student + fixed, strict=True) if name.endswith(kinds)))
-    loss = first.new_empty(n if "reduction=none" in spec else (), dtype=dtype)
-    outputs = [loss, first.new_empty((len(listed(spec, "terms")), n), dtype=dtype), first.new_empty((), dtype=dtype)]
-    needs = listed(spec, "needs")
+    call, n = Call(student, fixed, numbers, spec), student[0].shape[0]
+    shapes = [(n,) if call.options["reduction"] == "none" else (), (len(listed(spec, "terms")), n), ()]
+    outputs = [student[0].new_empty(shape, dtype=call.dtype) for shape in shapes]
     for name, x in zip(listed(spec, "student"), student, strict=True):
-        shape = x.shape if name in needs else (0,)
-        outputs.append(x.new_empty(shape, dtype=x.dtype if name.endswith("logits") else dtype))
+        dtype = x.dtype if name.endswith("logits") else call.dtype
+        outputs.append(x.new_empty(x.shape if name in call.needs else 0, dtype=dtype))
     return outputs
 
 
@@ -117,40 +111,3 @@ def _register(name: str, **options: Any) -> Any:
 loss = _register("loss")
 #: The same where the host waits for the device: not to be captured in a CUDA graph.
 synchronising_loss = _register("synchronising_loss", tags=(torch.Tag.cudagraph_unsafe,))
-
-
-def call(
-    kind: str,
-    student: Mapping[str, Tensor | None],
-    fixed: Mapping[str, Tensor | None],
-    numbers: Mapping[str, float | None],
-    *,
-    terms: list[str],
-    reduction: str,
-    synchronises: bool = False,
-    **options: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a loss: its value, and its detached terms [N] by name.
-
-    Args:
-        kind: a key of the losses.
-        student: tensors that may receive gradient. None is left out, here and below.
-        fixed: tensors that receive none.
-        numbers: everything that may change without another compilation.
-        terms: names of the rows of terms.
-        reduction: ``"none"`` or ``"sum"``.
-        synchronises: whether the host may have to wait for the device.
-        **options: further lines of the specification.
-    """
-    student, fixed = ({k: v for k, v in x.items() if v is not None} for x in (student, fixed))
-    numbers = {k: v for k, v in numbers.items() if v is not None}
-    wanted = [name for name, x in student.items() if x.requires_grad and torch.is_grad_enabled()]
-    spec = specify(
-        loss=kind, reduction=reduction, needs=[] if reduction == "none" else wanted, wanted=wanted,
-        student=list(student), fixed=list(fixed), numbers=list(numbers), terms=terms,
-        **{name: value for name, value in options.items() if value is not None},
-    )  # fmt: skip
-    operator = synchronising_loss if synchronises else loss
-    fixed_tensors = [x.detach() for x in fixed.values()]
-    value, found, *_ = operator(list(student.values()), fixed_tensors, numbers_tensor(list(numbers.values())), spec)
-    return value, dict(zip(terms, found.detach(), strict=True))

@@ -1,8 +1,7 @@
-"""What the public functions return."""
+"""What the public functions return: the loss, and detached terms in the tokens' shape [...], in nats."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,10 +9,10 @@ from torch import Tensor
 
 @dataclass
 class VGSOutput:
-    """Loss and detached per-token terms of one call (names as in :class:`VGSObjective`; nats).
+    """Loss and terms of one call; names as in :class:`VGSObjective`.
 
     Attributes:
-        loss: 0-d, or one for each token with ``reduction="none"``; carries gradient.
+        loss: 0-d, or [...] with ``reduction="none"``; carries gradient.
         standard, visual, language, vds: [...] divergences; None if the call did not form them.
         gate: [...] bool, whether language is preserved on the token.
         entropy: [...] entropy of p_I.
@@ -37,27 +36,24 @@ class VGSOutput:
 
     def metrics(self) -> dict[str, Tensor]:
         """Loss and unweighted means over the tokens that take part (0 for none), as detached 0-d tensors."""
-        left_out = ("loss", "target_logps", "counted")
-        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
-        terms = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.counted is None:
-            means = {name: x.float().sum() / max(x.numel(), 1) for name, x in terms.items()}
-        else:
-            count = self.counted.sum().clamp(min=1)
-            means = {name: x.float().masked_fill(~self.counted, 0).sum() / count for name, x in terms.items()}
-        return {"loss": self.loss.detach().sum(), **means}
+        found = {"loss": self.loss.detach().sum()}
+        for name, x in vars(self).items():
+            if x is not None and name not in ("loss", "target_logps", "counted"):
+                counted = x.new_ones(x.shape, dtype=bool) if self.counted is None else self.counted
+                found[name] = x.float().masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+        return found
 
 
 @dataclass
 class DivergenceOutput:
-    """Result of one call.
+    """Loss and terms of one call.
 
     Attributes:
-        loss: 0-d, or one for each token with ``reduction="none"``; carries gradient.
-        divergence: [...] values as they enter the loss, before weights; detached, as all that follow.
-        entropy: [...] of the student, in nats (of the renormalised student, where the support renormalises it).
+        loss: 0-d, or [...] with ``reduction="none"``; carries gradient.
+        divergence: [...] values as they enter the loss, before weights.
+        entropy: [...] of the student (of the renormalised student, where the support renormalises it).
         target_logps: [...] log-probabilities of ``target_ids``, likewise.
-        policy: [...] values of the policy term, before its weights.
+        policy, counted: [...] as in :class:`VGSOutput`.
     """
 
     loss: Tensor
@@ -65,3 +61,4 @@ class DivergenceOutput:
     entropy: Tensor
     target_logps: Tensor | None = None
     policy: Tensor | None = None
+    counted: Tensor | None = None

@@ -20,17 +20,27 @@ from .policy import PolicyTerm
 NEG_INF = -math.inf
 
 
+def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a / b) of each entry: 0 where a is 0, a constant infinity where b alone is."""
+    present, excluded = log_a.exp() > 0, log_b == NEG_INF
+    a, b = (x.masked_fill(~present | excluded, 0) for x in (log_a, log_b))
+    return (a.exp() * (a - b)).masked_fill(present & excluded, math.inf)
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) as the plain sum of p * (log p - log q) over the last dimension, with 0 * inf = 0."""
-    p = log_p.exp()
-    difference = torch.where(p > 0, log_p - log_q, torch.zeros_like(log_p))
-    return (p * difference).sum(-1)
+    """KL(p || q) as the plain sum of p * (log p - log q) over the last dimension."""
+    return relative_entropy(log_p, log_q).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """The entropy of p over the last dimension."""
+    return -kl_divergence(log_p, torch.zeros_like(log_p))
 
 
 def steered_target(log_px: Tensor, log_qi: Tensor, log_qx: Tensor) -> Tensor:
     """log q* = log p_x + log q_I - log q_x - log Z* (Eq. 9-10); no mass on a column that one of the rows excludes."""
-    allowed = (log_px > NEG_INF) & (log_qi > NEG_INF) & (log_qx > NEG_INF)
-    raw = torch.where(allowed, log_px + log_qi - log_qx, torch.full_like(log_px, NEG_INF))
+    excluded = (log_px == NEG_INF) | (log_qi == NEG_INF) | (log_qx == NEG_INF)
+    raw = torch.where(excluded, NEG_INF, log_px + log_qi - log_qx)
     return raw - torch.logsumexp(raw, dim=-1, keepdim=True)
 
 
@@ -42,8 +52,7 @@ def _thresholds(
     Tokens that do not count are in no quantile, and below every threshold.
     """
     out = torch.full_like(vds, math.inf)
-    if trajectory_ids is None:
-        trajectory_ids = torch.zeros_like(vds)
+    trajectory_ids = torch.zeros_like(vds) if trajectory_ids is None else trajectory_ids
     for trajectory in trajectory_ids[counted].unique():
         members = counted & (trajectory_ids == trajectory)
         out[members] = torch.quantile(vds[members] if pool is None else pool, quantile)
@@ -69,20 +78,16 @@ def gate_and_gamma(
         counted: [N] bool, tokens that take part; None means all.
     """
     counted = torch.ones_like(vds, dtype=torch.bool) if counted is None else counted
-    adaptive = objective.schedule == "adaptive"
-    if vds.numel() == 0:
-        return vds > 0, vds
     if vds_threshold is not None:
-        *lower, high = vds_threshold if isinstance(vds_threshold, Sequence) else (vds_threshold,)
-        low = lower[0] if lower else None
+        limits = list(vds_threshold) if isinstance(vds_threshold, Sequence) else [vds_threshold]
     else:
         ids = trajectory_ids if objective.vds_scope == "trajectory" else None
-        high = _thresholds(vds, objective.vds_quantile, ids, pool, counted)
-        low = _thresholds(vds, objective.adaptive_quantile, ids, pool, counted) if adaptive else None
+        adaptive = [objective.adaptive_quantile] if objective.schedule == "adaptive" else []
+        limits = [_thresholds(vds, q, ids, pool, counted) for q in (*adaptive, objective.vds_quantile)]
     gamma = torch.full_like(vds, objective.gamma)
-    if adaptive:
-        gamma = torch.where(vds > high, gamma, torch.where(vds > low, gamma / 2, torch.zeros_like(vds)))
-    return (vds > high) & counted, gamma
+    if objective.schedule == "adaptive":
+        gamma = torch.where(vds > limits[1], gamma, torch.where(vds > limits[0], gamma / 2, 0))
+    return (vds > limits[-1]) & counted, gamma
 
 
 def _weighted(coefficient: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -108,16 +113,15 @@ def vgs_reference(
     """The VGS loss and its terms from four [N, V] blocks of logits, temperature not yet applied.
 
     Args:
-        student_logits, student_text_logits: student with and without the image; carry gradient.
-        teacher_logits, teacher_text_logits: teacher with and without the image.
+        student_logits, student_text_logits, teacher_logits, teacher_text_logits: [N, V] each, with and without the
+            image; the student's carry gradient.
         objective: see :class:`VGSObjective`.
         token_weights: [N]; None means 1/N each.
         target_ids, vds, vds_threshold, trajectory_ids: as in :func:`vgs_kernels.fused_linear_vgs_loss`.
         vds_pool: the scores of all ranks, for a quantile across ranks.
 
     Returns:
-        ``loss`` (0-d) and, detached, ``standard``, ``visual``, ``language``, ``vds``, ``gate``, ``gamma``, ``entropy``,
-        ``student_vds`` and ``target_logps`` (None without ids), [N] each.
+        ``loss`` (0-d) and, detached, the terms of :class:`vgs_kernels.VGSOutput` and ``gamma``, [N] each.
     """
     rows = (student_logits, student_text_logits, teacher_logits, teacher_text_logits)
     log_pi, log_px, log_qi, log_qx = ((row / objective.temperature).log_softmax(-1) for row in rows)
@@ -144,7 +148,7 @@ def vgs_reference(
             "vds": scores,
             "gate": gate,
             "gamma": gamma,
-            "entropy": -kl_divergence(log_pi, torch.zeros_like(log_pi)),
+            "entropy": entropy(log_pi),
             "student_vds": kl_divergence(log_pi, log_px),
             "target_logps": None if target_ids is None else log_pi.gather(-1, target_ids[:, None]).squeeze(-1),
         }
@@ -159,34 +163,18 @@ def policy_reference(log_probabilities: Tensor, policy: PolicyTerm) -> Tensor:
     return -torch.minimum(ratio * advantages, bounded * advantages)
 
 
-def _relative(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a log(a / b) [N, V]: 0 where a is 0, a constant infinity where b alone is."""
-    present = log_a.exp() > 0
-    finite = present & (log_b > NEG_INF)
-    zeros = torch.zeros_like(log_a)
-    a, b = torch.where(finite, log_a, zeros), torch.where(finite, log_b, zeros)
-    value = torch.where(finite, a.exp() * (a - b), zeros)
-    return torch.where(present & ~finite, torch.full_like(value, math.inf), value)
-
-
 def _safe_log(x: Tensor) -> Tensor:
     """log x, and -inf without a gradient at 0."""
-    return torch.where(x > 0, torch.where(x > 0, x, torch.ones_like(x)).log(), torch.full_like(x, NEG_INF))
+    return x.masked_fill(x == 0, 1).log().masked_fill(x == 0, NEG_INF)
 
 
 def _entries(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
     """What each vocabulary entry adds to the divergence."""
     if divergence == "jsd" and 0 < beta < 1:
-        empty = (log_p == NEG_INF) & (log_q == NEG_INF)
-        q, p = (torch.where(empty, torch.zeros_like(x), x) for x in (log_q, log_p))
-        log_m = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
-        return beta * _relative(log_q, log_m) + (1 - beta) * _relative(log_p, log_m)
+        log_m = _safe_log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+        return beta * relative_entropy(log_q, log_m) + (1 - beta) * relative_entropy(log_p, log_m)
     forward = divergence == "forward_kl" or (divergence == "jsd" and beta == 0)
-    return _relative(log_q, log_p) if forward else _relative(log_p, log_q)
-
-
-def _keep(log_x: Tensor, inside: Tensor) -> Tensor:
-    return torch.where(inside, log_x, torch.full_like(log_x, NEG_INF))
+    return relative_entropy(log_q, log_p) if forward else relative_entropy(log_p, log_q)
 
 
 def _greatest(log_x: Tensor, k: int) -> Tensor:
@@ -197,20 +185,23 @@ def _greatest(log_x: Tensor, k: int) -> Tensor:
 def _with_tail(log_x: Tensor, inside: Tensor) -> Tensor:
     """Entries outside replaced by one more entry, their sum."""
     tail = (log_x.exp() * ~inside).sum(-1, keepdim=True)
-    return torch.cat([_keep(log_x, inside), _safe_log(tail)], dim=-1)
+    return torch.cat([log_x.masked_fill(~inside, NEG_INF), _safe_log(tail)], dim=-1)
 
 
 def supported(log_p: Tensor, log_q: Tensor, log_q0: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """Both log-distributions [N, V] on the support; ``log_q0`` is that of the target's first row."""
+
+    def renormalised(log_x: Tensor, inside: Tensor) -> Tensor:
+        return log_x.masked_fill(~inside, NEG_INF).log_softmax(-1)
+
     if divergence.support == "teacher_top_k":
         inside = _greatest(log_q, divergence.top_k)
-        return _keep(log_p, inside).log_softmax(-1), _keep(log_q, inside).log_softmax(-1)
+        return renormalised(log_p, inside), renormalised(log_q, inside)
     if divergence.support == "student_top_k":
         inside = _greatest(log_p.detach(), divergence.top_k)
         return _with_tail(log_p, inside), _with_tail(log_q, inside)
     if divergence.support == "plausible":
-        inside = log_q0.exp() >= divergence.plausibility * log_q0.exp().amax(-1, keepdim=True)
-        return log_p, _keep(log_q, inside).log_softmax(-1)
+        return log_p, renormalised(log_q, log_q0.exp() >= divergence.plausibility * log_q0.exp().amax(-1, keepdim=True))
     return log_p, log_q
 
 
@@ -219,18 +210,17 @@ def composed(target: Sequence[tuple[float | Tensor, Tensor]]) -> Tensor:
     total, excluded = 0.0, False
     for coefficient, logits in target:
         c = torch.as_tensor(coefficient, dtype=logits.dtype, device=logits.device).reshape(-1, 1)
-        total = total + torch.where(logits > NEG_INF, c * logits, torch.zeros_like(logits))
+        total = total + c * logits.masked_fill(logits == NEG_INF, 0)
         excluded = excluded | ((logits == NEG_INF) & (c != 0))
-    return torch.where(excluded, torch.full_like(total, NEG_INF), total)
+    return total.masked_fill(excluded, NEG_INF)
 
 
 def log_distributions(
     student_logits: Tensor, target: Sequence[tuple[float | Tensor, Tensor]], divergence: Divergence
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """log p and log q over the vocabulary, and both on the support."""
-    log_p = (student_logits / divergence.temperature).log_softmax(-1)
-    log_q = (composed(target).detach() / divergence.temperature).log_softmax(-1)
-    log_q0 = (target[0][1].detach() / divergence.temperature).log_softmax(-1)
+    rows = (student_logits, composed(target).detach(), target[0][1].detach())
+    log_p, log_q, log_q0 = ((x / divergence.temperature).log_softmax(-1) for x in rows)
     return log_p, log_q, supported(log_p, log_q, log_q0, divergence)
 
 
@@ -249,16 +239,10 @@ def divergence_reference(
         target_ids: [N], needed by ``"sampled_reverse_kl"``.
     """
     log_p, log_q, on_support = log_distributions(student_logits, target, divergence)
+    clip, token_clip = (math.inf if x is None else x for x in (divergence.clip, divergence.token_clip))
     if divergence.divergence == "sampled_reverse_kl":
         log_p, log_q = (x.gather(1, target_ids[:, None]).squeeze(1) for x in (log_p, log_q))
-        ratio = (log_p - log_q).detach()
-        if divergence.token_clip is not None:
-            ratio = ratio.clamp(-divergence.token_clip, divergence.token_clip)
+        ratio = (log_p - log_q).detach().clamp(-token_clip, token_clip)
         return divergence.scale * (ratio + ratio * (log_p - log_p.detach()))  # one's value, the other's gradient
-    values = _entries(*on_support, divergence.divergence, divergence.beta)
-    if divergence.clip is not None:
-        values = values.clamp(max=divergence.clip)
-    values = values.sum(-1)
-    if divergence.token_clip is not None:
-        values = values.clamp(max=divergence.token_clip)
-    return divergence.scale * values
+    values = _entries(*on_support, divergence.divergence, divergence.beta).clamp(max=clip).sum(-1)
+    return divergence.scale * values.clamp(max=token_clip)

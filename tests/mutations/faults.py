@@ -215,6 +215,15 @@ DRIVERS = [
         ("test_divergence_reductions",),
         KERNELS,
     ),
+    Mutation(
+        "ignored-tokens-in-the-mean",
+        "Ignored tokens add nothing to a mean and still count in its number of tokens.",
+        "vgs_kernels/tokens.py",
+        "weights = weights / torch.where(total == 0, 1, total)",
+        "weights = weights / max(n, 1)",
+        ("test_ignored_tokens", "test_edges"),
+        KERNELS,
+    ),
 ]
 
 MODELS_AND_TRAINERS = [
@@ -231,8 +240,8 @@ MODELS_AND_TRAINERS = [
         "padded-off-by-one",
         "In padded batches a token is scored by the hidden state of itself instead of the one before.",
         "vgs/models/padding.py",
-        "scored = rows([torch.zeros_like(x[1:]) for x in prompts]",
-        "scored = rows([torch.zeros_like(x) for x in prompts]",
+        "scored = rows([torch.zeros_like(x[1:]) for x in prompts], [torch.ones_like(x) for x in tails], 0).bool()",
+        "scored = rows([torch.zeros_like(x) for x in prompts], [torch.ones_like(x) for x in tails], 0).bool()",
         ("test_families",),
         STUDENT,
     ),
