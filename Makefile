@@ -41,7 +41,7 @@ lmms-eval: $(EVAL)/installed  # what `vgs eval RUN --benchmarks paper` runs in
 test-eval: $(EVAL)/installed  # the benchmarks' tasks in lmms-eval itself
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q --confcutdir tests/evaluation/lmms tests/evaluation/lmms
 
-mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
+mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
 
 emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests of tests/kernels; an hour on two cores

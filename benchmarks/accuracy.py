@@ -1,8 +1,8 @@
 """The gradient in float64, on a sample: what stands beside every time.
 
-The definition (:mod:`vgs_kernels.reference`, itself tested against an independent oracle) runs in float64, a few
-tokens at a time; gradients are kept for a sample of tokens and, of the head, for a sample of vocabulary rows. The
-head's takes all tokens: on a CPU it is left out where they are many.
+The definition (:mod:`vgs_kernels.reference`) runs in float64, a few tokens at a time; gradients are kept for a sample
+of tokens and, of the head, for a sample of vocabulary rows. The head's takes all tokens: on a CPU it is left out where
+they are many.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels import entries_triton, rows_triton, triton_launch
-from vgs_kernels.rows import PAIR_STATE, VGS_STATE
+from vgs_kernels.rows import entries_triton, rows_triton, triton_common
+from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,12 +54,12 @@ class Kernel(NamedTuple):
 #: Projected logits are float32, may be capped, and masked where a head has a bias; logits that the caller holds are of
 #: any dtype, which their gradient shares, and may be masked.
 _READS = [*((options, "fp32") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)), (_MASKED, "bf16")]
-_PROJECTED_WRITES = [
+_WRITES = [
     (_PLAIN, "fp32", "fp32"),
     *((options, "fp32", "bf16") for options in (_PLAIN, _CAPS, _MASKED, _MASKED_CAPS)),
     (_MASKED, "fp32", "fp32"),
+    (_MASKED, "bf16", "bf16"),
 ]
-_WRITES = [*_PROJECTED_WRITES, (_MASKED, "bf16", "bf16")]
 #: The least and the most of projected logits, and held ones: for what has many variants of its own.
 _FEW_READS = [(_PLAIN, "fp32"), (_MASKED_CAPS, "fp32"), (_MASKED, "bf16")]
 _FEW_WRITES = [(_PLAIN, "fp32", "bf16"), (_MASKED_CAPS, "fp32", "bf16"), (_MASKED, "bf16", "bf16")]
@@ -80,38 +80,32 @@ def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]])
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
-_GRADIENT = "FOUR PRIOR LANGUAGE POLICY COMPACT"
+_GRADIENT = "FOUR PRIOR CLIP TAIL POLICY"
 KERNELS = {
     "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
-    "meet_kernel": Kernel(rows_triton.meet_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
+    "merge_kernel": Kernel(rows_triton.merge_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
     "gradient_kernel": Kernel(
-        rows_triton.gradient_kernel,
+        entries_triton.gradient_kernel,
         "write",
         [
-            *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR", "FOUR PRIOR LANGUAGE", "FOUR LANGUAGE", ""), _WRITES),
-            *_variants(_GRADIENT, ("FOUR LANGUAGE COMPACT",), _PROJECTED_WRITES),
-            *_variants(_GRADIENT, ("FOUR PRIOR LANGUAGE POLICY", "POLICY"), _FEW_WRITES),
+            *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR"), _WRITES, KIND=0),
+            *_variants(_GRADIENT, ("FOUR PRIOR POLICY",), _FEW_WRITES, KIND=0),
+            *_entries(
+                *(_GRADIENT, _FEW_WRITES),
+                {
+                    "reverse_kl": ("", "CLIP TAIL POLICY"),
+                    "forward_kl": ("", "CLIP TAIL POLICY"),
+                    "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
+                },
+            ),
         ],
     ),
-    # The KLs as they are come out of the statistics, the reverse one's gradient out of the kernel above.
     "totals_kernel": Kernel(
         entries_triton.totals_kernel,
         "read",
         _entries(
             *("CLIP TAIL", _FEW_READS),
-            {"reverse_kl": ("CLIP TAIL",), "forward_kl": ("CLIP TAIL",), "jsd": ("", "CLIP", "CLIP TAIL")},
-        ),
-    ),
-    "entry_gradient_kernel": Kernel(
-        entries_triton.entry_gradient_kernel,
-        "write",
-        _entries(
-            *("CLIP TAIL POLICY", _FEW_WRITES),
-            {
-                "reverse_kl": ("CLIP TAIL POLICY",),
-                "forward_kl": ("", "CLIP TAIL POLICY"),
-                "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
-            },
+            {"reverse_kl": ("", "CLIP TAIL"), "forward_kl": ("", "CLIP TAIL"), "jsd": ("", "CLIP", "CLIP TAIL")},
         ),
     ),
 }
@@ -156,7 +150,7 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name in ("text_row_ptr", "chosen_ptr"):
+        elif name == "chosen_ptr":
             kinds[name] = "*i64"
         elif name in ("s_ptr", "t_ptr", "a_ptr", "w_ptr"):
             kinds[name] = f"*{logits}"
@@ -206,8 +200,9 @@ def _amd(assembly: str) -> _Machine:
 def _column_bytes(sweep: str, variant: Variant) -> int:
     """Bytes that one token moves for one column: every logit row once, every gradient row once."""
     used = {key for key, value in variant.options.items() if value}
-    written = {"read": 0, "write": 2 if used & {"PRIOR", "LANGUAGE"} else 1}[sweep]
-    return (4 if "FOUR" in used else 2) * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
+    written = {"read": 0, "write": 2 if "PRIOR" in used else 1}[sweep]
+    rows = 4 if "FOUR" in used else 2
+    return rows * _ITEMSIZE[variant.logits] + written * _ITEMSIZE[variant.gradient]
 
 
 def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = True) -> Resources:
@@ -215,15 +210,15 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
     kernel, sweep, _ = KERNELS[name]
     options, logits, gradient = variant
     backend = TARGETS[target].backend
-    warps, layout, block = 1, {"LANES": triton_launch.MEETING_LANES}, 0
+    warps, layout, block = 1, {"LANES": triton_common.MERGE_LANES}, 0
     if sweep == "read":
         warps, layout = (
-            triton_launch.STATISTICS_WARPS[backend],
-            triton_launch.statistics_layout(backend, _ITEMSIZE[logits], aligned),
+            triton_common.STATISTICS_WARPS[backend],
+            triton_common.statistics_layout(backend, _ITEMSIZE[logits], aligned),
         )
         block = layout["LANES"] * layout["WIDTH"]
     elif sweep == "write":
-        warps, block = triton_launch.GRADIENT_WARPS[backend], triton_launch.GRADIENT_BLOCK
+        warps, block = triton_common.GRADIENT_WARPS[backend], triton_common.GRADIENT_BLOCK
         layout = {"BLOCK": block}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
@@ -235,7 +230,7 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
         or (aligned and (argument.name.endswith("_stride") or argument.name == "n_loaded"))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_common.OPTIONS})
     machine = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
     if block:
         columns_a_thread = block / (TARGETS[target].warp_size * warps)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from vgs.models.groups import PromptGroup, response_lengths
 from vgs.planning.model_size import FORWARD, ModelSize, Work
-from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
+from vgs_kernels import DEFAULT_WORKSPACE_BYTES
 
 from .hybrid_size import HybridSize
 from .jobs import JOBS, Phase

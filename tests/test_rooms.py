@@ -16,7 +16,7 @@ FAKES = {
     "vgs/models/__init__.py": '"""Models. Seen from outside."""\n',
     "vgs/models/heads.py": "from ..errors import ConfigError\n",
     "vgs/data/__init__.py": '"""Data. And prompts."""\n',
-    "vgs/data/prompts.py": "def f():\n    from ..models import heads\n    import vgs_kernels.sweep\n",
+    "vgs/data/prompts.py": "def f():\n    from ..models import heads\n    import vgs_kernels.driver\n",
     "vgs_kernels/__init__.py": '"""Losses. Fused."""\n',
     "vgs_kernels/sweep.py": "import torch\n",
 }

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
-from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
+from vgs_kernels import DEFAULT_WORKSPACE_BYTES, DivergenceOutput, VGSObjective, VGSOutput
 
 from .data.prompts import anchor_group, encode_groups
 from .errors import ConfigError

@@ -1,20 +1,23 @@
 """Exact fused linear losses for Visual Gradient Steering and its relatives: from hidden states to loss and gradients
 without an [N, V] tensor. Needs torch and, for its GPU kernels, triton."""
 
+from .api import DEFAULT_WORKSPACE_BYTES, divergence_loss, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
 from .divergence import Divergence
-from .functional import VGSOutput, fused_linear_vgs_loss, vgs_loss
-from .linear_divergence import DivergenceOutput, TargetRow, divergence_loss, fused_linear_divergence
+from .heads import Head, TargetRow
 from .modules import FusedLinearDivergence, FusedLinearVGSLoss
 from .objective import VGSObjective
+from .outputs import DivergenceOutput, VGSOutput
 from .policy import PolicyTerm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_WORKSPACE_BYTES",
     "Divergence",
     "DivergenceOutput",
     "FusedLinearDivergence",
     "FusedLinearVGSLoss",
+    "Head",
     "PolicyTerm",
     "TargetRow",
     "VGSObjective",

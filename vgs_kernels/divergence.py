@@ -26,19 +26,18 @@ class Divergence:
 
     Attributes:
         divergence: one of the four.
-        beta: of ``"jsd"``, in [0, 1]; 0 is the forward and 1 the reverse KL, as in the literature. The formula itself
-            vanishes there: near 0 it is beta times the forward KL. Others ignore it.
+        beta: of ``"jsd"``, in [0, 1]; 0 is the forward and 1 the reverse KL, as in the literature, where the formula
+            itself vanishes.
         support: what the distributions are restricted to.
             ``"full"``: the vocabulary.
             ``"teacher_top_k"``: the target's ``top_k`` most probable ones, both distributions renormalised there.
             ``"student_top_k"``: the student's ``top_k``, and all others together as one more entry.
             ``"plausible"``: the target's {v: q_0(v) >= plausibility * max q_0}, q_0 the distribution of its first row.
-            It is 0 elsewhere and renormalised; the student stays whole. Not for the reverse KL, which would be
-            infinite.
+            It is 0 elsewhere and renormalised; the student stays whole. Not for the reverse KL.
             Membership is held constant; entries that tie with the last one inside are inside.
         top_k: see ``support``, >= 1.
         plausibility: see ``support``, in (0, 1].
-        clip: greatest value of an entry, >= 0; an entry above it has no gradient. Entries of a KL may be negative.
+        clip: greatest value of an entry, >= 0; an entry above it has no gradient.
         token_clip: greatest value of a token, >= 0, which then has no gradient. Of ``sampled_reverse_kl``, the greatest
             absolute log-ratio, which then keeps its gradient.
         temperature: T, > 0, divides the student's logits and the composed ones.
@@ -59,33 +58,21 @@ class Divergence:
     temperature_squared: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("divergence", DIVERGENCES), ("support", SUPPORTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        checks.number("temperature", self.temperature, positive=True)
-        if not 0 <= checks.number("beta", self.beta) <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got {self.beta}.")
-        for name in ("clip", "token_clip"):
-            value = checks.number(name, getattr(self, name), optional=True)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}.")
-        if not isinstance(self.temperature_squared, bool):
-            raise TypeError(f"temperature_squared must be a bool, got {type(self.temperature_squared).__name__}.")
-        self._check_support()
-
-    def _check_support(self) -> None:
-        for name, supports in (("top_k", ("teacher_top_k", "student_top_k")), ("plausibility", ("plausible",))):
-            wanted, value = self.support in supports, getattr(self, name)
+        checks.choice("divergence", self.divergence, DIVERGENCES)
+        checks.choice("support", self.support, SUPPORTS)
+        checks.number("temperature", self.temperature, "> 0")
+        checks.number("beta", self.beta, "in [0, 1]")
+        checks.number("clip", self.clip, ">= 0", optional=True)
+        checks.number("token_clip", self.token_clip, ">= 0", optional=True)
+        checks.instance("temperature_squared", self.temperature_squared, bool)
+        for name, wanted in (("top_k", "top_k" in self.support), ("plausibility", self.support == "plausible")):
+            value = getattr(self, name)
             if wanted != (value is not None):
                 expected = "a number" if wanted else "None"
                 raise ValueError(f"{name} must be {expected} for support={self.support!r}, got {value!r}.")
         if self.top_k is not None:
-            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
-                raise TypeError(f"top_k must be an int, got {type(self.top_k).__name__}.")
-            if self.top_k < 1:
-                raise ValueError(f"top_k must be >= 1, got {self.top_k}.")
-        if self.plausibility is not None and not 0 < checks.number("plausibility", self.plausibility) <= 1:
-            raise ValueError(f"plausibility must lie in (0, 1], got {self.plausibility}.")
+            checks.integer("top_k", self.top_k, ">= 1")
+        checks.number("plausibility", self.plausibility, "in (0, 1]", optional=True)
         if self.support == "plausible" and self.kind == "reverse_kl":
             raise ValueError(
                 "support='plausible' needs divergence='forward_kl' or 'jsd': outside of it the target is 0 and the "
@@ -96,13 +83,6 @@ class Divergence:
                 "divergence='sampled_reverse_kl' looks at the sampled token alone and takes support='full' and "
                 f"clip=None, got support={self.support!r} and clip={self.clip}."
             )
-
-    def values(self) -> tuple[str | float | int | bool | None, ...]:
-        """The fields in their order, as operators take them (``astuple`` cannot be traced before torch 2.12)."""
-        return (
-            *(self.divergence, self.beta, self.support, self.top_k, self.plausibility, self.clip, self.token_clip),
-            *(self.temperature, self.temperature_squared),
-        )
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .objective import VGSObjective
 from .parallel import gather_rows
+from .rows.layout import has_float64
 
 
 def grouped_quantile(values: Tensor, quantile: float, groups: Tensor | None = None) -> Tensor:
@@ -29,8 +30,8 @@ def grouped_quantile(values: Tensor, quantile: float, groups: Tensor | None = No
     ordered, keys = values[order], groups[order].contiguous()
     first = torch.searchsorted(keys, groups.contiguous())
     count = torch.searchsorted(keys, groups.contiguous(), right=True) - first
-    # A float64 position: float32 would move the quantile of groups beyond 2^24 tokens.
-    position = quantile * (count - 1).double()
+    # float32 would move the quantile of groups beyond 2^24 tokens.
+    position = quantile * (count - 1).to(torch.float64 if has_float64(values.device) else torch.float32)
     below = position.floor()
     fraction = (position - below).to(values.dtype)
     low = ordered[first + below.long()]
@@ -40,7 +41,11 @@ def grouped_quantile(values: Tensor, quantile: float, groups: Tensor | None = No
 
 
 def thresholds(
-    vds: Tensor, objective: VGSObjective, trajectory_ids: Tensor | None = None, group_name: str | None = None
+    vds: Tensor,
+    objective: VGSObjective,
+    trajectory_ids: Tensor | None = None,
+    group_name: str | None = None,
+    counted: Tensor | None = None,
 ) -> list[Tensor]:
     """The VDS quantiles of ``objective.quantiles`` in the objective's scope, one [N] tensor each.
 
@@ -49,13 +54,20 @@ def thresholds(
         objective: gives the quantiles and the scope.
         trajectory_ids: [N] int64, needed for the scope ``"trajectory"``.
         group_name: process group of the scope ``"ranks"``; every rank must call, also one without tokens.
+        counted: [N] bool, the tokens that the quantiles are of; the limits of others mean nothing. None means all.
     """
+    groups = trajectory_ids if objective.vds_scope == "trajectory" else torch.zeros_like(vds, dtype=torch.int64)
+    if counted is not None:  # a group of their own behind all others
+        groups = groups.masked_fill(~counted, torch.iinfo(torch.int64).max)
     if objective.vds_scope == "trajectory":
-        return [grouped_quantile(vds, q, trajectory_ids) for q in objective.quantiles]
-    pool = gather_rows(vds, group_name) if objective.vds_scope == "ranks" else vds
+        return [grouped_quantile(vds, q, groups) for q in objective.quantiles]
+    pool = vds
+    if objective.vds_scope == "ranks":
+        pool, groups = (gather_rows(x, group_name) for x in (vds, groups))
     if vds.numel() == 0:
         return [vds for _ in objective.quantiles]
-    return [grouped_quantile(pool, q)[:1].expand_as(vds) for q in objective.quantiles]
+    first = groups.argmin().reshape(1)  # an index without dimensions would be read by the host
+    return [grouped_quantile(pool, q, groups).index_select(0, first).expand_as(vds) for q in objective.quantiles]
 
 
 def token_gamma(vds: Tensor, objective: VGSObjective, limits: list[Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,22 @@ from torch import Tensor
 UPCAST_COLUMNS = 8192
 
 
+@functools.cache
 def has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether 16-bit operands can be multiplied into a float32 result without converting them first."""
-    return device.type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16)
+    """Whether 16-bit operands can be multiplied into a float32 result without converting them first.
+
+    Of CUDA and ROCm devices, where this release of torch does it; NVIDIA's have to be of capability 8 or more.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    x = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, addend: Tensor | None = None, alpha: float = 1.0) -> None:

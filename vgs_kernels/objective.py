@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from . import checks
 
@@ -25,17 +25,16 @@ class VGSObjective:
     Attributes:
         gamma: weight of the visual term, >= 0 (paper: 2).
         lam: weight of the gated language preservation term, >= 0 (paper: 0.01).
-        vds_quantile: quantile of ``vds`` above which language is preserved, in [0, 1] (paper: 0.7).
+        vds_quantile: quantile Q of ``vds`` above which language is preserved, in [0, 1] (paper: 0.7).
         eta: scale of the whole loss, > 0, so that gamma turns the gradient's direction and not its length (Eq. 15;
             paper: 0.41 for a 2B student, 0.36 for 4B).
         temperature: divides the logits of all four rows, > 0; no T^2 factor is added.
-        detach_prior: whether p_x inside q* is a constant (the paper does not say; default True).
-        schedule: ``"constant"``, or ``"adaptive"``: gamma_n is 0 where vds <= Q_low, gamma / 2 up to Q_high = Q,
-            gamma above (Eq. 24-25).
+        detach_prior: whether p_x inside q* is a constant (the paper does not say).
+        schedule: ``"constant"``, or ``"adaptive"``: gamma_n is 0 where vds <= Q_low, gamma / 2 up to Q, gamma above
+            (Eq. 24-25).
         adaptive_quantile: the quantile Q_low of the adaptive schedule, in [0, ``vds_quantile``] (paper: 0.4).
-        vds_scope: tokens over which the quantiles are taken: this ``"call"``, all data-parallel ``"ranks"``, or each
+        vds_scope: tokens that the quantiles are of: this ``"call"``, all data-parallel ``"ranks"``, or each
             ``"trajectory"``.
-        divergence: ``"reverse_kl"``, the only one of the paper's method.
 
     Raises:
         ValueError, TypeError: naming the setting, what came and what was expected.
@@ -50,34 +49,28 @@ class VGSObjective:
     schedule: str = "constant"
     adaptive_quantile: float = 0.4
     vds_scope: str = "call"
-    divergence: str = "reverse_kl"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type == "float":
-                checks.number(field.name, getattr(self, field.name), positive=field.name in ("eta", "temperature"))
         for name in ("gamma", "lam"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+            checks.number(name, getattr(self, name), ">= 0")
+        for name in ("eta", "temperature"):
+            checks.number(name, getattr(self, name), "> 0")
         for name in ("vds_quantile", "adaptive_quantile"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+            checks.number(name, getattr(self, name), "in [0, 1]")
         if self.schedule == "adaptive" and self.adaptive_quantile > self.vds_quantile:
             raise ValueError(
                 f"adaptive_quantile must not exceed vds_quantile ({self.vds_quantile}), got {self.adaptive_quantile}."
             )
-        if not isinstance(self.detach_prior, bool):
-            raise TypeError(f"detach_prior must be a bool, got {type(self.detach_prior).__name__}.")
-        for name, choices in (("schedule", SCHEDULES), ("vds_scope", VDS_SCOPES), ("divergence", ("reverse_kl",))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        checks.instance("detach_prior", self.detach_prior, bool)
+        checks.choice("schedule", self.schedule, SCHEDULES)
+        checks.choice("vds_scope", self.vds_scope, VDS_SCOPES)
 
     @property
     def kappa(self) -> float:
         """gamma / (1 + gamma): the prior correction's weight in the composed target.
 
         With q* detached, standard + gamma * visual = (1 + gamma) * KL(p_I || q~) + a constant without gradient, where
-        q~ = softmax(t + kappa * (a - w)) over the logits t (teacher), a (student, text-only), w (teacher, text-only).
+        q~ = softmax(t + kappa * (a - w)) over the logits t (teacher), a (student) and w (teacher), both text-only.
         """
         return self.gamma / (1.0 + self.gamma)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
-from .rows import RunningStatistics
+from .rows.layout import RunningStatistics
 
 
 def group_name(process_group: dist.ProcessGroup | None) -> str | None:
@@ -59,7 +59,12 @@ class VocabularyShard(NamedTuple):
 
     @classmethod
     def of(
-        cls, name: str | None, heads: Sequence[Tensor], vocab: int | None, target_ids: Tensor | None
+        cls,
+        name: str | None,
+        heads: Sequence[Tensor],
+        vocab: int | None,
+        target_ids: Tensor | None,
+        ignored: Tensor | None = None,
     ) -> VocabularyShard:
         """Find this rank's place, and check what only the group together knows; collective.
 
@@ -68,6 +73,7 @@ class VocabularyShard(NamedTuple):
             heads: their weights here, [V_r, .] each.
             vocab: leading columns to use, of all ranks together; None means all.
             target_ids: global ids, or None.
+            ignored: [N] bool, those that may be anything.
         """
         if name is None:
             return cls(vocab, vocab, vocab)
@@ -75,7 +81,7 @@ class VocabularyShard(NamedTuple):
         sizes = torch.tensor([len(head) for head in heads], device=heads[0].device)
         sizes = torch.stack(_gather(sizes, group)).tolist()
         columns = checks.shards(sizes, vocab)
-        checks.ids_in_vocabulary("target_ids", target_ids, sum(columns))
+        checks.ids_in_vocabulary("target_ids", target_ids, ignored, sum(columns))
         rank = dist.get_rank(group)
         return cls(columns[rank], max(columns), sum(columns), sum(size[0] for size in sizes[:rank]), name)
 
@@ -89,18 +95,17 @@ class VocabularyShard(NamedTuple):
             return
         group = _resolve(self.group)
         x = RunningStatistics(state)
-        tops = torch.cat([x.tops(), *([] if picked is None else [picked])])
-        dist.all_reduce(tops, dist.ReduceOp.MAX, group)
+        maxima = x.common_maxima()
+        both = torch.cat([maxima, *([] if picked is None else [picked])])  # a copy
+        dist.all_reduce(both, dist.ReduceOp.MAX, group)
         if picked is not None:
-            picked.copy_(tops[-len(picked) :])
-            tops = tops[: -len(picked)]
-        x.rise_to(tops)
+            picked.copy_(both[len(maxima) :])
+        x.rescale_to(both[: len(maxima)])
         addends = x.addends()
         merged = torch.stack(addends)
         dist.all_reduce(merged, group=group)
         for addend, value in zip(addends, merged, strict=True):
             addend.copy_(value)
-        x.store()
 
     def top(self, values: Tensor, count: int) -> Tensor:
         """The ``count`` largest of all shards' values [R, <= count], in descending order."""

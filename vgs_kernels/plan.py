@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .gemm import has_mixed_gemm
+from .rows.layout import quiet
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
 _GRADIENT_ROWS = 2048
@@ -22,7 +22,7 @@ _CUT_ROWS, _MIN_CUT_ROWS, _MIN_COLUMNS = 512, 128, 128
 _ROW_MULTIPLE = 64
 _PITCH_COLUMNS = 64
 #: A CPU's products gain nothing from more rows, and every call pays for the first touch of its slabs.
-_MAX_ROWS = {"cpu": 256}
+MAX_ROWS = {"cpu": 256}
 #: What a vocabulary entry costs in memory traffic, in units of the student's width: heads are read once for each tile
 #: (the teacher's twice as wide), and once for each gradient block, when the head gradient is read and written as well.
 _TILE_TRAFFIC, _BLOCK_TRAFFIC = 6, 10
@@ -39,11 +39,15 @@ def slab_rows(slab: Tensor, rows: slice, columns: int) -> Tensor:
     return slab[rows.start * width : rows.stop * width].view(-1, width)[:, :columns]
 
 
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
+def states(hidden: Tensor, at: Tensor | slice, live: Tensor | None) -> Tensor:
+    """hidden[at], finite where tokens are not ``live`` [N]."""
+    return quiet(hidden[at], None if live is None else live[at])
+
+
+def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """dtype of logit gradients: 16 bits only where a GEMM takes 16-bit operands and keeps a float32 result."""
-    if has_mixed_gemm(hidden.device, hidden.dtype) or hidden.dtype == torch.float64:
-        return hidden.dtype
-    return torch.float32
+    mixed = hidden.dtype == weight.dtype and has_mixed_gemm(hidden.device, hidden.dtype)
+    return hidden.dtype if mixed and hidden.dtype.itemsize < dtype.itemsize else dtype
 
 
 @dataclass
@@ -52,17 +56,23 @@ class GradientView:
 
     Attributes:
         hidden: [N, D].
-        d_hidden: their gradient, or None where not required. Overwritten; with ``tokens`` or ``compact``, added to.
+        d_hidden: their gradient, or None where not required. Overwritten; with ``tokens``, added to.
+        dtype: of the gradients of their logits, see ``gradient_dtype``.
         alpha: factor on the gradients of this view, kept out of 16-bit logit gradients.
+        live: [N] tokens that take part; states of others may hold anything. None means all.
         tokens: indices of the tokens that the sweep is over; None means all.
-        compact: only tokens with a language weight have logit gradients, and these lie one after the other.
     """
 
     hidden: Tensor
     d_hidden: Tensor | None
+    dtype: torch.dtype
     alpha: float = 1.0
+    live: Tensor | None = None
     tokens: Tensor | None = None
-    compact: bool = False
+
+    def states(self, at: Tensor | slice) -> Tensor:
+        """Hidden states of these tokens, [R, D]."""
+        return states(self.hidden, at, self.live)
 
     @property
     def n(self) -> int:
@@ -71,7 +81,7 @@ class GradientView:
     @property
     def in_place(self) -> bool:
         """Whether logit gradients overwrite the logits, which have the same dtype."""
-        return gradient_dtype(self.hidden).itemsize >= 4 and not self.compact
+        return self.dtype.itemsize >= 4
 
 
 @dataclass(frozen=True)
@@ -83,31 +93,8 @@ class Plan:
     gradient_rows: int
 
     @classmethod
-    def of(
-        cls,
-        n: int,
-        vocab: int,
-        slab_bytes: int,
-        views: Sequence[GradientView],
-        workspace_bytes: int,
-        device: torch.device,
-    ) -> Plan:
-        """The tiles of a sweep, for slabs of that many bytes for each token and column."""
-        own = [view for view in views if not view.in_place]
-        gradient_bytes = sum(gradient_dtype(view.hidden).itemsize for view in own)
-        if len(own) < len(views):  # tied to the slabs' tokens by the views that lie in them
-            slab_bytes, gradient_bytes = slab_bytes + gradient_bytes, 0
-        return cls.fit(n, vocab, slab_bytes, gradient_bytes, workspace_bytes, _MAX_ROWS.get(device.type))
-
-    @classmethod
     def fit(
-        cls,
-        n: int,
-        vocab: int,
-        slab_bytes: int,
-        gradient_bytes: int,
-        workspace_bytes: int,
-        max_rows: int | None = None,
+        cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int, max_rows: int | None = None
     ) -> Plan:
         """The tiles within the workspace that cause the least traffic; bytes are those of one token and one column."""
         n = max(n, 1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import scaled, wide
+from .rows.layout import scaled, wide
 
 
 class PolicyTerm(NamedTuple):
@@ -49,18 +49,6 @@ class PolicyGradient:
         self._old = None if old_logps is None else wide(old_logps)
         self._low, self._high = epsilons
 
-    @classmethod
-    def of(
-        cls,
-        advantages: Tensor | None,
-        weights: Tensor | None,
-        old_logps: Tensor | None,
-        epsilons: Sequence[float],
-        dtype: torch.dtype,
-    ) -> PolicyGradient | None:
-        """From an operator's arguments."""
-        return None if advantages is None else cls(advantages, weights, old_logps, epsilons, dtype)
-
     @property
     def magnitude(self) -> Tensor:
         """[N]: what the gradient's scale is measured by."""
@@ -81,7 +69,8 @@ def unit_weights(
 ) -> tuple[Tensor, Tensor]:
     """factor * token weights divided by a unit, and that unit, without synchronisation.
 
-    The unit is the largest magnitude of what the gradients of one call are weighted with (1 if all are zero).
+    The unit is a power of two, by which nothing is rounded, near the largest magnitude of what the gradients of one
+    call are weighted with (1 if all are zero).
     """
     weights = token_weights.to(dtype)
     if not len(weights):
@@ -89,5 +78,5 @@ def unit_weights(
     unit = factor * weights.abs().amax()
     if policy is not None:
         unit = torch.maximum(unit, policy.magnitude.abs().amax())
-    unit = torch.where(unit > 0, unit, factor)
-    return weights / (unit / factor), unit
+    unit = torch.ldexp(torch.ones_like(unit), torch.frexp(torch.where(unit > 0, unit, 1.0)).exponent)
+    return weights * factor / unit, unit

@@ -1,6 +1,8 @@
-"""The definition: the VGS objective and its relatives on dense logits in plain PyTorch, to be read beside the papers.
+"""The definition of every loss: dense logits, explicit sums, gradients from autograd, to be read beside the papers.
 
-Slow and memory-hungry by design; everything else in this package must equal it. Gradients come from autograd.
+Written from the papers alone and deliberately naive. Nothing here uses the composed target, the raw-logit gradient or
+the running sums that the kernels are built on, so that an error in one of those cannot hide in both. Everything runs in
+the dtype of the logits; the tests compare the losses with it in float64.
 """
 
 from __future__ import annotations
@@ -12,26 +14,86 @@ import torch
 from torch import Tensor
 
 from .divergence import Divergence
-from .gating import thresholds, token_gamma
 from .objective import VGSObjective
-from .parallel import group_name
 from .policy import PolicyTerm
-from .rows import scaled
+
+NEG_INF = -math.inf
+
+
+def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a / b) of each entry: 0 where a is 0, a constant infinity where b alone is."""
+    present, excluded = log_a.exp() > 0, log_b == NEG_INF
+    a, b = (x.masked_fill(~present | excluded, 0) for x in (log_a, log_b))
+    return (a.exp() * (a - b)).masked_fill(present & excluded, math.inf)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension, [..., V] -> [...]; a column with p = 0 contributes nothing."""
-    excluded = log_p.exp() == 0
-    # Fill before the subtraction too: autograd would turn -inf - (-inf) into NaN even where the result is discarded.
-    gap = log_p.masked_fill(excluded, 0) - log_q.masked_fill(excluded, 0)
-    return (log_p.exp() * gap).sum(-1)
+    """KL(p || q) as the plain sum of p * (log p - log q) over the last dimension."""
+    return relative_entropy(log_p, log_q).sum(-1)
 
 
-def steered_target(log_px: Tensor, log_qI: Tensor, log_qx: Tensor) -> Tensor:
-    """log q* of Eq. 9-10, normalised: [N, V]. A column that any of the three excludes is outside its support."""
-    excluded = (log_px == -torch.inf) | (log_qI == -torch.inf) | (log_qx == -torch.inf)
-    unnormalised = log_px + log_qI.masked_fill(excluded, 0) - log_qx.masked_fill(excluded, 0)
-    return torch.log_softmax(unnormalised.masked_fill(excluded, -torch.inf), dim=-1)
+def entropy(log_p: Tensor) -> Tensor:
+    """The entropy of p over the last dimension."""
+    return -kl_divergence(log_p, torch.zeros_like(log_p))
+
+
+def steered_target(log_px: Tensor, log_qi: Tensor, log_qx: Tensor) -> Tensor:
+    """log q* = log p_x + log q_I - log q_x - log Z* (Eq. 9-10); no mass on a column that one of the rows excludes."""
+    excluded = (log_px == NEG_INF) | (log_qi == NEG_INF) | (log_qx == NEG_INF)
+    raw = torch.where(excluded, NEG_INF, log_px + log_qi - log_qx)
+    return raw - torch.logsumexp(raw, dim=-1, keepdim=True)
+
+
+def _thresholds(
+    vds: Tensor, quantile: float, trajectory_ids: Tensor | None, pool: Tensor | None, counted: Tensor
+) -> Tensor:
+    """The quantile of each token's own trajectory, or of ``pool`` (default: this call), [N].
+
+    Tokens that do not count are in no quantile, and below every threshold.
+    """
+    out = torch.full_like(vds, math.inf)
+    trajectory_ids = torch.zeros_like(vds) if trajectory_ids is None else trajectory_ids
+    for trajectory in trajectory_ids[counted].unique():
+        members = counted & (trajectory_ids == trajectory)
+        out[members] = torch.quantile(vds[members] if pool is None else pool, quantile)
+    return out
+
+
+def gate_and_gamma(
+    vds: Tensor,
+    objective: VGSObjective,
+    vds_threshold: float | Sequence[float] | None = None,
+    trajectory_ids: Tensor | None = None,
+    pool: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gate [N] bool, strictly above the upper threshold, and gamma [N] (Eq. 16, 24-25).
+
+    Args:
+        vds: [N] visual dependency scores.
+        objective: see :class:`VGSObjective`.
+        vds_threshold: known thresholds, a number or, of the adaptive schedule, a pair.
+        trajectory_ids: [N], for the scope of trajectories.
+        pool: the scores of all ranks, for a quantile across ranks.
+        counted: [N] bool, tokens that take part; None means all.
+    """
+    counted = torch.ones_like(vds, dtype=torch.bool) if counted is None else counted
+    if vds_threshold is not None:
+        limits = list(vds_threshold) if isinstance(vds_threshold, Sequence) else [vds_threshold]
+    else:
+        ids = trajectory_ids if objective.vds_scope == "trajectory" else None
+        adaptive = [objective.adaptive_quantile] if objective.schedule == "adaptive" else []
+        limits = [_thresholds(vds, q, ids, pool, counted) for q in (*adaptive, objective.vds_quantile)]
+    gamma = torch.full_like(vds, objective.gamma)
+    if objective.schedule == "adaptive":
+        gamma = torch.where(vds > limits[1], gamma, torch.where(vds > limits[0], gamma / 2, 0))
+    return (vds > limits[-1]) & counted, gamma
+
+
+def _weighted(coefficient: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """c_n KL_n of the rows that count: a term with coefficient 0 is absent, even where it is infinite."""
+    rows = coefficient != 0
+    return (coefficient[rows] * kl_divergence(log_p[rows], log_q[rows])).sum()
 
 
 def vgs_reference(
@@ -42,65 +104,124 @@ def vgs_reference(
     objective: VGSObjective,
     token_weights: Tensor | None = None,
     *,
+    target_ids: Tensor | None = None,
     vds: Tensor | None = None,
-    vds_threshold: tuple[float, ...] | None = None,
+    vds_threshold: float | Sequence[float] | None = None,
     trajectory_ids: Tensor | None = None,
-    process_group: torch.distributed.ProcessGroup | None = None,
-) -> dict[str, Tensor]:
-    """The VGS loss and its terms from four [N, V] blocks of logits, in their own precision.
+    vds_pool: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """The VGS loss and its terms from four [N, V] blocks of logits, temperature not yet applied.
 
     Args:
-        student_logits, student_text_logits: student with and without the image; carry gradient.
-        teacher_logits, teacher_text_logits: teacher with and without the image.
+        student_logits, student_text_logits, teacher_logits, teacher_text_logits: [N, V] each, with and without the
+            image; the student's carry gradient.
         objective: see :class:`VGSObjective`.
         token_weights: [N]; None means 1/N each.
-        vds, vds_threshold, trajectory_ids, process_group: as in :func:`vgs_kernels.fused_linear_vgs_loss`.
+        target_ids, vds, vds_threshold, trajectory_ids: as in :func:`vgs_kernels.fused_linear_vgs_loss`.
+        vds_pool: the scores of all ranks, for a quantile across ranks.
 
     Returns:
-        ``loss`` (0-d) and, per token, ``standard``, ``visual``, ``language``, ``vds``, ``gate``, ``gamma``,
-        ``entropy`` and ``student_vds``, [N] each.
+        ``loss`` (0-d) and, detached, the terms of :class:`vgs_kernels.VGSOutput` and ``gamma``, [N] each.
     """
-    log_pI, log_px = (torch.log_softmax(x / objective.temperature, -1) for x in (student_logits, student_text_logits))
-    with torch.no_grad():
-        log_qI, log_qx = (
-            torch.log_softmax(x / objective.temperature, -1) for x in (teacher_logits, teacher_text_logits)
-        )
-    prior = log_px.detach() if objective.detach_prior else log_px
+    rows = (student_logits, student_text_logits, teacher_logits, teacher_text_logits)
+    log_pi, log_px, log_qi, log_qx = ((row / objective.temperature).log_softmax(-1) for row in rows)
+    log_qi, log_qx = log_qi.detach(), log_qx.detach()
+    log_star = steered_target(log_px.detach() if objective.detach_prior else log_px, log_qi, log_qx)
 
-    standard = kl_divergence(log_pI, log_qI)  # Eq. 3-4
-    language = kl_divergence(log_px, log_qx)  # Eq. 6-7
-    visual = kl_divergence(log_pI, steered_target(prior, log_qI, log_qx))  # Eq. 9-11
+    scores = kl_divergence(log_qi, log_qx) if vds is None else vds  # Eq. 12
+    if token_weights is None:
+        token_weights = student_logits.new_full((len(scores),), 1.0 / max(len(scores), 1))
+    counted = token_weights != 0
+    gate, gamma = gate_and_gamma(scores.double(), objective, vds_threshold, trajectory_ids, vds_pool, counted)
+    step = token_weights.to(student_logits.dtype) * objective.eta
+    loss = (  # Eq. 3-4, 9-11, 13-18
+        _weighted(step, log_pi, log_qi)
+        + _weighted(step * gamma.to(step.dtype), log_pi, log_star)
+        + _weighted(step * objective.lam * gate.to(step.dtype), log_px, log_qx)
+    )
     with torch.no_grad():
-        vds = kl_divergence(log_qI, log_qx) if vds is None else vds  # Eq. 12
-        if vds_threshold is None:
-            limits = thresholds(vds, objective, trajectory_ids, group_name(process_group))
-        else:
-            limits = [torch.full_like(vds, value) for value in vds_threshold]
-        gate = vds > limits[-1]
-        gamma = token_gamma(vds, objective, limits)
-    weights = torch.full_like(standard, 1 / max(len(standard), 1)) if token_weights is None else token_weights
-    per_token = (
-        standard + scaled(gamma, visual) + scaled(objective.lam * gate.to(vds.dtype), language)
-    )  # Eq. 13-18, 24-25
-    return {
-        "loss": objective.eta * scaled(weights, per_token).sum(),
-        "standard": standard,
-        "visual": visual,
-        "language": language,
-        "vds": vds,
-        "gate": gate,
-        "gamma": gamma,
-        "entropy": -(log_pI.exp() * log_pI.masked_fill(log_pI == -torch.inf, 0)).sum(-1),
-        "student_vds": kl_divergence(log_pI, log_px),
-    }
+        return {
+            "loss": loss,
+            "standard": kl_divergence(log_pi, log_qi),
+            "visual": kl_divergence(log_pi, log_star),
+            "language": kl_divergence(log_px, log_qx),
+            "vds": scores,
+            "gate": gate,
+            "gamma": gamma,
+            "entropy": entropy(log_pi),
+            "student_vds": kl_divergence(log_pi, log_px),
+            "target_logps": None if target_ids is None else log_pi.gather(-1, target_ids[:, None]).squeeze(-1),
+        }
 
 
 def policy_reference(log_probabilities: Tensor, policy: PolicyTerm) -> Tensor:
-    """Loss of the clipped policy gradient (PPO, arXiv 1707.06347, Eq. 7) per token, before its weights: [N]."""
-    old = log_probabilities.detach() if policy.old_logps is None else policy.old_logps
+    """The clipped policy gradient (PPO, arXiv 1707.06347, Eq. 7) per token, before its weights: [N]."""
+    advantages = policy.advantages.to(log_probabilities)
+    old = log_probabilities.detach() if policy.old_logps is None else policy.old_logps.to(log_probabilities)
     ratio = (log_probabilities - old).exp()
-    clipped = ratio.clamp(1 - policy.epsilon_low, 1 + policy.epsilon_high)
-    return -torch.minimum(ratio * policy.advantages, clipped * policy.advantages)
+    bounded = ratio.clamp(1 - policy.epsilon_low, 1 + policy.epsilon_high)
+    return -torch.minimum(ratio * advantages, bounded * advantages)
+
+
+def _safe_log(x: Tensor) -> Tensor:
+    """log x, and -inf without a gradient at 0."""
+    return x.masked_fill(x == 0, 1).log().masked_fill(x == 0, NEG_INF)
+
+
+def _entries(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """What each vocabulary entry adds to the divergence."""
+    if divergence == "jsd" and 0 < beta < 1:
+        log_m = _safe_log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+        return beta * relative_entropy(log_q, log_m) + (1 - beta) * relative_entropy(log_p, log_m)
+    forward = divergence == "forward_kl" or (divergence == "jsd" and beta == 0)
+    return relative_entropy(log_q, log_p) if forward else relative_entropy(log_p, log_q)
+
+
+def _greatest(log_x: Tensor, k: int) -> Tensor:
+    """The k greatest of each row, and whatever equals the last of them."""
+    return log_x >= log_x.topk(k, dim=-1).values[:, -1:]
+
+
+def _with_tail(log_x: Tensor, inside: Tensor) -> Tensor:
+    """Entries outside replaced by one more entry, their sum."""
+    tail = (log_x.exp() * ~inside).sum(-1, keepdim=True)
+    return torch.cat([log_x.masked_fill(~inside, NEG_INF), _safe_log(tail)], dim=-1)
+
+
+def supported(log_p: Tensor, log_q: Tensor, log_q0: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Both log-distributions [N, V] on the support; ``log_q0`` is that of the target's first row."""
+
+    def renormalised(log_x: Tensor, inside: Tensor) -> Tensor:
+        return log_x.masked_fill(~inside, NEG_INF).log_softmax(-1)
+
+    if divergence.support == "teacher_top_k":
+        inside = _greatest(log_q, divergence.top_k)
+        return renormalised(log_p, inside), renormalised(log_q, inside)
+    if divergence.support == "student_top_k":
+        inside = _greatest(log_p.detach(), divergence.top_k)
+        return _with_tail(log_p, inside), _with_tail(log_q, inside)
+    if divergence.support == "plausible":
+        return log_p, renormalised(log_q, log_q0.exp() >= divergence.plausibility * log_q0.exp().amax(-1, keepdim=True))
+    return log_p, log_q
+
+
+def composed(target: Sequence[tuple[float | Tensor, Tensor]]) -> Tensor:
+    """sum_k c_k * logits_k; a column that one of the rows excludes is excluded."""
+    total, excluded = 0.0, False
+    for coefficient, logits in target:
+        c = torch.as_tensor(coefficient, dtype=logits.dtype, device=logits.device).reshape(-1, 1)
+        total = total + c * logits.masked_fill(logits == NEG_INF, 0)
+        excluded = excluded | ((logits == NEG_INF) & (c != 0))
+    return total.masked_fill(excluded, NEG_INF)
+
+
+def log_distributions(
+    student_logits: Tensor, target: Sequence[tuple[float | Tensor, Tensor]], divergence: Divergence
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """log p and log q over the vocabulary, and both on the support."""
+    rows = (student_logits, composed(target).detach(), target[0][1].detach())
+    log_p, log_q, log_q0 = ((x / divergence.temperature).log_softmax(-1) for x in rows)
+    return log_p, log_q, supported(log_p, log_q, log_q0, divergence)
 
 
 def divergence_reference(
@@ -111,65 +232,17 @@ def divergence_reference(
 ) -> Tensor:
     """D(softmax(student) || softmax(sum_k c_k * logits_k)) per token, [N], with gradient to the student's logits.
 
-    Its gradient (autograd's) is NaN where an entry that is clipped is infinite, and where a tail is empty.
-
     Args:
         student_logits: [N, V].
         target: addends (c_k, logits [N, V]); c_k is a number or [N].
         divergence: see :class:`Divergence`.
         target_ids: [N], needed by ``"sampled_reverse_kl"``.
     """
-    s = student_logits / divergence.temperature
-    with torch.no_grad():
-        t, first, inside = torch.zeros_like(s), target[0][1] / divergence.temperature, torch.ones_like(s, dtype=bool)
-        masked = torch.zeros_like(inside)
-        for coefficient, logits in target:
-            masked |= logits == -torch.inf
-            t = t + torch.as_tensor(coefficient, dtype=s.dtype, device=s.device).reshape(-1, 1) * logits.masked_fill(
-                masked, 0
-            )
-        t = (t / divergence.temperature).masked_fill(masked, -torch.inf)
-        if divergence.support == "plausible":
-            inside = first >= first.amax(1, keepdim=True) + math.log(divergence.plausibility)
-        elif divergence.support != "full":
-            ranked = t if divergence.support == "teacher_top_k" else s
-            inside = (ranked >= ranked.topk(divergence.top_k).values[:, -1:]) & (ranked > -torch.inf)
-    if divergence.support == "teacher_top_k":
-        s = s.masked_fill(~inside, -torch.inf)
-    if divergence.support in ("teacher_top_k", "plausible"):
-        t = t.masked_fill(~inside, -torch.inf)
-    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    log_p, log_q, on_support = log_distributions(student_logits, target, divergence)
+    clip, token_clip = (math.inf if x is None else x for x in (divergence.clip, divergence.token_clip))
     if divergence.divergence == "sampled_reverse_kl":
-        log_p, log_q = (x.gather(1, target_ids.unsqueeze(1)).squeeze(1) for x in (log_p, log_q))
-        ratio = (log_p - log_q).detach()
-        if divergence.token_clip is not None:
-            ratio = ratio.clamp(-divergence.token_clip, divergence.token_clip)
-        return divergence.scale * (ratio + ratio * (log_p - log_p.detach()))
-    if divergence.support == "student_top_k":
-        tails = [x.masked_fill(inside, -torch.inf).logsumexp(1, keepdim=True) for x in (log_p, log_q)]
-        log_p, log_q = (torch.cat([x, tail], 1) for x, tail in zip((log_p, log_q), tails, strict=True))
-        inside = torch.cat([inside, torch.ones_like(inside[:, :1])], 1)
-    entries = _entries(log_p, log_q, divergence)
-    if divergence.support == "student_top_k":  # elsewhere the target is 0 outside
-        entries = entries.masked_fill(~inside, 0)
-    if divergence.clip is not None:
-        entries = entries.clamp(max=divergence.clip)
-    values = entries.sum(1)
-    return divergence.scale * (values if divergence.token_clip is None else values.clamp(max=divergence.token_clip))
-
-
-def _entries(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """Addends of the divergence, [N, V]; 0 * log 0 is 0."""
-
-    def part(log_x: Tensor, log_y: Tensor) -> Tensor:
-        empty = log_x == -torch.inf  # filled before the subtraction: autograd would turn inf - inf into NaN
-        return log_x.exp() * (log_x.masked_fill(empty, 0) - log_y.masked_fill(empty, 0))
-
-    if divergence.kind == "reverse_kl":
-        return part(log_p, log_q)
-    if divergence.kind == "forward_kl":
-        return part(log_q, log_p)
-    beta = divergence.beta
-    both = (log_p == -torch.inf) & (log_q == -torch.inf)
-    log_m = torch.logaddexp(log_p.masked_fill(both, 0) + math.log1p(-beta), log_q.masked_fill(both, 0) + math.log(beta))
-    return beta * part(log_q, log_m) + (1 - beta) * part(log_p, log_m)
+        log_p, log_q = (x.gather(1, target_ids[:, None]).squeeze(1) for x in (log_p, log_q))
+        ratio = (log_p - log_q).detach().clamp(-token_clip, token_clip)
+        return divergence.scale * (ratio + ratio * (log_p - log_p.detach()))  # one's value, the other's gradient
+    values = _entries(*on_support, divergence.divergence, divergence.beta).clamp(max=clip).sum(-1)
+    return divergence.scale * values.clamp(max=token_clip)

@@ -1,4 +1,4 @@
-"""Between the sweeps: weights, thresholds, gamma, loss and terms of one call, as arithmetic on [N] vectors.
+"""The VGS loss of one call: what happens between the sweeps, as arithmetic on [N] vectors, and the order of the sweeps.
 
 This is the room where the method is readable and changeable.
 """
@@ -9,117 +9,228 @@ import torch
 from torch import Tensor
 
 from . import gating
+from .arguments import Call, StudentGradients
+from .divergence import Divergence
+from .divergence_loss import DivergenceLoss, Outcome, settings
+from .driver import Loss, Tiles, sweep
+from .gradients import DenseSink
 from .objective import VGSObjective
-from .policy import PolicyGradient, unit_weights
-from .rows import LogitTransform, RowCoefficients, Statistics, scaled
+from .plan import GradientView
+from .policy import unit_weights
+from .rows.layout import VGS_STATE, LogitTransform, RowCoefficients, RowTile, Statistics, scaled
+from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
+
+#: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
+TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
 
 
-class Steering:
-    """The [N]-vector arithmetic of one VGS call."""
+class VGSLoss(Loss):
+    """standard + gamma * visual of four rows, the gate, and in the end loss and terms.
 
-    def __init__(
-        self,
-        objective: VGSObjective,
-        token_weights: Tensor,
-        vds: Tensor | None,
-        vds_threshold: Tensor | None,
-        trajectory_ids: Tensor | None,
-        group_name: str | None,
-        student: LogitTransform,
-        dtype: torch.dtype,
-        policy: PolicyGradient | None = None,
-        target_ids: Tensor | None = None,
-    ) -> None:
-        self.objective = objective
-        self.dtype = dtype
-        self.gain = student.gain
-        self.unit_weights, self.unit = unit_weights(token_weights, dtype, objective.eta, policy)
-        self.policy, self._target_ids = policy, target_ids
-        self.vds = None if vds is None else vds.to(dtype)
-        self._scope = (trajectory_ids, group_name)
-        self._bounded = objective.vds_scope == "call" and vds_threshold is None
+    Args:
+        call: the arguments.
+        gain: d logits / d projection of the student.
+        ids: columns of this shard, or None.
+        live_prior: whether p_x inside q* receives gradient.
+    """
+
+    def __init__(self, call: Call, gain: float, ids: Tensor | None, live_prior: bool) -> None:
+        super().__init__(ids)
+        self.objective = settings(VGSObjective, call)
+        self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
+        self.policy = call.policy
+        self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
+        vds, limits = call.get("vds"), call.get("vds_threshold")
+        self.vds = None if vds is None else vds.to(self.dtype)
+        self._counted = call.get("counted")
+        self._scope = (call.get("trajectory_ids"), call.options.get("process_group"), self._counted)
+        self._bounded = self.objective.vds_scope == "call" and limits is None
         self.limits: list[Tensor] | None = None
-        if vds_threshold is not None:
-            n = len(token_weights)
-            self.limits = [limit.expand(n) for limit in vds_threshold.to(dtype).reshape(-1, 1)]
+        if limits is not None:
+            self.limits = [limit.expand(len(self.unit_weights)) for limit in limits.to(self.dtype).reshape(-1, 1)]
         elif self.vds is not None:
-            self.find_limits()
+            self._find_limits()
 
     @property
     def needs_vds_first(self) -> bool:
         """Whether the gradient of a token depends on the scores of all others."""
         return self.objective.schedule == "adaptive" and self.limits is None
 
-    def find_limits(self) -> None:
+    def use_scores(self, vds: Tensor) -> None:
+        """Take the visual dependency scores [N] from an earlier sweep."""
+        self.vds = vds.to(self.dtype)
+        self._find_limits()
+
+    def _find_limits(self) -> None:
         self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
 
-    @property
-    def counts_gated_tokens(self) -> bool:
-        """Whether only the host can tell how many tokens are gated: no quantile of this very call bounds them."""
-        return not self._bounded
-
-    def coefficients(
-        self, rows: slice, state: Tensor, picked: Tensor | None, live_prior: bool = False, language: float = 0.0
-    ) -> RowCoefficients:
+    def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients | None:
         """Scalars of the gradient of standard + gamma * visual and of the policy term: raw gaps, for every normaliser
-        cancels.
-
-        With ``language`` also those of language * KL(p_x || q_x): of the gated tokens if the limits are known, else of
-        all tokens.
-        """
+        cancels."""
+        if self.needs_vds_first:
+            return None  # no gradient is wanted
         x = Statistics(state)
-        limits = None if self.limits is None else [limit[rows] for limit in self.limits]
-        if limits is not None:
-            vds = x.vds.to(self.dtype) if self.vds is None else self.vds[rows]
-        if self.objective.schedule == "constant":
-            gamma = torch.full_like(x["s_max"], self.objective.gamma)
-        else:
-            gamma = gating.token_gamma(vds, self.objective, limits)
+        gamma = torch.full_like(x["s_max"], self.objective.gamma)
+        if self.objective.schedule == "adaptive":
+            vds = x.kl("t_view_gap").to(self.dtype) if self.vds is None else self.vds[rows]
+            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
         weight = self.gain * self.unit_weights[rows]
         mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
         weight, mean_gap, gamma = (value.to(state.dtype) for value in (weight, mean_gap, gamma))
-        pull = chosen = None
-        if self.policy is not None:
-            slope = self.policy.evaluate(x.log_probability(picked), rows)[1]
-            pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
-            chosen = self._target_ids[rows]
-        if not language:
-            return RowCoefficients(weight, mean_gap, gamma, live_prior, policy=pull, chosen=chosen)
-        language_weight = language * (weight if limits is None else weight * (vds > limits[-1]))
-        language_mean_gap = x.mean("a_gap").to(state.dtype)
-        return RowCoefficients(weight, mean_gap, gamma, live_prior, language_weight, language_mean_gap, pull, chosen)
+        if self.policy is None:
+            return RowCoefficients(weight, mean_gap, gamma, self.live_prior)
+        slope = self.policy.evaluate(x.log_probability(picked[0]), rows)[1]
+        pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
+        return RowCoefficients(weight, mean_gap, gamma, self.live_prior, pull, self.ids[rows])
 
-    def finish(self, state: Tensor, target_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss and terms from the statistics of all tokens; settles the gate."""
+    def gate_of(self, vds: Tensor, rows: slice) -> Tensor:
+        """[R] bool: the gate of these tokens, once the limits are known; ``vds`` are their scores unless given."""
+        vds = vds.to(self.dtype) if self.vds is None else self.vds[rows]
+        gate = vds > self.limits[-1][rows]
+        return gate if self._counted is None else gate & self._counted[rows]
+
+    def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses of the tokens [N] and terms [T, N], from the statistics of all; settles the gate."""
         x = Statistics(state)
         if self.vds is None:
-            self.vds = x.vds.to(self.dtype)
+            self.vds = x.kl("t_view_gap").to(self.dtype)
         if self.limits is None:
-            self.find_limits()
-        self.gate = self.vds > self.limits[-1]
+            self._find_limits()
+        self.gate = self.gate_of(self.vds, slice(None))
         gamma = gating.token_gamma(self.vds, self.objective, self.limits)
-        standard, visual, language = x.standard, x.visual, x.language
+        standard, visual, language = x.kl("s_gap"), x.visual, x.kl("a_gap")
         per_token = (
             standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
         )
-        loss = scaled(self.unit_weights * self.unit, per_token).sum()
-        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.student_vds]
-        if target_logits is not None:
-            terms.append(x.log_probability(target_logits))
+        losses = scaled(self.unit_weights * self.unit, per_token)
+        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.kl("s_view_gap")]
+        if picked is not None:
+            terms.append(x.log_probability(picked[0]))
         if self.policy is not None:
-            values = self.policy.evaluate(terms[-1], slice(None))[0]
-            loss = loss + scaled(self.policy.weights, values).sum()
-            terms.append(values)
-        return loss.to(self.dtype), torch.stack([term.to(self.dtype) for term in terms])
-
-    def language_weights(self) -> Tensor:
-        """Weights of KL(p_x || q_x) before lam, [N]; zero where the gate is closed."""
-        return self.unit_weights * self.gate
+            terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
+            losses = losses + scaled(self.policy.weights, terms[-1])
+        return losses, torch.stack([term.to(self.dtype) for term in terms])
 
     def gated_tokens(self) -> Tensor:
         """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
         else counting them synchronises a GPU once."""
         if self._bounded:
             count = gating.max_gated(len(self.vds), self.objective)
-            return torch.topk(self.vds, count, sorted=False).indices.sort().values
+            scores = self.vds if self._counted is None else self.vds.masked_fill(~self._counted, -torch.inf)
+            return torch.topk(scores, count, sorted=False).indices.sort().values
         return self.gate.nonzero().squeeze(1)
+
+
+def linear(call: Call) -> Outcome:
+    """Losses [N], terms, unit and gradients from hidden states: up to three phases, each a sweep of its own."""
+    hidden, text, teacher_hidden, teacher_text = (
+        call[f"{name}hidden"] for name in ("student_", "student_text_", "teacher_", "teacher_text_")
+    )
+    heads = [call.head("student"), call.head("teacher")]
+    objective, shard = settings(VGSObjective, call), call.shard(heads)
+    student, teacher = (head.first(shard.columns) for head in heads)
+    transforms = tuple(head.transform(objective.temperature) for head in (student, teacher))
+    source_options = (call.integer("workspace_bytes"), shard, call.dtype)
+    gradients = StudentGradients(call, shard.columns, len(hidden))
+    text_gradient = "student_text_hidden" in call.needs or gradients.needs_head
+    prior = not objective.detach_prior and objective.gamma > 0 and text_gradient
+    loss = VGSLoss(call, transforms[0].gain, shard.local(call.get("ids")), prior)
+    teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text], call.live)
+
+    # Scores first where gamma depends on them: KL(q_I || q_x) of every token, a pair of the teacher's rows.
+    if loss.needs_vds_first and call.needs:
+        pair = LinearSource([teacher_rows], (transforms[1], transforms[1]), *source_options)
+        scores = DivergenceLoss(Divergence(), loss.unit_weights, 1.0, shard, call.backend)
+        sweep(pair, call.backend, scores)
+        loss.use_scores(scores.values if len(hidden) else loss.unit_weights)
+        del pair  # frees the slabs
+
+    # standard + gamma * visual, on all four rows.
+    views = []
+    if "student_hidden" in call.needs or gradients.needs_head or prior:
+        views.append(gradients.view("student_hidden"))
+    if prior:
+        views.append(gradients.view("student_text_hidden"))
+    source = LinearSource(
+        [StackedRows(student, [hidden, text], call.live), teacher_rows], transforms, *source_options, views
+    )
+
+    # Language preservation, the pair (a, w) of the gated tokens.
+    language = objective.lam > 0 and text_gradient
+
+    def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
+        pair = DivergenceLoss(
+            Divergence(), weights, loss.gain, shard, call.backend, unit=loss.unit, gradient_alone=True
+        )
+        sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
+
+    def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
+        here = loss.gate_of(Statistics(state).kl("t_view_gap"), rows).nonzero().squeeze(1)
+        view = gradients.view("student_text_hidden", objective.lam, here + rows.start)
+        pair = TileSource(tile.pair_at(here, text=True), shard, state)
+        preserve(pair, view, loss.unit_weights[rows][here], (language_statistics(state[:, here]), None))
+
+    # A gate that is known beforehand lets the term be formed while its rows are in memory. Elsewhere than on a CPU the
+    # host would wait for each tile's gated tokens, too few for a product of their own; and where gradients collect in
+    # blocks, the first one would overwrite the term's part of the head's.
+    here = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
+    at_once = language and loss.limits is not None and not prior and here
+    found = sweep(
+        source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
+    )
+    losses, terms = loss.finish(*found)
+    del source  # frees the slabs
+    if language and not at_once:
+        # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
+        # p * (gap - mean) would no longer cancel.
+        gated = loss.gated_tokens()
+        views = ((student, text), (teacher, teacher_text))
+        rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
+        view = gradients.view("student_text_hidden", objective.lam, gated)
+        source = LinearSource(rows, transforms, *source_options, [view])
+        preserve(source, view, (loss.unit_weights * loss.gate)[gated])
+    of_text = gradients.by_name["student_text_hidden"] if prior or language else None
+    shard.sum(gradients.by_name["student_hidden"], of_text)
+    return losses, terms, loss.unit, gradients.by_name
+
+
+def dense(call: Call) -> Outcome:
+    """The same from logits that the caller holds: statistics, then gradients once the gate is known."""
+    objective, vocab = settings(VGSObjective, call), call.integer("vocab_size")
+    names = ("student_logits", "teacher_logits", "student_text_logits", "teacher_text_logits")
+    s, t, a, w = ([(1.0, call[name])] for name in names)
+    transform = LogitTransform(inv_temperature=1.0 / objective.temperature)
+    needs_text = "student_text_logits" in call.needs
+    prior = not objective.detach_prior and objective.gamma > 0 and needs_text
+    language = objective.lam > 0 and needs_text
+    loss = VGSLoss(call, transform.gain, call.get("ids"), prior)
+    n = len(call["student_logits"])
+    whole = call.options["backend"] == "triton" and call.live is None
+    tile_rows = max(n, 1) if whole else DENSE_ROWS
+    source = DenseSource([s, t, a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
+    found = sweep(source, call.backend, Loss(loss.ids))
+    losses, terms = loss.finish(*found)
+
+    d_student = call.logit_gradient("student_logits", vocab, written=True)
+    d_text = call.logit_gradient("student_text_logits", vocab, written=prior or language)
+    if "student_logits" in call.needs or prior:
+        # The two come from one sweep: the student's gradient is formed even where only the other is wanted.
+        first = d_student if "student_logits" in call.needs else torch.empty_like(call["student_logits"])
+        sweep(source, call.backend, loss, DenseSink([first, d_text] if prior else [first]), found)
+    if language:
+        weights = loss.unit_weights * loss.gate * objective.lam
+        tile_rows = DENSE_ROWS if prior else tile_rows
+        source = DenseSource([a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
+        known = language_statistics(found[0]), None
+        pair = DivergenceLoss(
+            Divergence(), weights, loss.gain, source.shard, call.backend, unit=loss.unit, gradient_alone=True
+        )
+        sweep(source, call.backend, pair, DenseSink([d_text], add=prior), known)
+    return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}
+
+
+def language_statistics(state: Tensor) -> Tensor:
+    """What four rows know of the pair (a, w), as statistics of that pair, without entropy and forward KL."""
+    x = dict(zip(VGS_STATE, state, strict=True))
+    unknown = torch.zeros_like(state[0])
+    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], unknown, x["a_gap"], unknown])

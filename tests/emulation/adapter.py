@@ -14,7 +14,7 @@ import vgs_kernels
 
 def allow_cpu() -> None:
     """``backend="triton"`` accepts tensors of the CPU, as it does while Triton interprets."""
-    from vgs_kernels import rows_triton
+    from vgs_kernels.rows import rows_triton
 
     rows_triton.supports = lambda device: True
 

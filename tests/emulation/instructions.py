@@ -76,12 +76,35 @@ def _shuffle(machine: Machine, x: Instruction, active: Active) -> None:
     target, source, distance, clamp, mask = x.operands
     if x.parts[2] != "bfly" or (clamp.value, mask.value & 0xFFFFFFFF) != (31, 0xFFFFFFFF):
         raise UnknownInstruction(x.text)
+    _by_whole_warps("a shuffle", active)
+    values = np.broadcast_to(machine.registers.read(source, "b32"), (machine.count,))
+    machine.registers.write(_items(target)[0], values[np.arange(machine.count) ^ distance.value], active)
+
+
+def _by_whole_warps(what: str, active: Active) -> None:
     if active is not None:
         here = active.reshape(-1, 32)
         if (here.any(1) != here.all(1)).any():
-            raise Fault("a shuffle is reached by some threads of a warp alone")
-    values = np.broadcast_to(machine.registers.read(source, "b32"), (machine.count,))
-    machine.registers.write(_items(target)[0], values[np.arange(machine.count) ^ distance.value], active)
+            raise Fault(f"{what} is reached by some threads of a warp alone")
+
+
+def _load_matrices(machine: Machine, x: Instruction, active: Active) -> None:
+    """A warp loads matrices of 8 x 8 elements of 16 bits; every 8 of its threads hold the rows' addresses of one."""
+    if x.parts[3] != "m8n8" or x.parts[-2:] != ("shared", "b16"):
+        raise UnknownInstruction(x.text)
+    _by_whole_warps("a load of matrices", active)
+    target, source = x.operands
+    threads = machine.threads_of(active)
+    address = np.broadcast_to(machine.registers.address(source, "b32"), (machine.count,))
+    if (address[threads] % 16).any():
+        raise Fault("misaligned: shared memory")
+    lane = threads % 32
+    for matrix, register in enumerate(_items(target)):
+        place = address[threads - lane + 8 * matrix + lane // 4] + 4 * (lane % 4)
+        (values,) = machine.shared.load(place, 1, threads)
+        whole = np.zeros(machine.count, values.dtype)
+        whole[threads] = values
+        machine.registers.write(register, whole, active)
 
 
 # Moves, choices, conversions.
@@ -274,6 +297,7 @@ _FLOATS = {"add", "sub", "mul", "fma", "max", "min", "neg", "abs", *_APPROXIMATE
 _OTHERS: dict[str, Execute] = {
     "ld": _load,
     "st": _store,
+    "ldmatrix": _load_matrices,
     "shfl": _shuffle,
     "mov": _move,
     "selp": _select,

@@ -32,16 +32,14 @@ PARTS = len(TARGETS) * len(SEEDS)
 #: Kernel -> calls on which faults in it are looked for: together they lead through all of it.
 WITNESSES = {
     "statistics_kernel": ["given VGS, aligned, live prior, masked, policy", "given VGS, pitched, live prior"],
-    "meet_kernel": ["given VGS, stretches, live prior, policy"],
+    "merge_kernel": ["given VGS, stretches, live prior, policy"],
     "gradient_kernel": [
         "given VGS, aligned, live prior, masked, policy",
         "given VGS, pitched bfloat16, live prior, policy",
-    ],
-    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked"],
-    "entry_gradient_kernel": [
         "given, aligned, JSD, clipped top-k, masked",
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
+    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked"],
 }
 
 

@@ -170,9 +170,9 @@ def test_documented_synchronisation(odd, scope):
 
 def compiled_kernels() -> int:
     """Compilations that the Triton kernels hold. An entry of ``device_caches`` starts with them in 3.6 and 3.7."""
-    from vgs_kernels import rows_triton
+    from vgs_kernels.rows import entries_triton, rows_triton
 
-    kernels = (rows_triton.statistics_kernel, rows_triton.meet_kernel, rows_triton.gradient_kernel)
+    kernels = (rows_triton.statistics_kernel, rows_triton.merge_kernel, entries_triton.gradient_kernel)
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 

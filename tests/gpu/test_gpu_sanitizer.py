@@ -21,30 +21,25 @@ KERNELS_SCRIPT = """
 import itertools
 import torch
 from benchmarks.kernels import KERNELS
-from vgs_kernels import rows_triton
-from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels.rows import entries_triton, rows_triton
+from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V = 33, 1003
 cases = [(kernel, *x) for kernel in ("statistics_kernel", "gradient_kernel") for x in KERNELS[kernel].variants]
 for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1024)):
-    rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits]) for _ in range(4 if options["FOUR"] else 2)]
-    rows = [row[:, :V] for row in rows]
+    count = 4 if options["FOUR"] else 2
+    rows = [torch.randn(N, width, device=DEVICE).to(DTYPES[logits])[:, :V] for _ in range(count)]
     caps = [LogitTransform(softcap=9.0 if options.get(name) else None) for name in ("STUDENT_CAP", "TARGET_CAP")]
     tile = RowTile(*rows, *[None] * (4 - len(rows)), *caps, options.get("MASKED", True), width)
     state = new_state(N, tile.four, rows[0].float())
     rows_triton.statistics(tile, state)
-    if kernel == "gradient_kernel":
+    if kernel == "gradient_kernel" and options["FOUR"]:
         out = torch.zeros(N, width, dtype=DTYPES[gradient], device=DEVICE)[:, :V]
-        wanted = options["PRIOR"] or options["LANGUAGE"]
-        text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if wanted else None
-        language = torch.rand(2, N, device=DEVICE) if options["LANGUAGE"] else (None, None)
+        text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if options["PRIOR"] else None
         policy = (torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)) if options["POLICY"] else ()
-        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *language, *policy)
-        text_rows = torch.arange(N, device=DEVICE) // 2 if options["COMPACT"] else None
-        if text_rows is not None:
-            text_rows[::2] = -1
-        rows_triton.gradient(tile, state, coefficients, out, text, text_rows)
+        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *policy)
+        entries_triton.gradient(tile, state, None, coefficients, out, text)
         assert out.any() and (text is None or text.any())
 """
 

@@ -47,7 +47,7 @@ WRONG = {
     ),
     "sampled and clip": ("clip", {"divergence": "sampled_reverse_kl", "clip": 0.1}),
     "sampled without ids": ("target_ids", {"divergence": "sampled_reverse_kl"}),
-    "reduction": (r"reduction .*sum.*none.*mean", {"reduction": "mean"}),
+    "reduction": (r"reduction .*mean.*sum.*none.*max", {"reduction": "max"}),
     "policy on the teacher's top_k": (
         r"policy .*teacher_top_k",
         {"policy": PolicyTerm(X, X), "target_ids": IDS, "support": "teacher_top_k", "top_k": 5},

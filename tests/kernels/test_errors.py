@@ -72,7 +72,8 @@ ids = zeros(5, dtype=torch.int64)
 
 WRONG = {
     # what is wrong: (argument named in the message, changes)
-    "rank of hidden": ("student_hidden", {"student_hidden": zeros(1, 5, 6)}),
+    "rank of hidden": ("student_hidden", {"student_hidden": zeros(6)}),
+    "leading dimensions of hidden": ("student_text_hidden", {"student_hidden": zeros(1, 5, 6)}),
     "rank of text hidden": ("student_text_hidden", {"student_text_hidden": zeros(6)}),
     "rank of weight": ("student_weight", {"student_weight": zeros(57)}),
     "rank of teacher hidden": ("teacher_hidden", {"teacher_hidden": zeros(1, 5, 8)}),
@@ -93,9 +94,6 @@ WRONG = {
     "integer weight": ("teacher_weight", {"teacher_weight": zeros(57, 8, dtype=torch.int32)}),
     "hidden not a tensor": ("student_hidden", {"student_hidden": [[0.0] * 6] * 5}),
     "weight missing": ("teacher_weight", {"teacher_weight": None}),
-    "dtype of text hidden": ("student_text_hidden", {"student_text_hidden": zeros(5, 6, dtype=torch.bfloat16)}),
-    "dtype of the student head": ("student_weight", {"student_weight": zeros(57, 6, dtype=torch.bfloat16)}),
-    "dtype of the teacher head": ("teacher_weight", {"teacher_weight": zeros(57, 8, dtype=torch.float16)}),
     "device of hidden": ("teacher_hidden", {"teacher_hidden": zeros(5, 8, device="meta")}),
     "device of weight": ("student_weight", {"student_weight": zeros(57, 6, device="meta")}),
     "device of token weights": ("token_weights", {"token_weights": zeros(5, device="meta")}),
@@ -214,7 +212,7 @@ def rows(problem):
         ("student_text_logits", {"student_text_logits": zeros(4, 57)}),
         ("teacher_logits", {"teacher_logits": zeros(5, 58), "teacher_text_logits": zeros(5, 58)}),
         ("teacher_text_logits", {"teacher_text_logits": zeros(5, 56)}),
-        ("student_logits", {"student_logits": zeros(1, 5, 57)}),
+        ("student_logits", {"student_logits": zeros(57)}),
         ("student_logits", {"student_logits": zeros(5, 57, dtype=torch.int64)}),
         ("teacher_logits", {"teacher_logits": zeros(5, 57, device="meta")}),
         ("token_weights", {"token_weights": zeros(6)}),
@@ -249,7 +247,7 @@ def target(problem, *, coefficient=1.0, hidden=None, weight=None):
         ("target", {"target": lambda p: target(p, weight=zeros(57, 7))}),
         ("target", {"target": lambda p: target(p, weight=zeros(58, 8))}),
         ("target", {"target": lambda p: target(p, weight=zeros(0, 8))}),
-        ("student_hidden", {"student_hidden": lambda p: zeros(1, 5, 6)}),
+        ("student_hidden", {"student_hidden": lambda p: zeros(6)}),
         ("student_weight", {"student_weight": lambda p: zeros(57, 5)}),
         ("student_bias", {"student_bias": lambda p: zeros(3)}),
         ("divergence", {"divergence": lambda p: "kl"}),

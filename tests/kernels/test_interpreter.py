@@ -5,10 +5,10 @@ import torch
 from interpreter import original_interpreter
 from tiles import make_tile
 
-from vgs_kernels import entries_triton, rows_triton
 from vgs_kernels.divergence import Divergence
-from vgs_kernels.entries import SUMS, TAILS
-from vgs_kernels.rows import new_state
+from vgs_kernels.rows import entries_triton, rows_triton
+from vgs_kernels.rows.entries_torch import SUMS, TAILS
+from vgs_kernels.rows.layout import new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
 

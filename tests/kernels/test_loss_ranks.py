@@ -16,17 +16,29 @@ from problems import assert_gradients_close, assert_terms_close, evaluate, make_
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss
 
 TOKENS, RANKS = 13, 2
-SPLITS = [(5, 8), (13, 0), (0, 13), (0, 0)]
+SPLITS = [(5, 8), (13, 0), (0, 13), (0, 0), (12, 1)]
 SETTINGS = {
     "constant": VGSObjective(lam=0.5, vds_scope="ranks"),
     "adaptive": VGSObjective(lam=0.5, vds_scope="ranks", schedule="adaptive"),
 }
+#: Tokens that do not take part, the last rank's first one included; their states are NaN.
+LEFT_OUT = [1, 5, 6, 12]
 LIMIT = 90  # seconds; a rank that waits for another forever fails by this clock
 
 
 def share(problem, split, rank):
     start = sum(split[:rank])
     return problem.rows(slice(start, start + split[rank]))
+
+
+def with_left_out():
+    """The problem and its token weights."""
+    problem = make_problem(TOKENS, 57, dtype=torch.float64, device="cpu")
+    weights = torch.full((TOKENS,), 0.1, dtype=torch.float64)
+    weights[LEFT_OUT] = 0
+    for name in ("student_hidden", "student_text_hidden", "teacher_hidden", "teacher_text_hidden"):
+        getattr(problem, name)[LEFT_OUT] = torch.nan
+    return problem, weights
 
 
 def worker(rank: int, folder: str) -> None:
@@ -44,6 +56,10 @@ def worker(rank: int, folder: str) -> None:
         for name, setting in SETTINGS.items():
             out = evaluate(fused_linear_vgs_loss, share(problem, split, rank), objective=setting)
             results[split, name] = (out.loss, out.output.gate, out.gradients)
+            spoilt, weights = with_left_out()
+            own = weights[sum(split[:rank]) :][: split[rank]]
+            out = evaluate(fused_linear_vgs_loss, share(spoilt, split, rank), objective=setting, token_weights=own)
+            results[split, name, "left out"] = (out.loss, out.output.gate, out.gradients)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -74,6 +90,30 @@ def test_two_processes(results, split, name):
         assert torch.equal(gate, exact.output.gate)
         torch.testing.assert_close(loss, exact.loss, rtol=1e-9, atol=1e-12, check_dtype=False)
         for key, gradient in gradients.items():
+            wanted = exact.gradients[key]
+            wanted = torch.zeros_like(gradient) if wanted is None else wanted
+            torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_tokens_that_do_not_take_part(results, split, name):
+    """They are in nobody's quantile, and a rank may have no others."""
+    problem, weights = with_left_out()
+    kept = weights != 0
+    pool = vgs_oracle(*problem.rows(kept).args(), objective=SETTINGS[name]).vds
+    for rank in range(RANKS):
+        loss, gate, gradients = results[rank][split, name, "left out"]
+        own = kept[sum(split[:rank]) :][: split[rank]]
+        part = share(problem, split, rank).rows(own)
+        weight = torch.full((part.tokens,), 0.1, dtype=torch.float64)
+        exact = evaluate(vgs_oracle, part, objective=SETTINGS[name], vds_pool=pool, token_weights=weight)
+        assert torch.equal(gate[own], exact.output.gate) and not gate[~own].any()
+        torch.testing.assert_close(loss, exact.loss, rtol=1e-9, atol=1e-12, check_dtype=False)
+        for key, gradient in gradients.items():
+            if "hidden" in key:
+                assert not gradient[~own].any()
+                gradient = gradient[own]
             wanted = exact.gradients[key]
             wanted = torch.zeros_like(gradient) if wanted is None else wanted
             torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12)

@@ -8,30 +8,29 @@ import pytest
 import torch
 from tiles import make_tile
 
-from vgs_kernels import entries_torch, entries_triton, rows_torch, rows_triton
 from vgs_kernels.divergence import Divergence
-from vgs_kernels.rows import LogitTransform, RowCoefficients, RowTile, new_state
+from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton
+from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("four", [True, False])
-def test_blocks_of_the_torch_rows(monkeypatch, four, masked):
+def test_blocks_of_the_torch_rows(monkeypatch, masked):
     """A tile in blocks of 16 x 64, the sampled columns in any of them, equals the same tile in one block."""
     n, columns = 40, 300
     torch.manual_seed(n)
-    tile = make_tile(n, columns, dtype=torch.float64, four=four, masked=masked, softcap=9.0)
+    tile = make_tile(n, columns, dtype=torch.float64, masked=masked, softcap=9.0)
     chosen = torch.randint(columns, (n,))
-    scalars = torch.rand(6, n, dtype=torch.float64)
-    coefficients = RowCoefficients(*scalars[:3], four, *(scalars[3:5] if four else (None, None)), scalars[5], chosen)
+    scalars = torch.rand(4, n, dtype=torch.float64)
+    coefficients = RowCoefficients(*scalars[:3], True, scalars[3], chosen)
     results = []
     for small in (False, True):
         if small:
             monkeypatch.setattr(rows_torch, "_BLOCK_ROWS", 16)
             monkeypatch.setattr(rows_torch, "_BLOCK_ELEMENTS", 1)
-        state = new_state(n, four, tile.student)
+        state = new_state(n, True, tile.student)
         rows_torch.statistics(tile, state)
         out, out_text = torch.zeros(2, n, columns, dtype=torch.float64)
-        rows_torch.gradient(tile, state, coefficients, out, out_text if four else None)
+        entries_torch.gradient(tile, state, None, coefficients, out, out_text)
         results.append((state, out, out_text))
     for blocks, whole in zip(*results[::-1], strict=True):
         torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
@@ -54,7 +53,7 @@ def test_rows_further_apart_than_32_bits_count():
         tile = RowTile(student, target, None, None, LogitTransform(), LogitTransform(), False, columns)
         state, out = new_state(n, False, torch.empty(0)), torch.empty(n, columns)
         rows_triton.statistics(tile, state)
-        rows_triton.gradient(tile, state, RowCoefficients(*torch.ones(3, n)), out)
+        entries_triton.gradient(tile, state, Divergence(), RowCoefficients(*torch.ones(2, n), top=torch.ones(n)), out)
         states.append(state)
         gradients.append(out)
     assert torch.equal(*states) and torch.equal(*gradients)
@@ -76,8 +75,8 @@ def test_entries_and_tails_of_several_blocks(kind, masked):
     rows_torch.statistics(tile, state)
     found = []
     for backend in (entries_torch, entries_triton):
-        totals = torch.zeros(4, n)
-        totals[2:] = -torch.inf
-        backend.totals(tile, state, divergence, limit, totals[:2], totals[2:])
+        totals = torch.zeros(6, n)
+        totals[4:] = -torch.inf
+        backend.totals(tile, state, divergence, limit, totals[:4], totals[4:])
         found.append(totals)
     torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=2e-6)

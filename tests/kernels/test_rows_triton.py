@@ -1,24 +1,24 @@
-"""The Triton rows against the PyTorch rows on tiles of their own: stretches, pitched and unaligned rows, masks."""
+"""The Triton rows against the PyTorch rows on tiles of their own: splits, pitched and unaligned rows, masks."""
 
 import pytest
 import torch
 from covering import pairwise
 from tiles import make_tile
 
-from vgs_kernels import rows_torch, rows_triton, triton_launch
-from vgs_kernels.rows import RowCoefficients, new_state
+from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton, triton_common
+from vgs_kernels.rows.layout import RowCoefficients, new_state
 
 pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
 
 
 @pytest.fixture
-def stretches(monkeypatch):
-    """Several stretches a row, the last one shorter."""
-    monkeypatch.setattr(triton_launch, "_MIN_STRETCH_BLOCKS", 1)
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 2)
+def splits(monkeypatch):
+    """Several splits a row, the last one shorter."""
+    monkeypatch.setattr(triton_common, "_MIN_SPLIT_BLOCKS", 1)
+    monkeypatch.setattr(triton_common, "_multiprocessors", lambda device: 2)
 
 
-#: Columns, pitch and dtype: one or several stretches, aligned or not, with and without room behind the last column.
+#: Columns, pitch and dtype: one or several splits, aligned or not, with and without room behind the last column.
 LAYOUTS = [
     pytest.param((5000, None, torch.float32), id="aligned"),
     pytest.param((5001, 5056, torch.float32), id="pitched"),
@@ -29,7 +29,7 @@ LAYOUTS = [
 
 
 @pairwise(layout=LAYOUTS, four=[True, False], masked=[False, True], softcap=[None, 9.0])
-def test_statistics_and_gradient_of_a_tile(stretches, layout, four, masked, softcap):
+def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap):
     columns, width, dtype = layout
     torch.manual_seed(columns)
     n = 3
@@ -43,22 +43,17 @@ def test_statistics_and_gradient_of_a_tile(stretches, layout, four, masked, soft
         states.append(state)
     torch.testing.assert_close(states[1], states[0], rtol=2e-5, atol=2e-6)
 
-    # Every way of forming the text-only gradient; compact, the second token alone.
-    ways = [(True, False, False), (True, True, False), (False, True, False), (False, True, True)] if four else [None]
-    for way in ways:
-        prior, language, compact = way or (False, False, False)
-        scalars = torch.rand(5, n)
-        coefficients = RowCoefficients(*scalars[:3], prior, *(scalars[3:] if language else ()))
-        text_rows = torch.tensor([-1, 0, -1]) if compact else None
+    for prior in (False, True) if four else ():
+        coefficients = RowCoefficients(*torch.rand(3, n), prior)
         whole = torch.full((2, 2, n, width or columns), torch.nan)
-        for backend, gradients in zip((rows_torch, rows_triton), whole, strict=True):
+        for backend, gradients in zip((entries_torch, entries_triton), whole, strict=True):
             out, out_text = gradients[..., :columns]
-            backend.gradient(tile, states[0], coefficients, out, out_text if four else None, text_rows)
+            backend.gradient(tile, states[0], None, coefficients, out, out_text if prior else None)
         for got, wanted in zip(whole[1, :, :, :columns], whole[0, :, :, :columns], strict=True):
             written = ~wanted.isnan()
             assert torch.equal(written, ~got.isnan())
             assert (got - wanted)[written].norm() <= 1e-5 * wanted[written].norm()
-        assert (~whole[1, 1, :, 0].isnan()).sum() == (0 if not four else 1 if compact else n)
+        assert (~whole[1, 1, :, 0].isnan()).sum() == (n if prior else 0)
         # Up to the next multiple of 16 zeros, if there is room for them; nothing behind that.
         tokens = torch.tensor([[True] * n, [not whole[1, 1, row, 0].isnan() for row in range(n)]])
         behind = whole[1, :, :, columns:][tokens]
@@ -66,16 +61,16 @@ def test_statistics_and_gradient_of_a_tile(stretches, layout, four, masked, soft
         assert bool((behind[:, :zeros] == 0).all()) and bool(behind[:, zeros:].isnan().all())
 
 
-def test_stretches_share_a_row_among_multiprocessors():
+def test_splits_share_a_row_among_multiprocessors():
     for n_rows in (1, 33, 192, 5000):
         for n_blocks in (1, 7, 16, 149):
-            count, blocks = triton_launch.stretches(n_rows, n_blocks, 132)
+            count, blocks = triton_common.splits(n_rows, n_blocks, 132)
             assert (count - 1) * blocks < n_blocks <= count * blocks  # none is empty, all are covered
-            assert count == 1 or blocks >= triton_launch._MIN_STRETCH_BLOCKS
-    assert triton_launch.stretches(192, 149, 132)[0] * 192 >= 4 * 132
+            assert count == 1 or blocks >= triton_common._MIN_SPLIT_BLOCKS
+    assert triton_common.splits(192, 149, 132)[0] * 192 >= 4 * 132
 
 
 def test_unaligned_rows_are_recognised():
-    assert triton_launch._aligned([torch.empty(3, 64)], 64)
-    assert not triton_launch._aligned([torch.empty(3, 65)], 65)
-    assert not triton_launch._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)
+    assert triton_common._aligned([torch.empty(3, 64)], 64)
+    assert not triton_common._aligned([torch.empty(3, 65)], 65)
+    assert not triton_common._aligned([torch.empty(3 * 64 + 1)[1:].view(3, 64)], 64)

@@ -31,8 +31,9 @@ from vocab_parallel import (
     terms,
 )
 
-from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, parallel, rows_torch
-from vgs_kernels.rows import RowTile, RunningStatistics, new_state
+from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, parallel
+from vgs_kernels.rows import rows_torch
+from vgs_kernels.rows.layout import RowTile, RunningStatistics, new_state
 
 LIMIT = 240  # seconds; ranks that wait for each other fail by this clock
 
@@ -188,18 +189,19 @@ def test_a_vocabulary_without_columns(group):
 
 
 N, DIM = 300, 24
-#: What is sent, in elements: for each token, once more for each gated one, and for gradients of hidden states.
+#: What is sent, in elements: for each token, once more for each gated one, four sums for each token whose entries are
+#: summed (nearly equal rows, or all mass on one entry), and gradients of hidden states.
 VOLUMES = {
-    "four rows": (Case(tokens=N), 17 * N + 7 * 90 + 2 * N * DIM),
-    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 2 * N * DIM),
+    "four rows": (Case(tokens=N), 17 * N + 7 * 90 + 4 * 4 + 2 * N * DIM),
+    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 4 * 4 + 2 * N * DIM),
     "frozen text": (Case({"lam": 0.0}, tokens=N), 17 * N + N * DIM),
     "adaptive": (
         Case({"lam": 0.0, "schedule": "adaptive"}, tokens=N, requires_grad=("student_weight",)),
-        17 * N + 7 * N,
+        17 * N + 7 * N + 4 * 170,
     ),
     "folded": (
         Case({"lam": 0.0}, {"return_terms": False}, tokens=N, requires_grad=("student_hidden",)),
-        8 * N + N * DIM,
+        8 * N + 4 * 110 + N * DIM,
     ),
     "no ids": (Case(tokens=N, options={"target_ids": None}, requires_grad=()), 16 * N),
 }
@@ -239,12 +241,10 @@ def test_statistics_of_shards_meet(cuts, four, masked, seed):
             rows = [None if row is None else row[:, start:stop] for row in tile[:4]]
             rows_torch.statistics(RowTile(*rows, *tile[4:]), states[-1])
     shards = [RunningStatistics(state) for state in states]
-    tops = torch.stack([x.tops() for x in shards]).amax(0)
+    maxima = torch.stack([x.common_maxima() for x in shards]).amax(0)
     for x in shards:
-        x.rise_to(tops)
-        x.store()
+        x.rescale_to(maxima)
     sums = [[row.clone() for row in x.addends()] for x in shards]
     for addend, *values in zip(shards[0].addends(), *sums, strict=True):
         addend.copy_(sum(values))
-    shards[0].store()
     torch.testing.assert_close(states[0], whole, rtol=1e-11, atol=1e-13)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vgs_kernels.rows import LogitTransform, RowTile
+from vgs_kernels.rows.layout import LogitTransform, RowTile
 
 
 def make_tile(n, columns, *, width=None, dtype=torch.float32, four=True, masked=False, softcap=None) -> RowTile:

@@ -73,13 +73,19 @@ class Case:
     dtype: torch.dtype = torch.float64
     requires_grad: tuple[str, ...] = TRAINABLE
     vocab: int = VOCAB
+    spoilt: int = 0
+    """Every so many tokens one is ignored, and its states are NaN."""
 
     def problem(self) -> Problem:
         problem = make_problem(self.tokens, self.vocab, gap=self.gap, bias=self.bias, dtype=self.dtype, device="cpu")
         for columns in self.masked:
             problem.student_bias[columns], problem.teacher_bias[columns] = self.mask
-        limit = self.options.get("vocab_size", self.vocab)
-        return replace(problem, target_ids=problem.target_ids % limit)
+        ids = problem.target_ids % self.options.get("vocab_size", self.vocab)
+        if self.spoilt:
+            ids[:: self.spoilt] = -100
+            for name in ("student_hidden", "student_text_hidden", "teacher_hidden", "teacher_text_hidden"):
+                getattr(problem, name)[:: self.spoilt] = torch.nan
+        return replace(problem, target_ids=ids)
 
     def run(self, problem: Problem, **options: Any) -> Evaluation:
         """Call it on (a part of) its problem."""
@@ -142,6 +148,10 @@ CASES = {
     "padding": Case(options={"vocab_size": 411}),
     "padded shards": Case(options={"vocab_size": 90}),
     "no tokens": Case(tokens=0),
+    "ignored tokens": Case(spoilt=3),
+    "nothing but ignored tokens": Case({"lam": 0.5, "schedule": "adaptive"}, tokens=5, spoilt=1),
+    "ignored tokens, folded": Case({"lam": 0.0}, {"return_terms": False}, spoilt=3, requires_grad=HEADED),
+    "ignored tokens of a divergence": Case({}, {"divergence": "jsd"}, DIVERGENCE, spoilt=3, requires_grad=HEADED),
     "frozen head": Case(requires_grad=("student_hidden", "student_text_hidden")),
     "frozen body": Case(requires_grad=("student_weight",)),
     "text-only states alone": Case(requires_grad=("student_text_hidden",)),

@@ -10,8 +10,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from vgs_kernels import VGSObjective, checks
-from vgs_kernels.arguments import DEFAULT_WORKSPACE_BYTES
+from vgs_kernels import DEFAULT_WORKSPACE_BYTES, VGSObjective, checks
 
 from ..data.degraded import CONTROLS
 from ..errors import ConfigError

@@ -1,4 +1,7 @@
-"""The entry backend in Triton. See entries.py for the mathematics; blocks and loads are those of rows_triton.py."""
+"""Divergences of a pair of rows, and all gradients, in Triton; entries_torch.py has the mathematics, in PyTorch.
+
+In a gradient sweep a program takes one token and one column block.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import Divergence
-from .entries import SUMS, TAILS, EntryCoefficients, log_sums
-from .rows import RowTile
-from .triton_launch import (
+from ..divergence import Divergence
+from .entries_torch import SUMS, TAILS
+from .layout import LARGE, SATURATED, RowCoefficients, RowTile, Statistics
+from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
+    NOTHING,
+    OPTIONS,
     STATISTICS_WARPS,
     VENDOR,
-    row_arguments,
+    TileArguments,
+    anchored,
+    cap_slope,
+    exp,
+    lane_sum,
+    load,
     statistics_launch,
-    tile_columns,
-    transform_arguments,
+    steered,
+    transform,
 )
-from .triton_math import NOTHING, anchored, cap_slope, exp, lane_sum, transform
 
 _REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
-KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+_LARGE, _SATURATED = tl.constexpr(LARGE), tl.constexpr(SATURATED)
+#: The gradient of the sampled one is a policy's alone, whatever is multiplied by its weights of 0.
+KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "sampled_reverse_kl": 1}
 
 
 @triton.jit
@@ -43,18 +54,29 @@ def _log1p(x):
 
 
 @triton.jit
+def _balanced(plain, y, x):
+    """y * (e^x - 1 - x), which is ``plain`` where x is not small."""
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
+    return tl.where(tl.abs(x) < 0.1, y * series, plain)
+
+
+@triton.jit
 def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
-    """An entry and p times its derivative, as entries.entry."""
+    """An entry and p times its derivative, as entries_torch.entry."""
     if KIND == _REVERSE:
         value = p * r
         if MASKED:
             value = tl.where(p > 0, value, 0.0)
-        slope = value + p
+        slope = value + p if CLIP else value
+        if not CLIP:
+            value = _balanced(value - p + q, p, -r)
     elif KIND == _FORWARD:
         value = -q * r
         if MASKED:
             value = tl.where(q > 0, value, 0.0)
         slope = -q
+        if not CLIP:
+            value = _balanced(value + p - q, q, r)
     else:
         larger = r >= 0
         ratio = -_log1p(tl.where(larger, beta, 1 - beta) * _expm1(-tl.abs(r)))
@@ -95,8 +117,8 @@ def _distributions(
 def _tail(maximum, total, x, outside):
     """Fold columns outside of a support into a lane's maximum and sum of exponentials. Without any, its sum is void."""
     x = tl.maximum(tl.where(outside, x, NOTHING), NOTHING)
-    raised = tl.maximum(maximum, tl.max(x, axis=1))
-    return raised, total * exp(maximum - raised) + lane_sum(exp(x - raised[:, None]))
+    higher = tl.maximum(maximum, tl.max(x, axis=1))
+    return higher, total * exp(maximum - higher) + lane_sum(exp(x - higher[:, None]))
 
 
 @triton.jit
@@ -118,7 +140,7 @@ def totals_kernel(
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [stretches, 4, R]."""
+    """``SUMS`` and ``TAILS`` of ``n_blocks`` blocks of a token's columns, out [splits, 6, R]."""
     row = tl.program_id(0).to(tl.int64)
     s_ptr += row * s_stride
     t_ptr += row * t_stride
@@ -130,7 +152,7 @@ def totals_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
     zero = tl.zeros([LANES], tl.float32)
-    values, slopes = zero, zero
+    values, slopes, rests, tops = zero, zero, zero, zero
     if TAIL:
         s_max, s_tail, t_max, t_tail = zero + NOTHING, zero, zero + NOTHING, zero
     for start in range(begin, end, LANES * WIDTH):
@@ -151,36 +173,65 @@ def totals_kernel(
         if MASKED or TAIL:
             value = tl.where(counted, value, 0.0)
             slope = tl.where(counted, slope, 0.0)
+            p = tl.where(counted, p, 0.0)
+        large = p > _LARGE
         values += lane_sum(value)
-        slopes += lane_sum(slope)
-    out_ptr += tl.program_id(1) * 4 * n_rows + row
+        slopes += lane_sum(tl.where(large, 0.0, slope))
+        rests += lane_sum(tl.where(large, 0.0, p))
+        tops += lane_sum(tl.where(large, slope, 0.0))
+    out_ptr += tl.program_id(1) * 6 * n_rows + row
     tl.store(out_ptr, tl.sum(values, axis=0))
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
+    tl.store(out_ptr + 2 * n_rows, tl.sum(rests, axis=0))
+    tl.store(out_ptr + 3 * n_rows, tl.sum(tops, axis=0))
     if TAIL:
-        tl.store(out_ptr + 2 * n_rows, _log_sum(s_max, s_tail))
-        tl.store(out_ptr + 3 * n_rows, _log_sum(t_max, t_tail))
+        tl.store(out_ptr + 4 * n_rows, _log_sum(s_max, s_tail))
+        tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
 
 
 @triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
-def entry_gradient_kernel(
-    s_ptr, t_ptr, s_stride, t_stride, out_ptr, out_stride, state_ptr, state_stride,
-    shift_ptr, weight_ptr, mean_slope_ptr, tail_slope_ptr, limit_ptr, policy_ptr, chosen_ptr, n_columns, n_loaded,
+def gradient_kernel(
+    s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
+    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, shift_ptr,
+    weight_ptr, mean_ptr, gamma_ptr, policy_ptr, chosen_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
+    n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, POLICY: tl.constexpr,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    # From the last column to the first: what the statistics sweep read last may still be in the cache.
     at = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    stored = at < n_loaded  # zeros behind the tile's end
+    state_ptr += row
+    weight = tl.load(weight_ptr + row)
+    mean = tl.load(mean_ptr + row)
     raw = _raw(s_ptr + row * s_stride, at, n_loaded)
     p, q, s_centred, t_centred, s = _distributions(
-        raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr + row, state_stride,
+        raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr, state_stride,
         student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
     )  # fmt: skip
-    _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
-    if TAIL:
-        slope = tl.where(raw >= tl.load(limit_ptr + row), slope, p * tl.load(tail_slope_ptr + row))
-    weight = tl.load(weight_ptr + row)
-    d_s = weight * (slope - p * tl.load(mean_slope_ptr + row))
+    if FOUR:
+        a_ptr += row * a_stride
+        w_ptr += row * w_stride
+        a = load(a_ptr, at, n_columns, n_loaded, student_scale, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+        w = load(w_ptr, at, n_columns, n_loaded, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
+        a_centred = a - anchored(tl.load(state_ptr + 4 * state_stride), MASKED)
+        w_centred = w - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
+        gamma = tl.load(gamma_ptr + row)
+        prior_gap = gamma * (a_centred - w_centred)
+        if MASKED:  # 0 * inf is 0
+            prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+        d_s = weight * p * ((1 + gamma) * (s_centred - t_centred) - prior_gap - mean)
+        if MASKED:
+            d_s = tl.where(p > 0, d_s, 0.0)
+    else:
+        _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
+        if TAIL:
+            share = exp(s_centred - tl.load(tail_log_ptr + row))
+            slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
+        d_s = weight * tl.where(p > _SATURATED, tl.load(top_ptr + row), slope - p * mean)
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -190,31 +241,40 @@ def entry_gradient_kernel(
         d_s *= cap_slope(s, student_cap, inv_temperature)
     if MASKED:
         d_s = tl.where(s > float("-inf"), d_s, 0.0)
-    # Zeros behind the tile's end.
-    tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=at < n_loaded)
+    tl.store(out_ptr + row * out_stride + at, tl.where(at < n_columns, d_s, 0.0), mask=stored)
+    if PRIOR:
+        q = steered(a_centred, t_centred, w_centred, MASKED)
+        q -= anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
+        prior_weight = weight * gamma
+        d_a = prior_weight * (exp(q) / tl.load(state_ptr + 9 * state_stride) - p)
+        if MASKED:
+            d_a = tl.where(prior_weight != 0, d_a, 0.0)
+            d_a = tl.where(a > float("-inf"), d_a, 0.0)
+        if STUDENT_CAP:
+            d_a *= cap_slope(a, student_cap, inv_temperature)
+        tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
 
 
-def _options(tile: RowTile, divergence: Divergence, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
-    scalars, options = transform_arguments(tile)
+def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
+    divergence = divergence or Divergence()  # of four rows none is read
     clip = 0.0 if divergence.clip is None else float(divergence.clip)
-    options |= {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
-    return [*scalars, float(divergence.beta), clip], options
+    options = {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
+    return [float(divergence.beta), clip], options
 
 
 def totals(
     tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
 ) -> None:
     """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
-    rows = row_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = _options(tile, divergence, limit)
-    layout, count, blocks = statistics_launch(rows, n_columns, n_loaded)
-    n_rows, shift = len(tile.student), log_sums(state)
+    x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
+    scalars, options = _options(divergence, limit)
+    layout, count, blocks = statistics_launch(x)
+    shift = Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
-        *rows, *(row.stride(0) for row in rows), state, state.stride(0), shift, shift if limit is None else limit,
-        parts, n_rows, n_columns, n_loaded, blocks, *scalars,
-        **options, **layout, num_warps=STATISTICS_WARPS[VENDOR],
+        *x.rows, *x.strides, state, state.stride(0), shift, shift if limit is None else limit,
+        parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
+        **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
     if limit is not None:
@@ -222,16 +282,27 @@ def totals(
 
 
 def gradient(
-    tile: RowTile, state: Tensor, divergence: Divergence, coefficients: EntryCoefficients, out: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence | None,
+    coefficients: RowCoefficients,
+    out: Tensor,
+    out_text: Tensor | None = None,
 ) -> None:
-    """Write d_s to ``out`` [R, C], which may be the student's tile itself; columns behind C as in rows_triton."""
-    rows = row_arguments(tile)
-    n_columns, n_loaded = tile_columns(tile)
-    scalars, options = _options(tile, divergence, coefficients.limit)
+    """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; arguments as in entries_torch.gradient.
+
+    Columns behind C that are ``readable`` are overwritten with 0.
+    """
+    x = TileArguments.of(tile)
+    scalars, options = _options(divergence, coefficients.limit)
+    weight, text = coefficients.weight, out if out_text is None else out_text
+    shift = weight if tile.four else Statistics(state).log_sums.to(state.dtype)
     # What a variant does not read is stood in for by what it does.
-    vectors = [(coefficients.weight if value is None else value).contiguous() for value in coefficients]
-    entry_gradient_kernel[(len(tile.student), triton.cdiv(n_columns, GRADIENT_BLOCK))](
-        *rows, *(row.stride(0) for row in rows), out, out.stride(0), state, state.stride(0), log_sums(state), *vectors,
-        n_columns, n_loaded, *scalars, POLICY=coefficients.policy is not None, **options,
-        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR],
+    given = [y for name, y in coefficients._asdict().items() if name != "live_prior"]
+    vectors = [(weight if y is None else y).contiguous() for y in given]
+    gradient_kernel[(len(tile.student), triton.cdiv(x.n_columns, GRADIENT_BLOCK))](
+        *x.rows, *x.strides, out, text, out.stride(0), text.stride(0), state, state.stride(0), shift, *vectors,
+        x.n_columns, x.n_loaded, *x.scalars, *scalars,
+        FOUR=tile.four, PRIOR=coefficients.live_prior, POLICY=coefficients.policy is not None,
+        **x.options, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the two row backends share: tiles of logit rows, the running statistics, and what becomes of them.
+"""What the row backends share: tiles of logit rows, the online softmax's running statistics, and what becomes of them.
 
 Notation: s, a are the student's logits with and without the image, t, w the teacher's, q = a + t - w those of the
 steered target. A *pair* of rows (student, target) is the special case without a and w: plain distillation, the
@@ -10,20 +10,19 @@ small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_COMMON_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap")
-#: Running statistics of a pair: max and sum of exp(x') of both rows, then sums weighted with exp(s') or exp(t').
-PAIR_STATE = (*_COMMON_STATE, "t_gap")
+#: Running statistics of a pair: max and sum of exp(x') of both rows, then weighted sums, see ``GAPS``.
+PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap", "t_gap")
 #: Those of four rows. q_max is relative to max a + max t - max w.
 VGS_STATE = (
-    *_COMMON_STATE,
-    *("a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
-    *("s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
+    *(*PAIR_STATE[:4], "a_max", "a_sum", "w_max", "w_sum", "q_max", "q_sum"),
+    *("s_logit", "s_gap", "s_prior_gap", "s_view_gap", "t_view_gap", "a_gap"),
 )
 #: Weighted sum -> (row whose exp(x') weights, the two rows whose centred logits are subtracted).
 GAPS = {
@@ -37,14 +36,28 @@ GAPS = {
 }
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """dtype of logits, statistics and collected gradients for inputs of this dtype: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+#: Above this an entry's p is so near 1 that 1 - p is to be summed from the other entries; sums treat entries above
+#: ``LARGE`` so, which includes them whatever the rounding.
+SATURATED, LARGE = 0.999, 0.99
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """dtype of logits, statistics and collected gradients: float32, or float64 where one input is of it."""
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's and some of Intel's do not."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 def wide(x: Tensor) -> Tensor:
     """In float64 where the device has it."""
-    return x if x.device.type == "mps" else x.double()
+    return x.double() if has_float64(x.device) else x
 
 
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
@@ -92,25 +105,51 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
+    def pair_at(self, tokens: Tensor, *, text: bool = False) -> RowTile:
+        """A copy of the student's and the target's rows of some tokens, or of their text-only rows."""
+        pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
+        student, target = (row[tokens] for row in pair)
+        return RowTile(student, target, None, None, *self[4:7], readable=student.shape[1])
+
+    @property
+    def pair(self) -> list[tuple[Tensor, LogitTransform]]:
+        """The student's and the target's logits and their transforms."""
+        return [(self.student, self.student_transform), (self.target, self.target_transform)]
+
 
 class RowCoefficients(NamedTuple):
-    """Per-token scalars of the gradient sweep, [R] each, and whether d_a has the term of a live prior.
+    """Per-token scalars of a gradient, [R] each; None where they play no part.
 
-    d_s = weight * p * (gap - mean_gap) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w'). A pair of
-    rows has gamma = 0. d_a is the sum of weight * gamma * (softmax(q) - p) with ``live_prior``, and of
-    language_weight * softmax(a) * (a' - w' - language_mean_gap) where that weight is given. Where ``policy`` is given,
-    d_s gains policy * (1 - p) at the column ``chosen`` of the vocabulary (int64, may lie outside) and -policy * p
-    elsewhere.
+    Of four rows, d_s = weight * p * (gap - mean) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w').
+    With a live prior, d_a = weight * gamma * (softmax(q) - p).
+
+    Of a pair, d_s = weight * (slope - p * mean), see entries_torch.py; weight * top where p > ``SATURATED``: such an
+    entry is the difference of two numbers that nearly cancel, and ``top`` comes from all others. With a ``limit``,
+    the least logit of the student, as it lies in the tile, that is inside the support, columns outside have
+    weight * (share * tail_slope - p * mean), with the share exp(s' - tail_log) of the tail.
+
+    Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
+    and -policy * p elsewhere.
     """
 
     weight: Tensor
-    mean_gap: Tensor
-    gamma: Tensor
+    mean: Tensor
+    gamma: Tensor | None = None
     live_prior: bool = False
-    language_weight: Tensor | None = None
-    language_mean_gap: Tensor | None = None
     policy: Tensor | None = None
     chosen: Tensor | None = None
+    top: Tensor | None = None
+    tail_slope: Tensor | None = None
+    tail_log: Tensor | None = None
+    limit: Tensor | None = None
+
+
+def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:
+    """Rows [R, C] of which those that are not ``live`` [R] may hold anything: what is not finite becomes 0.
+
+    ``lowest`` is what becomes of -inf, which masks a logit.
+    """
+    return x if live is None else torch.where(live.unsqueeze(1), x, x.nan_to_num(0.0, 0.0, lowest))
 
 
 def slices(n: int, size: int) -> list[slice]:
@@ -118,11 +157,15 @@ def slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def named(state: Tensor) -> dict[str, Tensor]:
+    """The statistics [R] of a state by name."""
+    return dict(zip(PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE, state, strict=True))
+
+
 def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
     """[K, N] running statistics of no column at all."""
-    names = VGS_STATE if four else PAIR_STATE
-    state = like.new_zeros(len(names), n_tokens)
-    for row, name in zip(state, names, strict=True):
+    state = like.new_zeros(len(VGS_STATE if four else PAIR_STATE), n_tokens)
+    for name, row in named(state).items():
         if name.endswith("_max"):
             row.fill_(-torch.inf)  # an index tensor would be copied from the host
     return state
@@ -144,32 +187,29 @@ def _steered(rows: Tensor) -> Tensor:
 
 
 class RunningStatistics:
-    """A state [K, R] on its way to higher maxima. What is done to [R] vectors is done to all rows, or gaps, at once.
+    """A state [K, R] of the online softmax, rescaled in place to ever higher maxima.
+
+    What is done to [R] vectors is done to all rows, or gaps, at once.
 
     Attributes:
         names: of the rows.
         gaps: the part of ``GAPS`` that these rows have.
-        maxima, sums: [rows, R].
-        totals: [gaps, R] weighted sums.
-        q_max, q_sum: [R] views of the state; None of a pair.
+        maxima, sums: [rows, R] views of the state.
+        totals: [gaps, R] weighted sums, another view.
+        q_max, q_sum: [R] likewise; None of a pair.
     """
 
     def __init__(self, state: Tensor) -> None:
-        self.four = len(state) == len(VGS_STATE)
-        self.names = "staw" if self.four else "st"
-        self._state = dict(zip(VGS_STATE if self.four else PAIR_STATE, state, strict=True))
-        self.gaps = {name: gap for name, gap in GAPS.items() if name in self._state}
-        self.maxima, self.sums = (
-            torch.stack([self._state[f"{name}_{kind}"] for name in self.names]) for kind in ("max", "sum")
-        )
-        self.totals = torch.stack([self._state[name] for name in self.gaps])
-        self.q_max, self.q_sum = self._state.get("q_max"), self._state.get("q_sum")
-        places = [
-            [len(self.names) if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()
-        ]
+        names = named(state)
+        self.four, self.names = "a_max" in names, "staw" if "a_max" in names else "st"
+        self.gaps = {name: gap for name, gap in GAPS.items() if name in names}
+        n_rows = len(self.names)
+        self.maxima, self.sums = state[0 : 2 * n_rows : 2], state[1 : 2 * n_rows : 2]
+        self.q_max, self.q_sum, self.totals = names.get("q_max"), names.get("q_sum"), state[-len(self.gaps) :]
+        places = [[n_rows if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()]
         self._weighting, self._upper, self._lower = zip(*places, strict=True)
 
-    def rise(self, maxima: Tensor, masked: bool) -> Tensor:
+    def rescale(self, maxima: Tensor, masked: bool) -> Tensor:
         """Centre what was summed at higher maxima [rows, R]; returns the new anchors."""
         anchors = anchor(maxima)
         shift, discount = anchor(self.maxima) - anchors, (self.maxima - anchors).exp_()
@@ -182,47 +222,38 @@ class RunningStatistics:
         self.sums.mul_(discount)
         if self.four:
             self.q_max.add_(_steered(shift))
-        self.maxima = maxima
+        self.maxima.copy_(maxima)
         return anchors
 
-    def rise_steered(self, maximum: Tensor) -> Tensor:
+    def rescale_steered(self, maximum: Tensor) -> Tensor:
         """The same of q alone: another ``q_max`` [R], for the present maxima of the other rows."""
         q_anchor = anchor(maximum)
         self.q_sum.mul_((self.q_max - q_anchor).exp_())
         self.q_max.copy_(maximum)
         return q_anchor
 
-    def tops(self) -> Tensor:
+    def common_maxima(self) -> Tensor:
         """Maxima that compare between states of the same tokens, [rows, R], and that of q where there is one."""
         if not self.four:
             return self.maxima
         return torch.cat([self.maxima, (self.q_max + _steered(anchor(self.maxima))).unsqueeze(0)])
 
-    def rise_to(self, tops: Tensor) -> None:
-        """Centre at common ``tops``, the maxima of several states: then their sums and totals add up."""
-        anchors = self.rise(tops[: len(self.names)], masked=True)
+    def rescale_to(self, maxima: Tensor) -> None:
+        """Centre at the common ``maxima`` of several states: then their sums and totals add up."""
+        anchors = self.rescale(maxima[: len(self.names)], masked=True)
         if self.four:
-            self.rise_steered(tops[-1] - _steered(anchors))
+            self.rescale_steered(maxima[-1] - _steered(anchors))
 
     def addends(self) -> list[Tensor]:
         """Everything that adds up between states with common maxima."""
         return [*self.sums, *self.totals, *([self.q_sum] if self.four else [])]
-
-    def store(self) -> None:
-        """Back into the state."""
-        for name, maximum, total in zip(self.names, self.maxima, self.sums, strict=True):
-            self._state[f"{name}_max"].copy_(maximum)
-            self._state[f"{name}_sum"].copy_(total)
-        for name, total in zip(self.gaps, self.totals, strict=True):
-            self._state[name].copy_(total)
 
 
 class Statistics:
     """Named views of a state and the divergences that follow from it, [N] each, in float64 where the device has it."""
 
     def __init__(self, state: Tensor) -> None:
-        names = PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE
-        self._values = dict(zip(names, wide(state), strict=True))
+        self._values = named(wide(state))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -231,19 +262,10 @@ class Statistics:
         """Expectation of a gap of centred logits, see ``GAPS``."""
         return self[name] / self[f"{GAPS[name][0]}_sum"]
 
-    def _divergence(self, gap: str) -> Tensor:
-        _, p, q = GAPS[gap]  # its weights are of the row that comes first in the difference
-        return self.mean(gap) - self[f"{p}_sum"].log() + self[f"{q}_sum"].log()
-
-    @property
-    def standard(self) -> Tensor:
-        """KL(softmax(s) || softmax(t))."""
-        return self._divergence("s_gap")
-
-    @property
-    def forward(self) -> Tensor:
-        """KL(softmax(t) || softmax(s)); of a pair alone."""
-        return self._divergence("t_gap")
+    def kl(self, gap: str) -> Tensor:
+        """KL(softmax(x) || softmax(y)) of the gap x' - y' whose weights are of x, see ``GAPS``."""
+        _, x, y = GAPS[gap]
+        return self.mean(gap) - self[f"{x}_sum"].log() + self[f"{y}_sum"].log()
 
     @property
     def visual(self) -> Tensor:
@@ -252,24 +274,14 @@ class Statistics:
         return mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"]
 
     @property
-    def language(self) -> Tensor:
-        """KL(softmax(a) || softmax(w))."""
-        return self._divergence("a_gap")
-
-    @property
-    def vds(self) -> Tensor:
-        """KL(softmax(t) || softmax(w))."""
-        return self._divergence("t_view_gap")
-
-    @property
-    def student_vds(self) -> Tensor:
-        """KL(softmax(s) || softmax(a))."""
-        return self._divergence("s_view_gap")
-
-    @property
     def entropy(self) -> Tensor:
         """Of softmax(s)."""
         return self["s_sum"].log() - self.mean("s_logit")
+
+    @property
+    def log_sums(self) -> Tensor:
+        """log sum exp s' - log sum exp t': what makes s' - t' the log-ratio of the two probabilities."""
+        return self["s_sum"].log() - self["t_sum"].log()
 
     def log_probability(self, logits: Tensor, row: str = "s") -> Tensor:
         """log softmax(row) at columns with these logits, [N]."""

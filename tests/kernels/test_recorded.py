@@ -1,0 +1,21 @@
+"""The numbers are as recorded, to rounding. ``python -m tests.kernels.recorded`` also counts equal bits."""
+
+import pytest
+
+from tests.kernels.recorded import differences, digest, recorded
+from tests.kernels.recorded.cases import Case, cases
+
+CASES = cases()
+SLOW = pytest.mark.slow
+
+
+def test_every_case_is_recorded():
+    assert [case.key for case in CASES] == list(recorded()) and len(CASES) == 200
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.key, marks=SLOW if case.backend == "triton" else ()) for case in CASES]
+)
+def test_same_numbers(case: Case):
+    found = {name: digest(x) for name, x in case.run().items()}
+    assert not differences(case.key, found, recorded()[case.key])
