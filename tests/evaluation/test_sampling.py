@@ -14,10 +14,12 @@ from real_checkpoints import photo_samples
 from tiny import VISION_START, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import make_trainer
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from vgs import VGSConfig, evaluate_accuracy
 from vgs.errors import ConfigError
-from vgs.evaluation.sampling import Sampling, sample_responses
+from vgs.evaluation import sampling
+from vgs.evaluation.sampling import Sampling, own_generation_config, sample_responses
 from vgs.trainers.rollouts import greedy_decoding
 
 GREEDY = Sampling(max_new_tokens=5)
@@ -71,6 +73,15 @@ def test_an_adapters_base_brings_nothing_either() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     assert sample_responses(wrapped, processor, samples, GREEDY, progress=False) == expected
     assert model.generation_config.repetition_penalty == wrapped.generation_config.repetition_penalty == 50.0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_of_a_sharded_model_run_equally_many_forwards(sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(sampling, "is_sharded", lambda x: sharded and x is model)
+    with own_generation_config(model):
+        assert is_fsdp_managed_module(model) == sharded  # what transformers' generation asks
+    assert not is_fsdp_managed_module(model)
 
 
 def test_a_tokenizer_without_a_padding_token() -> None:

@@ -110,21 +110,25 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def own_generation_config(model: nn.Module) -> Iterator[None]:
-    """Inside, a checkpoint's generation settings (``repetition_penalty``, ...) do not fill in what a call leaves open.
+    """Inside, a checkpoint's generation settings (``repetition_penalty``, ...) do not fill in what a call leaves open,
+    and ranks that share a model's parameters run equally many forwards, however long their responses are.
 
     Args:
         model: an unwrapped (possibly PEFT) model; its end tokens stay in force.
     """
     inner = getattr(getattr(model, "base_model", None), "model", None)  # PEFT's wrapper hands its config on to it
     holders = [x for x in (model, inner) if isinstance(getattr(x, "generation_config", None), GenerationConfig)]
-    before = [holder.generation_config for holder in holders]
-    for holder, config in zip(holders, before, strict=True):
+    before = [(holder.generation_config, getattr(holder, "_is_fsdp_managed_module", False)) for holder in holders]
+    sharded = is_sharded(model)
+    for holder, (config, managed) in zip(holders, before, strict=True):
         holder.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        # What transformers' generation looks at; accelerate's FSDP2 does not set it.
+        holder._is_fsdp_managed_module = managed or sharded
     try:
         yield
     finally:
-        for holder, config in zip(holders, before, strict=True):
-            holder.generation_config = config
+        for holder, (config, managed) in zip(holders, before, strict=True):
+            holder.generation_config, holder._is_fsdp_managed_module = config, managed
 
 
 def _generate(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> tuple[None, Tensor]:
@@ -169,7 +173,7 @@ def sample_responses(
             ids, mask, fields = encode_prompts(processor, batch, forbidden, first=start, **sampling.template_options)
             inputs = {"input_ids": ids, "attention_mask": mask, **fields}
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            task = partial(_generate, model, inputs, generation_config=config, synced_gpus=sharded or None)
+            task = partial(_generate, model, inputs, generation_config=config)
             with own_generation_config(model):
                 _, output = run_inside(model, task) if sharded else task()
             responses += cut_responses(output[:, ids.shape[1] :], config.eos_token_id)
