@@ -4,6 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
@@ -16,7 +17,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint docs docs-serve bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -54,6 +55,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(DOCS)/installed  # the site, into site/; a broken link, and anything from another site, is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/tools/check_site.py site
+
+docs-serve: $(DOCS)/installed  # shows the site on this machine, and follows changes
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
 bench: $(INSTALLED)  # over an hour on two cores
 	$(BIN)/python -m benchmarks loss --rounds 3 --out $(RESULTS)/cpu.json
 	$(BIN)/python -m benchmarks report --plots $(RESULTS)/cpu --short $(RESULTS)/cpu.json
@@ -75,5 +83,10 @@ $(OLDEST)/installed: setup.py constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+$(DOCS)/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) runs build *.egg-info
+	rm -rf .venv $(OLDEST) $(DOCS) runs site build *.egg-info
