@@ -40,6 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
+    package_data={"vgs": ["py.typed"], "vgs_kernels": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "core": CORE,
@@ -50,5 +51,5 @@ setup(
         "demo": TRAIN + DEMO,
         "dev": TRAIN + QUANT + MATH + DEMO + DEV,
     },
-    entry_points={"console_scripts": ["vgs=vgs.cli.main:main"]},
+    entry_points={"console_scripts": ["vgs=vgs.cli.start:main"]},
 )
