@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint docs docs-serve bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -54,6 +54,10 @@ gpu-rehearsal: $(INSTALLED)  # the same on the stand-in device, in some minutes:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+types: $(INSTALLED)  # a part of lint
+	$(BIN)/mypy
 
 docs: $(DOCS)/installed  # the site, into site/; a broken link, and anything from another site, is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict

@@ -29,7 +29,7 @@ QUANT = ["bitsandbytes>=0.46.1"]  # load_in_8bit; as transformers
 MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
 DEMO = ["scikit-learn", "scipy", "matplotlib"]
 # num2words: SmolVLM's processor is not built without it.
-DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "num2words"]
+DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "num2words"]
 
 setup(
     name="vgs-kernels",

@@ -27,8 +27,10 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TASK = "image-text-to-text"
 #: Settings beside those that only some objectives read.
 OBJECTIVE = ("temperature", "loss_reduction", "num_generations", "max_completion_length", "alpha", "rewards")
-OPTIMISATION = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "warmup_steps", "bf16")
-OPTIMISATION += ("fp16", "seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+OPTIMISATION = (
+    *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "warmup_steps", "bf16", "fp16"),
+    *("seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
+)
 TEMPLATE = """---
 {{ card_data }}
 ---
