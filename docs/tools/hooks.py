@@ -15,6 +15,8 @@ from names import ROOT, groups
 #: What belongs to the site beside ``docs/``: pages, and the pictures on them.
 OUTSIDE = ("*.md", "benchmarks/*.md", "benchmarks/results/**/*.png", "findings/*", "examples/*")
 REFERENCE = "docs/api/"
+#: What public names of a package take or derive from, and users set.
+BESIDE = {"vgs": ("vgs.trainers.settings.VGSOptions", "vgs.data.sources.DataSource")}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,4 +38,6 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     for title, names in groups(path.stem):
         parts += [f"## {title[0].upper()}{title[1:]}"] if title else []
         parts += [f"::: {path.stem}.{name}" for name in names]
+    if path.stem in BESIDE:
+        parts += ["## What these take", *(f"::: {name}" for name in BESIDE[path.stem])]
     return "\n\n".join(parts)
