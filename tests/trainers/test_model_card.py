@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from grpo_runs import grpo_trainer
 from huggingface_hub import ModelCard
 from real_checkpoints import photos, real_checkpoint
+from selves import make_self_trainer
 from trainers import make_trainer
 
 import vgs_kernels
@@ -101,3 +103,39 @@ def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
     assert "names no licence, or has not been found" in card.text and "Nothing was evaluated" in card.text
     assert "Objective `opd`" in card.text and "gamma" not in card.text and "| prior |" not in card.text
     assert "passed to the trainer from Python" in card.text
+
+
+def test_data_are_named_without_the_folders_of_this_machine(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "out")
+    section = {"path": str(tmp_path / "mine.jsonl"), "split": "train[:9]"}
+    record = {"config": {"data": {"train": section}}, "data": {"train": "f00"}}
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out/run.json").write_text(json.dumps(record))
+    trainer.create_model_card()
+    text = (tmp_path / "out/README.md").read_text()
+    assert "| source | mine.jsonl |" in text and "| split | train[:9] |" in text and "| fingerprint | f00 |" in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        (0.0, "A model without a name was trained by GRPO: of several answers, those with a higher reward"),
+        (0.3, "was trained by on-policy distillation, mixed with GRPO (`alpha` 0.3): it answered"),
+    ],
+)
+def test_rewards_are_said(tmp_path: Path, alpha: float, said: str) -> None:
+    trainer = grpo_trainer(tmp_path / "out", alpha=alpha)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert "| rewards | exact_match, brevity |" in card.text
+    assert ("nothing was distilled" in card.text) is (alpha == 0) is ("Objective `vgs`" not in card.text)
+    assert said in card.text and f"| alpha | {alpha} |" in card.text and "grpo" in card.data.tags
+
+
+def test_a_student_that_taught_itself_says_so(tmp_path: Path) -> None:
+    trainer = make_self_trainer(tmp_path / "out", teacher="ema")
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert "a copy of its own weights (ema), which saw more, said of every token" in card.text
+    assert "Objective `visual_opsd`" in card.text

@@ -26,7 +26,7 @@ MARK = re.compile(r"\n<!-- vgs: ([0-9a-f]{64}); a card that somebody has edited 
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TASK = "image-text-to-text"
 #: Settings beside those that only some objectives read.
-OBJECTIVE = ("temperature", "loss_reduction", "num_generations", "max_completion_length", "alpha", "rewards")
+OBJECTIVE = ("temperature", "loss_reduction", "num_generations", "max_completion_length", "alpha")
 OPTIMISATION = (
     *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "warmup_steps", "bf16", "fp16"),
     *("seed", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -43,8 +43,7 @@ TEMPLATE = """---
 
 ## What was minimised
 
-Objective `{{ preset.name }}` ([{{ paper }}](https://arxiv.org/abs/{{ paper }})), per token:
-`{{ preset.equation }}`
+{{ minimised }}
 
 {{ table(objective) }}
 
@@ -144,8 +143,7 @@ def _card(trainer: Any, name: str, datasets: str | Sequence[str] | None, tags: S
         name=name,
         how=_how(trainer, base.shown),
         licence=f"The base model's card names the licence `{licence}`." if licence else NO_LICENCE,
-        preset=preset,
-        paper=preset.paper,
+        minimised=_minimised(trainer.args, preset),
         table=_table,
         objective=_objective(trainer, preset),
         data=data,
@@ -215,8 +213,23 @@ def _how(trainer: Any, student: str) -> str:
     return f"{student} was trained by on-policy distillation{mixed}: {said}"
 
 
+def _minimised(args: Any, preset: Preset) -> str:
+    alpha = getattr(args, "alpha", 1)
+    rewards = "The policy gradient of GRPO on rewards"
+    if alpha == 0:
+        return f"{rewards}; nothing was distilled."
+    link = f"[{preset.paper}](https://arxiv.org/abs/{preset.paper})"
+    said = f"Objective `{preset.name}` ({link}), per token: `{preset.equation}`"
+    return said if alpha == 1 else f"{said}\n\n{rewards}, with weight 1 - `alpha`."
+
+
 def _objective(trainer: Any, preset: Preset) -> dict[str, Any]:
     args, divergence = trainer.args, preset.divergence
+    common = {name: getattr(args, name) for name in OBJECTIVE if getattr(args, name, None) is not None}
+    if named := getattr(trainer, "reward_func_names", None):
+        common["rewards"] = ", ".join(named)
+    if getattr(args, "alpha", 1) == 0:
+        return common
     rows: dict[str, Any] = {"divergence": f"{divergence.divergence}, support {divergence.support}"}
     unread = {"prior_decay"} if args.prior == "live" else set()
     unread |= {"adaptive_quantile"} if args.schedule != "adaptive" else set()
@@ -225,7 +238,7 @@ def _objective(trainer: Any, preset: Preset) -> dict[str, Any]:
         measured = " (measured)" if trainer.steering.ratios else " (to be measured)"
         rows |= {"eta": f"{trainer.objective.eta:.4g}{'' if args.fixed_eta is not None else measured}"}
         rows |= {"prior": args.prior}
-    return rows | {name: getattr(args, name) for name in OBJECTIVE if getattr(args, name, None) is not None}
+    return rows | common
 
 
 def _data(trainer: Any) -> dict[str, Any]:
@@ -241,7 +254,8 @@ def _data(trainer: Any) -> dict[str, Any]:
         dataset = trainer.train_dataset
         source = vars(dataset.source) if hasattr(dataset, "source") else {}
         fingerprint = getattr(dataset, "_fingerprint", None)
-    rows: dict[str, Any] = {"source": source.get("path", "passed to the trainer from Python")}
+    path = source.get("path", "passed to the trainer from Python")
+    rows: dict[str, Any] = {"source": Path(path).name if os.path.isabs(path) else path}
     rows |= {key: source[key] for key in ("subset", "split", "revision", "limit") if source.get(key) is not None}
     if fingerprint is not None:
         rows["fingerprint"] = fingerprint
