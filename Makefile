@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
 EVAL := .venv-eval
+DOCS := .venv-docs
 RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
@@ -17,7 +18,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval gate emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -59,6 +60,17 @@ gpu-rehearsal: $(INSTALLED)  # the same on the stand-in device, in some minutes:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+types: $(INSTALLED)  # public names as users see them; seconds on a quiet core, with what it kept in .mypy_cache fewer
+	$(BIN)/mypy
+
+docs: $(DOCS)/installed  # the site, into site/; a broken link, and anything from another site, is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/tools/check_site.py site
+
+docs-serve: $(DOCS)/installed  # shows the site on this machine, and follows changes
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
 bench: $(INSTALLED)  # over an hour on two cores
 	$(BIN)/python -m benchmarks loss --rounds 3 --out $(RESULTS)/cpu.json
@@ -88,5 +100,10 @@ $(EVAL)/installed: setup.py requirements-eval.txt
 	$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3 -e .
 	touch $@
 
+$(DOCS)/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) $(EVAL) runs build *.egg-info
+	rm -rf .venv $(OLDEST) $(EVAL) $(DOCS) runs site build *.egg-info

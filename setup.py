@@ -30,7 +30,7 @@ MATH = ["math-verify>=0.9,<0.10"]  # the reward math_verify
 EVAL = ["scipy"]  # vgs eval --benchmarks: intervals and tests; lmms-eval itself has an environment of its own
 DEMO = ["scikit-learn", "scipy", "matplotlib"]
 # num2words: SmolVLM's processor is not built without it.
-DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "num2words"]
+DEV = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "num2words"]
 
 setup(
     name="vgs-kernels",
@@ -41,7 +41,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
-    package_data={"vgs.evaluation.benchmarks": ["tasks/*"]},
+    package_data={
+        "vgs": ["py.typed"],
+        "vgs_kernels": ["py.typed"],
+        "vgs.evaluation.benchmarks": ["tasks/*"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "core": CORE,
@@ -54,7 +58,7 @@ setup(
         "dev": TRAIN + QUANT + MATH + DEMO + DEV,
     },
     entry_points={
-        "console_scripts": ["vgs=vgs.cli.main:main"],
+        "console_scripts": ["vgs=vgs.cli.start:main"],
         "lmms_eval.models": ["vgs=vgs.evaluation.benchmarks.registration:manifest"],
     },
 )

@@ -43,4 +43,4 @@ def test_versions_are_the_pinned_ones() -> None:
 
 def test_both_sets_pin_the_same_packages() -> None:
     newest, oldest = (pinned(ROOT / name) for name in ("constraints.txt", "constraints-oldest.txt"))
-    assert set(newest) - set(oldest) == {"ruff"} and not set(oldest) - set(newest)
+    assert set(newest) - set(oldest) == {"ruff", "mypy"} and not set(oldest) - set(newest)

@@ -17,6 +17,7 @@ import vgs
 from vgs.models.families import placeholder_ids
 
 STUDENT, TEACHER = "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
+ELSEWHERE = ("README.md", "docs/tutorial.md")  # below, and in test_tutorial.py
 README = [block for block in all_blocks("python") if block.page == "README.md"]
 
 
@@ -33,7 +34,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (line,) = [block.text for block in all_blocks("json") if block.page == "README.md"]
     (folder / "questions.jsonl").write_text(line * 4)
     (config,) = [block.text for block in all_blocks("yaml") if block.page == "README.md"]
-    (folder / "my.yaml").write_text(config)
+    for name in ("my.yaml", "apples.yaml"):
+        (folder / name).write_text(config)
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -96,7 +98,7 @@ def test_training_as_the_readme_says(inside):
     assert (inside / "runs/my/processor_config.json").exists()
 
 
-@pytest.mark.parametrize("block", [x for x in all_blocks("python") if x not in README], ids=str)
+@pytest.mark.parametrize("block", [x for x in all_blocks("python") if x.page not in ELSEWHERE], ids=str)
 def test_python_runs(block, inside, monkeypatch):
     trained = []
     monkeypatch.setattr(vgs.VGSTrainer, "train", lambda trainer: trained.append(trainer))  # set up in full, not run
@@ -119,7 +121,7 @@ def test_commands_parse(block, inside):
     assert not [problem for problem in problems if problem]
 
 
-@pytest.mark.parametrize("page", documents.PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", documents.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_in_sentences_exist(page, inside):
     problems = []
     for block in documents.blocks(page.read_text(), page.name):
@@ -130,7 +132,7 @@ def test_names_in_sentences_exist(page, inside):
     assert not [problem for problem in problems if problem]
 
 
-@pytest.mark.parametrize("page", documents.PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*documents.PAGES, *documents.NOTES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     problems = [broken_link(target, page) for target in documents.links(page.read_text())]
     assert not [problem for problem in problems if problem]

@@ -1,5 +1,5 @@
 """``python -m vgs.cli``: the command, for launchers such as ``accelerate launch -m``."""
 
-from .main import main
+from .start import main
 
 raise SystemExit(main())

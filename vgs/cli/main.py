@@ -15,6 +15,7 @@ from . import eval_command
 from .config import load_config
 from .output import check_file, check_folder
 from .runs import evaluate, train
+from .start import version_line
 
 DESCRIPTION = "Visual Gradient Steering: on-policy distillation of vision-language models."
 EPILOG = "Environment: VGS_LOG=debug, info, warning or error says how much is logged (debug: an error's traceback too)."
@@ -47,19 +48,24 @@ def _memory(text: str) -> float:
     return found
 
 
-class _AllKeys(argparse.Action):
-    """``--help-all``: prints all keys and exits."""
+class _Say(argparse.Action):
+    """Prints what its ``const`` returns, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        from .keys import listing
-
-        print(listing())
+        print(self.const())
         parser.exit()
+
+
+def _all_keys() -> str:
+    from .keys import listing
+
+    return listing()
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; options that it does not know are overrides of the config."""
     parser = argparse.ArgumentParser(prog="vgs", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action=_Say, nargs=0, const=version_line, help="print the versions, and stop")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def with_config(name: str, about: str) -> argparse.ArgumentParser:
@@ -83,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for machines")
 
     command = with_config("train", "distil a student")
-    command.add_argument("--help-all", action=_AllKeys, nargs=0, help="list every key of a config, as `vgs keys`")
+    command.add_argument(
+        "--help-all", action=_Say, nargs=0, const=_all_keys, help="list every key of a config, as `vgs keys`"
+    )
     command.add_argument("--print-config", action="store_true", help="print the config with its defaults, and stop")
     command.add_argument("--resume", nargs="?", const=True, help="a checkpoint; alone: the newest complete")
     command.add_argument("--allow-changes", action="store_true", help="resume with other settings or data")

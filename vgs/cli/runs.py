@@ -149,6 +149,8 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
         from peft import LoraConfig
 
         peft_config = LoraConfig(**config["lora"])
+    from ..trainers.model_card import untouched
+
     _, trainer_class = TRAINERS[kind]()
     with config_errors("The run cannot start", *LOADING):
         trainer = trainer_class(
@@ -165,12 +167,14 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped.received is not None:
         return trainer
-    trainer.save_model()
+    with untouched(trainer):
+        trainer.save_model()
     if run.eval_samples is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         if trainer.accelerator.is_main_process:
             report({key: round(value, 4) for key, value in metrics.items() if "accuracy" in key}, None)
+    trainer.create_model_card()
     return trainer
 
 

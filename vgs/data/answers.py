@@ -112,7 +112,8 @@ def _same_number(given: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> b
 
 def _is_formula(answer: str) -> bool:
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", answer))
-    return len(answer) <= LONGEST_FORMULA and not set(words) - set(FUNCTIONS.split()) and re.search(r"[\d\\]", answer)
+    foreign = set(words) - set(FUNCTIONS.split())
+    return len(answer) <= LONGEST_FORMULA and not foreign and re.search(r"[\d\\]", answer) is not None
 
 
 @functools.cache
@@ -147,9 +148,9 @@ def _matches(response: str, gold: str) -> bool:
     if letter := re.fullmatch(rf"{LETTER}\.?", gold):
         return _choice(given) == letter[1].upper()
     if option := re.fullmatch(r"(?:\(([A-J])\)|([A-J])[.):])\s+(\S.*)", gold, flags=re.DOTALL):
-        letter, gold = option[1] or option[2], option[3]
+        gold = option[3]
         if _choice(given) is not None:
-            return _choice(given) == letter
+            return _choice(given) == (option[1] or option[2])
     return any(_same_answer(text, gold) for text in (given, _stated(given), _option_text(given)) if text)
 
 
@@ -163,9 +164,9 @@ def _same_answer(given: str, gold: str) -> bool:
     plain, right = _normalise(given), _normalise(gold)
     if plain == right:
         return bool(right)
-    numbers = _number(plain), _number(right)
-    if None not in numbers:
-        return _same_number(*numbers)
+    number, gold_number = _number(plain), _number(right)
+    if number is not None and gold_number is not None:
+        return _same_number(number, gold_number)
     return _same_formula(given, gold)
 
 

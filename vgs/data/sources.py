@@ -133,7 +133,7 @@ class Samples(torch.utils.data.Dataset):
             columns.images,
             self.source.system_prompt,
         )
-        sample = {"prompt": question.prompt, "images": question.images}
+        sample: dict[str, Any] = {"prompt": question.prompt, "images": question.images}
         if columns.privileged_images is not None:
             sample["privileged_images"] = as_list(row[columns.privileged_images])
         if columns.answer is not None:
@@ -219,11 +219,11 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
     if answer == ANSWERS[0] and answer not in names:
         answer = next((name for name in ANSWERS if name in names), None)
         if answer is None and text:
-            need(source.answer, " (the key 'answer' names the column with gold answers; null: there are none)")
+            need(ANSWERS[0], " (the key 'answer' names the column with gold answers; null: there are none)")
     if images == IMAGES[0] and images not in names:
         images = next((name for name in IMAGES if name in names), None)
         if images is None and text:
-            need(source.images, " (the key 'images' names the column with images; null: there are none)")
+            need(IMAGES[0], " (the key 'images' names the column with images; null: there are none)")
     for name in (answer, images, source.privileged_images, source.privileged_text):
         if name is not None:
             need(name)

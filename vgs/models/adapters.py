@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ def is_peft_model(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
-def without_adapter(model: nn.Module) -> nn.Module:
+def without_adapter(model: Any) -> Any:
     """The model inside a ``peft.PeftModel``; any other is returned as it is."""
     return model.base_model.model if is_peft_model(model) else model
 

@@ -14,12 +14,12 @@ from ..errors import ConfigError
 from .adapters import without_adapter
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The multimodal model without its head, of an unwrapped (possibly PEFT) model."""
+def backbone(model: Any) -> Any:
+    """The multimodal model without its head, of an unwrapped (possibly PEFT) model of transformers."""
     return without_adapter(model).base_model  # `get_decoder()` would be the text stack alone
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Where an unwrapped (possibly PEFT) model takes its token ids."""
     return model.get_input_embeddings().weight.device
 
@@ -53,7 +53,7 @@ def placeholder_ids(config: Any) -> list[int]:
     return sorted(found)
 
 
-def freeze(model: nn.Module, *, vision: bool = False, embeddings: bool = False) -> None:
+def freeze(model: Any, *, vision: bool = False, embeddings: bool = False) -> None:
     """Take a student's vision tower or input embeddings (and with them a tied output head) out of training.
 
     The tower is what the model's config describes as ``vision_config``; what maps its output to the text model's width

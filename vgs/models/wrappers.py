@@ -20,7 +20,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Args:
         model: as a training loop holds it.
     """
-    while held := [model._modules[name] for name in HELD if name in model._modules]:
+    while held := [part for name in HELD if (part := model._modules.get(name)) is not None]:
         model = held[0]
     return model
 
@@ -49,8 +49,8 @@ def run_inside(wrapper: nn.Module, task: Callable[[], tuple[Tensor | None, Any]]
         What the task returns. The loss has the graph through the wrapper, and the value that the task gave it: in mixed
         precision FSDP2 rounds every tensor that passes it.
     """
-    while "_orig_mod" in wrapper._modules:  # torch.compile's, of a forward that does not run
-        wrapper = wrapper._modules["_orig_mod"]
+    while (compiled := wrapper._modules.get("_orig_mod")) is not None:  # its forward does not run
+        wrapper = compiled
     model, results = unwrap(wrapper), []
     before = vars(model).get("forward")
     context = nullcontext() if before is None else _autocast_around(before)

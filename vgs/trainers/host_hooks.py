@@ -29,6 +29,7 @@ from ..data.prompts import unexpanded_ids
 from ..errors import ConfigError
 from ..evaluation.sampling import own_generation_config
 from .collapse_watch import SteeringState
+from .model_card import write_card
 from .resume import ExactResume
 from .rollouts import Questions, greedy_decoding
 from .step import UNSHARDED
@@ -220,6 +221,13 @@ class HostHooks:
             self._metrics["eval"].clear()
             logs |= {f"{self._evaluated}_{name}": sum(x) / len(x) if x else None for name, x in values.items()}
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: Any = None, tags: str | Sequence[str] | None = None
+    ) -> None:
+        """The host's public hook, which it calls with every checkpoint: ``model_card.write_card``."""
+        if self.is_world_process_zero():
+            write_card(self, model_name, dataset_name, [tags] if isinstance(tags, str) else tags or ())
 
     # ---- the rollout
 
