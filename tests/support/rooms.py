@@ -30,6 +30,7 @@ LAYERS = (
     "data",
     "one_step",
     "evaluation",
+    "teachers",
     "trainers",
     "planning",
     "digits",

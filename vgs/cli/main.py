@@ -1,4 +1,5 @@
-"""``vgs init | check | train | eval | plan | kl-gap | keys | demo | study``: the command line."""
+"""The command line: ``vgs init | check | train | eval | plan | kl-gap | cache-teacher | serve-teacher | keys | demo``
+and ``study``."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ OVERRIDES = (
     "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap")
+WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_count, default=8)
     command.add_argument("--out", type=Path, help="write the result to this JSON file")
 
+    command = with_config("cache-teacher", "hidden states of the teacher on recorded responses, computed once and kept")
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder (teacher.cache, else runs/teacher-cache)")
+    command.add_argument("--rows-per-file", type=_count, default=32, help="rows that a kill can cost (32)")
+    command.add_argument("--stored", choices=("bfloat16", "float16", "float32"), help="type in the files (as computed)")
+
     command = commands.add_parser("keys", help="list the keys of a config, with type, default and meaning")
     command.add_argument("pattern", nargs="?", default="", help="only keys that have this in name or meaning")
 
@@ -151,6 +157,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_file(options.out)
         write_config(options)
         return 0
+    if options.command == "cache-teacher":
+        from .cache_command import run as cache
+
+        return cache(load_config(options.config, overrides), options.out, options.rows_per_file, options.stored)
     check_file(getattr(options, "out", None))
     config = load_config(options.config, overrides)
     if options.command == "train":

@@ -165,7 +165,7 @@ def check_pictures(student: Any, teacher: Any, names: tuple[str, str]) -> None:
 
     Args:
         student, teacher: their transformers configs.
-        names: their paths, for the message.
+        names: the student's path, and what the teacher is, for the message.
 
     Raises:
         ConfigError: other patch sizes, merge sizes or image tokens per picture.
@@ -173,7 +173,7 @@ def check_pictures(student: Any, teacher: Any, names: tuple[str, str]) -> None:
     if differ := _differences(student, teacher):
         listed = ", ".join(f"{name} {own!r} and {other!r}" for name, (own, other) in differ.items())
         raise ConfigError(
-            f"teacher.path {names[1]!r} reads pictures otherwise than student.path {names[0]!r} (student's, teacher's: "
+            f"{names[1]} reads pictures otherwise than student.path {names[0]!r} (student's, teacher's: "
             f"{listed}), so it cannot read the student's prompts; use a teacher of the same family."
         )
 
@@ -251,23 +251,25 @@ def check_templates(student: Any, teacher: Any, **template_options: Any) -> None
         )
 
 
-def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[str, Any]:
-    """Whether student and teacher fit each other; the config with the vocabulary that both have.
+def check_pair(
+    config: Mapping[str, Any], processor: Any, student: Any, section: Mapping[str, Any], where: str = "teacher"
+) -> int | None:
+    """Whether student and teacher fit each other; the number of vocabulary columns that both have, None for all.
 
     Args:
-        config: of ``load_config``, with a teacher.
+        config: of ``load_config``.
         processor: the student's. student: its transformers config.
+        section: the teacher's. where: its name in the config.
 
     Raises:
         ConfigError: other tokens, patches or image tokens, or a ``vocab_size`` that is too large.
     """
-    training, section = config.get("training", {}), config["teacher"]
-    paths = config["student"]["path"], section["path"]
-    teacher = model_config(section, "teacher", needs_pictures=reads_pictures(student))
+    training = config.get("training", {})
+    teacher = model_config(section, where, needs_pictures=reads_pictures(student))
     if reads_pictures(student):
-        check_pictures(student, teacher, paths)
+        check_pictures(student, teacher, (config["student"]["path"], f"{where}.path {section['path']!r}"))
     vocab_size = common_vocabulary(student, teacher, training.get("vocab_size"))
-    with config_errors(f"teacher.path {section['path']!r}", *LOADING):
+    with config_errors(f"{where}.path {section['path']!r}", *LOADING):
         tokenizer = load_tokenizer(section)
         if tokenizer is not None:
             check_same_tokens(processor, tokenizer, vocab_size)
@@ -279,6 +281,4 @@ def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[
         _check_counts(processor, own)
         _check_pixels(processor, own)
     check_templates(processor, own, **(training.get("chat_template_kwargs") or {}))
-    if vocab_size is None:
-        return dict(config)
-    return {**config, "training": {**training, "vocab_size": vocab_size}}
+    return vocab_size

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 
-from ..models.groups import PromptGroup, response_ids
+from ..models.groups import PromptGroup, response_ids, select_responses
 from ..models.heads import Head
 from ..objectives.definitions import VIEWS
-from .batching import select_responses
-from .teacher import TeacherRows
+from ..teachers.protocol import TeacherRows
 
 VDS_QUANTILES = (0.4, 0.7)
 TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
@@ -94,6 +93,13 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 def sampled_tokens(groups: Sequence[PromptGroup], like: Tensor) -> Tensor:
     """[N] int64 response tokens of the groups, on the device of ``like``."""
     return response_ids(groups).to(like.device)
+
+
+def response_names(groups: Sequence[PromptGroup], routes: Sequence[str] | None) -> list[str]:
+    """The name of each response's teacher, of ``routes``, one a group; "" for all where there are none."""
+    if routes is None:
+        routes = [""] * len(groups)
+    return [name for name, group in zip(routes, groups, strict=True) for _ in group.responses]
 
 
 def mean_terms(

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from vgs_kernels import DivergenceOutput, TargetRow, VGSObjective, VGSOutput, fused_linear_divergence
 
-from ..models.groups import PromptGroup, response_lengths
+from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.heads import Head, read_head, token_logps, whole_heads
 from ..models.wrappers import run_inside
 from ..objectives.presets import PRESETS, Preset
-from .batching import select_responses
+from ..teachers.protocol import TeacherRows
 from .micro_batch import NO_VIEWS, MicroBatch, Views, sampled_tokens
 from .step import StepScorer
-from .teacher import TeacherRows
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -101,7 +100,7 @@ class PolicyScorer(StepScorer):
         student = self.accelerator.unwrap_model(model)
         found: dict[int, Tensor] = {}
         with self.accelerator.autocast():
-            passes = self._teacher_passes(groups, text=False)
+            passes = self.rollout_passes(groups)
             for chosen in self._equal(passes) if self.accelerator.num_processes > 1 else passes:
                 part = select_responses(groups, chosen)
                 _, logps = run_inside(model, partial(self._logps, student, part))
@@ -128,15 +127,17 @@ def _flat_target(rows: Tensor, head: Head) -> TargetRow:
 class LonePolicyScorer(PolicyScorer):
     """Without a teacher: its loss is the policy term alone."""
 
-    def __post_init__(self) -> None:
-        pass
-
     @property
     def preset(self) -> Preset:
         return PRESETS["opd"]  # no further view, and nothing to log of one
 
     def score_teacher(
-        self, groups: list[PromptGroup], objective: VGSObjective, text: bool, views: Views = NO_VIEWS
+        self,
+        groups: list[PromptGroup],
+        objective: VGSObjective,
+        text: bool,
+        views: Views = NO_VIEWS,
+        routes: Sequence[str] | None = None,
     ) -> list[TeacherRows]:
         return [TeacherRows({}) for _ in response_lengths(groups)]
 

@@ -83,6 +83,9 @@ class VGSOptions:
             output head) as they are.
         teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. Not under
             DeepSpeed, which shards the teacher and offloads by itself.
+        teacher_reload: read each teacher from disk for each of its phases and give it up after them; only the heads
+            stay. Excludes ``teacher_offload``.
+        teacher_column: of several teachers, the column that names each row's.
         prior: where the prior p_x inside q* comes from, of presets that steer: the student as it is (``"live"``), as it
             was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``. With a copy the
             logged loss lacks a constant, and nothing is watched for collapse.
@@ -118,6 +121,8 @@ class VGSOptions:
     freeze_vision: bool = field(default=False, metadata={"help": "Keep the student's vision tower."})
     freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the student's input embeddings."})
     teacher_offload: bool = field(default=False, metadata={"help": "Keep the teacher in host memory between phases."})
+    teacher_reload: bool = field(default=False, metadata={"help": "Read the teacher from disk for each phase."})
+    teacher_column: str | None = field(default=None, metadata={"help": "Column that names each row's teacher."})
     prior: str = field(default="live", metadata={"help": 'The prior of q*: "live", "frozen" or "ema".'})
     prior_decay: float = field(default=0.995, metadata={"help": "Of the averaged prior, per step."})
     control_kind: str | None = field(default=None, metadata={"help": '"black", "pixelated" or "noise".'})
@@ -144,6 +149,8 @@ class VGSOptions:
                 f"preset={self.preset!r} weighs the tokens of a response among themselves and needs "
                 f'loss_reduction="trajectory", got {self.loss_reduction!r}.'
             )
+        if self.teacher_reload and self.teacher_offload:
+            raise ConfigError("teacher_reload and teacher_offload exclude each other: from disk, or from host memory.")
         self._check_prior()
         self._check_budget()
         fixed_eta = self.fixed_eta
@@ -246,6 +253,8 @@ class VGSConfig(VGSOptions, DistillationConfig):
     Args:
         beta: of the preset ``"gkd"``, 0.5 there if left out: 0 is the forward and 1 the reverse KL.
         eval_greedy: decode greedily during evaluation.
+        on_policy_fraction: share of the prompts, in [0, 1], that the student answers; to the others it learns from
+            recorded responses (a column ``responses``, or a teacher's cache), see ``vgs.trainers.off_policy``.
         num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
             gradient_accumulation_steps`` counts responses and must be a multiple of it.
 
@@ -256,9 +265,15 @@ class VGSConfig(VGSOptions, DistillationConfig):
     beta: float | None = field(default=None, metadata={"help": "Of the preset gkd: 0 forward KL, 1 reverse KL."})
     eval_greedy: bool = field(default=True, metadata={"help": "Decode greedily during evaluation."})
     num_generations: int = field(default=1, metadata={"help": "Responses sampled to each prompt."})
+    on_policy_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of prompts that the student answers; others have recorded responses."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ConfigError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}.")
         least = find_preset(self.preset).generations
         if self.num_generations < least:
             raise ConfigError(
