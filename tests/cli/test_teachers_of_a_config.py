@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 from real_checkpoints import photos
+from teachers import FAMILY, command, refused
 from tiny import trainer_options
 
-from vgs.cli import main as cli
 from vgs.cli.config import check_config
 from vgs.cli.resolved import as_yaml, resolved, training_arguments
 from vgs.errors import ConfigError
 
-FAMILY = "qwen2_5_vl"
 DOMAINS = ("math", "charts", "math", "charts")
 
 
@@ -42,18 +41,6 @@ def config(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
 
 def write(folder: Path, rows: list[dict]) -> None:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def command(name: str, config: dict, *options: str) -> int:
-    Path("run.yaml").write_text(yaml.safe_dump(config))
-    return cli.main([name, "run.yaml", *options])
-
-
-def refused(capsys: pytest.CaptureFixture, name: str, config: dict, *options: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        command(name, config, *options)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_routed_run(config: dict, capsys: pytest.CaptureFixture) -> None:

@@ -200,6 +200,7 @@ COLOURS = {
     "digits": "#bc5090",
     "planning": "#8d6e63",
     "trainers": "#e8685d",
+    "teachers": "#b5651d",
     "evaluation": "#f08a24",
     "one_step": "#d9a400",
     "data": "#7aa32c",
