@@ -187,6 +187,7 @@ ABOUT = {
     "digits": "the built-in task, its demo and studies",
     "planning": "memory and work of a run, predicted",
     "trainers": "distillation, self-distillation, GRPO",
+    "teachers": "hidden states: a model here, a cache, a server",
     "evaluation": "accuracy, rewards, per-token terms",
     "one_step": "vgs_step: the whole method, one batch",
     "data": "from files to prompts, with and without images",

@@ -28,6 +28,7 @@ from ..teachers.fingerprints import (
 )
 from ..teachers.local import LocalTeacher
 from ..teachers.protocol import Teacher
+from ..teachers.served import connect
 from ..trainers.batching import plan_passes
 from ..trainers.kinds import teacher_sections, trainer_kind
 from ..trainers.vocabulary import load_teacher
@@ -71,12 +72,15 @@ class Builder:
 
     def teacher(self, section: Mapping[str, Any]) -> tuple[Teacher, str]:
         """A teacher, and the fingerprint of its weights."""
+        options = {"share_prefix": self.args.share_prefix, "kernel": self.args.packed_attention}
+        if "url" in section:
+            served = connect(section["url"], section.get("token_file"), self.device, **options)
+            return served, served.weights
         if "path" not in section:
-            raise ConfigError("cache-teacher needs the teacher's path: it computes what the cache is to hold.")
+            raise ConfigError("cache-teacher needs the teacher's path or url: a cache alone computes nothing.")
         with config_errors(f"teacher.path {section['path']!r} cannot be loaded", *LOADING):
             model = load_teacher(section["path"], self.args, 1, model_options(section))
         model = model if section.get("load_in_8bit") else model.to(self.device)
-        options = {"share_prefix": self.args.share_prefix, "kernel": self.args.packed_attention}
         return LocalTeacher(model.eval(), **options), weights_fingerprint(model)
 
     def rows(self, name: str) -> list[int]:

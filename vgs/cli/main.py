@@ -36,6 +36,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    """A port, as an option's value."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def _memory(text: str) -> float:
     """GiB above 0, as an option's value."""
     try:
@@ -116,6 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--rows-per-file", type=_count, default=32, help="rows that a kill can cost (32)")
     command.add_argument("--stored", choices=("bfloat16", "float16", "float32"), help="type in the files (as computed)")
 
+    about = "send a teacher's hidden states to trainers on other GPUs or machines"
+    detail = f"{about}. The token is read from VGS_TEACHER_TOKEN, or from the file that VGS_TEACHER_TOKEN_FILE names."
+    command = commands.add_parser("serve-teacher", help=about, description=detail, allow_abbrev=False)
+    command.add_argument("model", metavar="CONFIG.yaml|MODEL", help="a config with a teacher, or a model")
+    command.add_argument("--teacher", metavar="NAME", help="one of a config's several teachers")
+    command.add_argument("--host", default="127.0.0.1", help="address to bind; beyond this machine it needs a token")
+    command.add_argument("--port", type=_port, default=8017, help="8017; 0 takes any that is free")
+    command.add_argument("--device", help="cuda, cuda:1, cpu (cuda where there is one)")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (as saved)")
+    command.add_argument("--token-file", metavar="FILE", help="with the token")
+    command.add_argument("--max-request", type=_count, default=2**30, metavar="BYTES", help="of one request (1 GiB)")
+
     command = commands.add_parser("keys", help="list the keys of a config, with type, default and meaning")
     command.add_argument("pattern", nargs="?", default="", help="only keys that have this in name or meaning")
 
@@ -157,6 +176,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_file(options.out)
         write_config(options)
         return 0
+    if options.command == "serve-teacher":
+        from .serve_command import run as serve
+
+        return serve(options)
     if options.command == "cache-teacher":
         from .cache_command import run as cache
 

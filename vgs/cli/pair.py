@@ -24,17 +24,14 @@ from transformers import (
 
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import prompt_opening
+from ..models.pictures import check_pictures, reads_pictures
 from ..models.tokenizers import check_same_tokens, load_tokenizer, tokenizer_of
-from ..trainers.vocabulary import common_vocabulary, head_rows
+from ..models.vocabulary import common_vocabulary, head_rows
 from .keys import unknown_key
 from .resolved import LOADING
 
 logger = logging.getLogger(__name__)
 
-# Fields that say how pixels become image tokens; models with others cannot read the same pixels.
-VISION_FIELDS = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "num_channels", "in_channels")
-TOP_FIELDS = ("downsample_ratio", "image_seq_length", "scale_factor", "mm_tokens_per_image")
-TOP_FIELDS += ("vision_feature_select_strategy", "image_grid_pinpoints")
 PIXEL_FIELDS = ("image_mean", "image_std", "rescale_factor")
 SIDES = ((224, 224), (480, 640), (1000, 300))  # (height, width) of pictures whose image tokens are compared
 
@@ -83,11 +80,6 @@ def processor_keys(processor: Any) -> set[str]:
         keys |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
         keys |= {"min_pixels", "max_pixels"} if "size" in keys and hasattr(owner, "patch_size") else set()
     return {key for key in keys if not key.startswith("_") and not key.endswith("_type")} - {"self", "kwargs"}
-
-
-def reads_pictures(config: Any) -> bool:
-    """Whether a transformers config is of a vision-language model."""
-    return getattr(config, "vision_config", None) is not None
 
 
 def auto_class(text_only: bool) -> type:
@@ -148,34 +140,6 @@ def check_weights(section: Mapping[str, Any], name: str) -> None:
     for file in files:
         with config_errors(f"{what}: {file.name} is not whole", SafetensorError, OSError), safe_open(file, "pt"):
             pass
-
-
-def _differences(own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    found = {}
-    for names, pair in ((VISION_FIELDS, (own.vision_config, other.vision_config)), (TOP_FIELDS, (own, other))):
-        for name in names:
-            values = tuple(getattr(config, name, None) for config in pair)
-            if None not in values and values[0] != values[1]:
-                found[name] = values
-    return found
-
-
-def check_pictures(student: Any, teacher: Any, names: tuple[str, str]) -> None:
-    """Stop where the teacher's vision tower cannot read the pixels that the student's processor makes.
-
-    Args:
-        student, teacher: their transformers configs.
-        names: the student's path, and what the teacher is, for the message.
-
-    Raises:
-        ConfigError: other patch sizes, merge sizes or image tokens per picture.
-    """
-    if differ := _differences(student, teacher):
-        listed = ", ".join(f"{name} {own!r} and {other!r}" for name, (own, other) in differ.items())
-        raise ConfigError(
-            f"{names[1]} reads pictures otherwise than student.path {names[0]!r} (student's, teacher's: "
-            f"{listed}), so it cannot read the student's prompts; use a teacher of the same family."
-        )
 
 
 def _teacher_processor(section: Mapping[str, Any]) -> Any:

@@ -22,15 +22,18 @@ from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
 from ..models.families import placeholder_ids
+from ..models.pictures import reads_pictures
 from ..models.routers import check_routers
 from ..models.self_check import way_of
+from ..models.vocabulary import common_rows
 from ..teachers.cache import StateCache
+from ..teachers.served import TeacherClient, check_served
+from ..teachers.server import read_token
 from ..teachers.sources import as_sources
 from ..trainers.checks import check_columns_for, check_teacher_kind
 from ..trainers.kinds import needs_teacher, teacher_sections, trainer_kind
 from ..trainers.off_policy import check_caches, check_recorded
 from ..trainers.routes import check_routes
-from ..trainers.vocabulary import common_rows
 from . import budgets, pair
 from .keys import DIGITS
 from .resolved import LOADING, teacher_sources
@@ -128,7 +131,7 @@ class Preflight:
         needed = trainer_kind(self.config) == "self" or compares or "control" in preset.views
         student = pair.model_config(self.config["student"], "student", needed)
         pair.check_weights(self.config["student"], "student")
-        self.processor = pair.load_processor(self.config, text_only=not pair.reads_pictures(student))
+        self.processor = pair.load_processor(self.config, text_only=not reads_pictures(student))
         self.models["student"] = student
 
     def check_teacher(self) -> None:
@@ -149,11 +152,15 @@ class Preflight:
         student, where = self.models["student"], f"teachers.{name}" if name else "teacher"
         if "cache" in section and not self.building:
             self.caches[where] = StateCache(section["cache"])
+        vocab_size = self.config.get("training", {}).get("vocab_size")
+        if "url" in section:
+            client = TeacherClient(section["url"], read_token(section.get("token_file")), attempts=1)
+            return check_served(client, client.fingerprint(), self.processor, student, vocab_size)
         if "path" not in section:
             facts = self.caches[where].facts
-            return common_rows(student, facts.head_rows, self.config.get("training", {}).get("vocab_size"), facts.what)
+            return common_rows(student, facts.head_rows, vocab_size, facts.what)
         size = pair.check_pair(self.config, self.processor, student, section, where)
-        self.models[where] = pair.model_config(section, where, pair.reads_pictures(student))
+        self.models[where] = pair.model_config(section, where, reads_pictures(student))
         pair.check_weights(section, where)
         return size
 

@@ -216,7 +216,8 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> M
 
     from ..data.answers import answers_match
     from ..evaluation.rewards import find_scorer
-    from .pair import load_processor, model_config, reads_pictures
+    from ..models.pictures import reads_pictures
+    from .pair import load_processor, model_config
 
     cuda = torch.cuda.is_available()
     args = training_arguments(config, **({} if cuda else {"use_cpu": True}))

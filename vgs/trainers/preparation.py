@@ -67,6 +67,8 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     for found in opened.values():
         with found.here() as teacher:
             check_placeholders(student, found.facts)
+            if found.remote is not None:
+                found.remote.check(trainer.processing_class, student.config, args.vocab_size)
             if found.cache is not None:
                 check_cache(trainer, found, teacher)
             if teacher is None:
@@ -104,8 +106,8 @@ def check_cache(trainer: Any, found: OpenedTeacher, teacher: nn.Module | None) -
         "autocast": autocast_name(args),
         "versions": computing_versions(),
     }
-    if teacher is not None:
-        now["weights"] = weights_fingerprint(teacher)
+    if found.source.live:
+        now["weights"] = weights_fingerprint(teacher) if found.remote is None else found.remote.weights
     found.cache.check(**now)
     if args.num_generations > found.cache.manifest.per_prompt:
         raise ConfigError(

@@ -13,13 +13,15 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
+from ..models.vocabulary import common_rows
 from ..models.wrappers import unwrap
 from ..teachers.cache import StateCache
 from ..teachers.cached import CachedTeacher
 from ..teachers.local import KeptHead, LocalTeacher, ReloadedTeacher, facts_of
 from ..teachers.protocol import Teacher, TeacherFacts
+from ..teachers.served import ServedTeacher, connect
 from ..teachers.sources import TeacherSource, as_sources
-from .vocabulary import common_rows, load_teacher, place_teacher
+from .vocabulary import load_teacher, place_teacher
 
 SHOWN = 3  # rows that an error names
 
@@ -43,7 +45,7 @@ class OpenedTeacher:
     what: str
     model: nn.Module | None = None
     load: Callable[[], nn.Module] | None = None
-    remote: Teacher | None = None
+    remote: ServedTeacher | None = None
     cache: StateCache | None = None
     facts: TeacherFacts | None = None
     head: KeptHead | None = None
@@ -107,6 +109,9 @@ def open_teachers(teacher_model: Any, args: Any) -> dict[str, OpenedTeacher]:
         what = f"teacher {name!r}" if name else "teacher_model"
         found = opened[name] = OpenedTeacher(source, what)
         found.cache = None if source.cache is None else StateCache(source.cache)
+        if source.url is not None:
+            options = args.share_prefix, args.packed_attention
+            found.remote = connect(source.url, source.token_file, args.device, *options)
         if source.model is None:
             continue
         if args.teacher_reload:
@@ -134,8 +139,9 @@ def place_teachers(trainer: Any, opened: Mapping[str, OpenedTeacher]) -> None:
     """
     args, accelerator = trainer.args, trainer.accelerator
     sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
-    mixed = any(found.cache is not None and found.model is not None for found in opened.values())
-    if sharded and (len(opened) > 1 or args.teacher_reload or mixed):
+    local = [found for found in opened.values() if found.source.model is not None]
+    mixed = len(opened) > 1 or any(found.cache is not None for found in local)
+    if sharded and local and (args.teacher_reload or mixed):
         raise ConfigError(
             "several teachers, teacher_reload, and a cache beside a teacher need whole teachers, but DeepSpeed shards "
             "them."
