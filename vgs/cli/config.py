@@ -169,8 +169,6 @@ def _check_teachers(config: Mapping[str, Any], name: str) -> None:
             "section 'teachers' and teacher_column, the column that names each row's teacher, need each other; got "
             f"{'the section' if column is None else f'teacher_column {column!r}'} alone."
         )
-    if "teachers" in config and not config["teachers"]:
-        raise ConfigError("section 'teachers' must name at least one teacher, got none.")
     for title, section in teacher_sections(config).items():
         where = f"teachers.{title}" if title else "teacher"
         if not {"path", "url", "cache"} & set(section):
@@ -258,6 +256,8 @@ def _check_needed(config: Mapping[str, Any], name: str) -> None:
     for section, key in (("student", "path"), ("data", "train")):
         if key not in config.get(section, {}):
             raise ConfigError(f"{name} needs {section}.{key} (or task: digits).")
+    if config.get("teachers") == {}:
+        raise ConfigError("section 'teachers' must name at least one teacher, got none.")
     if needs_teacher(config) and not teacher_sections(config):
         raise ConfigError(f"{name} needs teacher.path (or task: digits).")
     _check_teachers(config, name)

@@ -114,8 +114,9 @@ class TeacherClient:
         Raises:
             ConfigError: as ``ask``, or another answer.
         """
+        data = self.ask(path)
         try:
-            found = json.loads(self.ask(path))
+            found = json.loads(data)
         except ValueError as error:
             raise ConfigError(
                 f"the teacher at {self.url} answers {path} with no JSON: is it `vgs serve-teacher`?"
@@ -148,14 +149,13 @@ class TeacherClient:
         Raises:
             ConfigError: as ``ask``, or another head.
         """
+        data = self.ask("/head")
         try:
-            head = unpack_head(self.ask("/head"))
+            head = unpack_head(data)
         except Malformed as error:
             raise ConfigError(f"the teacher at {self.url} sends no output head: {error}") from error
         if head_fingerprint(head) != wanted:
-            raise ConfigError(
-                f"the output head of the teacher at {self.url} is not the one that its fingerprint names."
-            )
+            raise ConfigError(f"the teacher at {self.url} sends another output head than its fingerprint names.")
         return head
 
 

@@ -57,6 +57,16 @@ def check_top_k(preset: Preset, vocabulary: int) -> None:
         )
 
 
+def check_overlap(k: int | None, vocabulary: int) -> None:
+    """Stop where more likeliest tokens are to be compared than there are.
+
+    Raises:
+        ConfigError: ``log_overlap`` above ``vocabulary``, the number of columns in use.
+    """
+    if (k or 0) > vocabulary:
+        raise ConfigError(f"log_overlap must be at most {vocabulary}, the columns in use, got {k}.")
+
+
 def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
     """Stop where a preset needs images and the data have none.
 

@@ -33,7 +33,7 @@ from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
-from .micro_batch import MicroBatch
+from .micro_batch import MicroBatch, mean_overlap
 from .off_policy import Recorded, check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
 from .preparation import prepare_models
@@ -272,12 +272,13 @@ class VGSTrainer(HostHooks, DistillationTrainer):
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         batch = self.plan_passes(inputs, num_items, self.objective, self.args.log_terms)
         loss, outputs = loss_in_passes(self.step_scorer, model, batch, self.model.training)
-        self.log_terms(outputs)
+        self.log_terms(batch, outputs)
         return (loss, None) if return_outputs else loss
 
-    def log_terms(self, outputs: Outputs) -> None:
+    def log_terms(self, batch: MicroBatch, outputs: Outputs) -> None:
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+        means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
         for name, value in means.items():
             self.open_metrics[name].append(value)
         if self.model.training and "student_vds" in means:

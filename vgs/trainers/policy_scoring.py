@@ -87,7 +87,40 @@ def _numbers(means: Tensor) -> list[float]:
 
 @dataclass
 class PolicyScorer(StepScorer):
-    """A step's scorer that also gives the student's log-probabilities."""
+    """A step's scorer that also gives the student's log-probabilities.
+
+    The policy term has the temperature of sampling. Where the distillation has another, it costs one more product with
+    the student's head.
+    """
+
+    @property
+    def _apart(self) -> bool:
+        return self.args.temperature_of_loss != self.args.temperature
+
+    def _sampled(self, batch: MicroBatch, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        options = super()._sampled(batch, chosen, like)
+        return {name: x for name, x in options.items() if name != "policy"} if self._apart else options
+
+    def _with_policy(
+        self, output: VGSOutput | DivergenceOutput, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head
+    ) -> VGSOutput | DivergenceOutput:
+        if batch.policy is None or not self._apart:
+            return output
+        alone = self._policy_alone(batch, chosen, rows, head)
+        return replace(output, loss=output.loss + alone.loss, policy=alone.policy, target_logps=alone.target_logps)
+
+    def _policy_alone(self, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head) -> DivergenceOutput:
+        """The policy term without any distillation, at the temperature of sampling."""
+        return fused_linear_divergence(
+            rows,
+            head.weight,
+            [_flat_target(rows, head)],
+            token_weights=rows.new_zeros(len(rows), dtype=torch.float32),
+            temperature=self.args.temperature,
+            **batch.sampled(chosen, rows),
+            **head.student_options,
+            **self._loss_options,
+        )
 
     @torch.no_grad()
     def student_logps(self, model: nn.Module, groups: list[PromptGroup]) -> list[Tensor]:
@@ -149,15 +182,5 @@ class LonePolicyScorer(PolicyScorer):
             (rows,), zero = self._rows(student, groups, text=False, text_gradient=False, together=together)
             with whole_heads(student):
                 head = read_head(student, rows.dtype)
-                rows = rows.to(head.weight.device)
-                output = fused_linear_divergence(
-                    rows,
-                    head.weight,
-                    [_flat_target(rows, head)],
-                    token_weights=rows.new_zeros(len(rows), dtype=torch.float32),
-                    temperature=self.args.temperature,
-                    **batch.sampled(chosen, rows),
-                    **head.student_options,
-                    **self._loss_options,
-                )
+                output = self._policy_alone(batch, chosen, rows.to(head.weight.device), head)
         return output.loss if zero is None else output.loss + zero, replace(output, divergence=None)

@@ -21,6 +21,7 @@ from .checks import (
     check_columns_for,
     check_engine,
     check_logits,
+    check_overlap,
     check_placeholders,
     check_student,
     check_teacher_kind,
@@ -79,6 +80,7 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
             answers.append(packs(teacher, prompts))  # all are asked, on every rank
     trainer.packs = all(answers)
     settle_vocabulary(args, student.config, opened)
+    check_overlap(args.log_overlap, args.vocab_size or student.config.get_text_config().vocab_size)
     unknown = unknown_to_teachers(student.config, min(found.facts.head_rows for found in opened.values()))
     forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown])
     if trainer.use_vllm and trainer.vllm_mode == "colocate":

@@ -29,7 +29,7 @@ PRIORS = ("live", "frozen", "ema")
 LOSS_BACKENDS = ("auto", "triton", "torch")
 AT_LEAST_ONE = (
     *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
-    *("max_tokens_per_pass", "lp_every"),
+    *("max_tokens_per_pass", "lp_every", "log_overlap"),
 )
 
 
@@ -54,7 +54,7 @@ class VGSOptions:
     Args:
         preset: what is minimised, see ``vgs.objectives.presets``: ``"vgs"``, ``"gkd"``, ...
         divergence: fields of ``vgs_kernels.Divergence`` that replace the preset's, such as ``{"top_k": 128}``; not of
-            presets that steer, and not its temperature, which is the run's.
+            presets that steer, and not its temperature, which is ``loss_temperature``.
         gamma, lam, vds_quantile, adaptive_quantile, detach_prior, schedule, vds_scope: see ``VGSObjective``; of
             presets that steer, others warn of them. One call (``vds_scope="call"``) is one micro-batch on one rank.
             ``schedule`` None: as the preset says, else ``"constant"``.
@@ -67,6 +67,9 @@ class VGSOptions:
         loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
             ``"token"`` averages over all tokens. None: as the preset says, else ``"trajectory"``.
         loss_backend, loss_workspace_bytes: passed to the fused loss.
+        loss_temperature: divides the logits in the loss; None: as ``temperature``, which the student is sampled with.
+        log_overlap: log which share of their k likeliest tokens student and teacher have in common, for this k; None
+            saves a product with both heads (``vgs.models.overlap``).
         log_terms: log every term of the steered objective. False saves work where the loss alone does not need them,
             and then nothing is watched for collapse.
         vocab_size: number of leading vocabulary columns to use, where both heads are padded alike; None uses all.
@@ -111,6 +114,12 @@ class VGSOptions:
     loss_workspace_bytes: int = field(
         default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
     )
+    loss_temperature: float | None = field(
+        default=None, metadata={"help": "Divides the logits in the loss; left out: as temperature, that of sampling."}
+    )
+    log_overlap: int | None = field(
+        default=None, metadata={"help": "Log how many of the so many likeliest tokens student and teacher share."}
+    )
     log_terms: bool = field(default=True, metadata={"help": "Log every term of the steered objective."})
     vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
@@ -139,6 +148,7 @@ class VGSOptions:
             if getattr(self, name) not in choices:
                 expected = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
+        checks.number("loss_temperature", self.loss_temperature, positive=True, optional=True)
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -206,7 +216,12 @@ class VGSOptions:
         preset = find_preset(self.preset)
         if self.prior != "live":
             preset = anchored(preset)
-        return preset.configured(self.temperature, **self._divergence_changes())
+        return preset.configured(self.temperature_of_loss, **self._divergence_changes())
+
+    @property
+    def temperature_of_loss(self) -> float:
+        """What divides the logits in the loss."""
+        return self.temperature if self.loss_temperature is None else self.loss_temperature
 
     def _divergence_changes(self) -> dict[str, Any]:
         return dict(self.divergence or {})
@@ -236,7 +251,7 @@ class VGSOptions:
             lam=self.lam,
             vds_quantile=self.vds_quantile,
             eta=eta,
-            temperature=self.temperature,
+            temperature=self.temperature_of_loss,
             detach_prior=self.detach_prior,
             schedule=self.schedule,
             adaptive_quantile=self.adaptive_quantile,

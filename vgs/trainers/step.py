@@ -16,6 +16,7 @@ from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 from ..models.forward import score_with_anchor
 from ..models.groups import PromptGroup, response_lengths, select_responses, trajectory_ids
 from ..models.heads import Head, read_head, token_logps, visual_dependency, whole_heads
+from ..models.overlap import top_k_overlap
 from ..objectives.definitions import VIEWS, Preset, shared_limits
 from ..objectives.weighting import weigh
 from ..teachers.protocol import Teacher, TeacherRows
@@ -85,7 +86,7 @@ class StepScorer:
         return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared, strict=self.strict)
 
     @staticmethod
-    def _apart(names: Sequence[str], plan: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
+    def _by_teacher(names: Sequence[str], plan: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
         """Passes in which all responses have the same teacher.
 
         Args:
@@ -250,7 +251,7 @@ class StepScorer:
             limits, gated = self._gate(groups, teacher, objective)
         terms = self._terms(terms)
         text = terms or preset.needs_own_text(objective)
-        passes = self._apart(
+        passes = self._by_teacher(
             [entry.teacher for entry in teacher], lambda own: self._plan(select_responses(groups, own), text)
         )
         if self.accelerator.num_processes > 1:
@@ -298,18 +299,35 @@ class StepScorer:
                 prior = {}
                 if self.prior_head is not None and batch.objective.gamma > 0:
                     prior["prior_head"] = self.prior_head(student, rows[0].dtype)
+                teacher = batch.teacher_rows(chosen, teacher_head, states["image"])
                 output = self.preset.loss(
                     states,
-                    batch.teacher_rows(chosen, teacher_head, states["image"]),
+                    teacher,
                     student_head,
                     teacher_head,
                     objective=batch.objective,
                     token_weights=joined([batch.weights[index] for index in chosen], states["image"]),
                     trajectory_ids=trajectory_ids(groups).to(student_head.weight.device),
                     return_terms=batch.terms,
-                    **(batch.sampled(chosen, states["image"]) if with_ids else {}),
+                    **(self._sampled(batch, chosen, states["image"]) if with_ids else {}),
                     **batch.steering(chosen, states["image"]),
                     **prior,
                     **self._loss_options,
                 )
+                output = self._with_policy(output, batch, chosen, states["image"], student_head)
+                if self.args.log_overlap is not None:
+                    options = self.args.log_overlap, self.args.vocab_size, self.args.loss_workspace_bytes
+                    likened = teacher[self.preset.taught_view]
+                    overlap = top_k_overlap(states["image"], student_head, likened, teacher_head, *options)
+                    batch.overlaps.append(overlap)
         return output.loss if zero is None else output.loss + zero, output
+
+    def _sampled(self, batch: MicroBatch, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        """What the preset's loss is told of the sampled tokens."""
+        return batch.sampled(chosen, like)
+
+    def _with_policy(
+        self, output: VGSOutput | DivergenceOutput, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head
+    ) -> VGSOutput | DivergenceOutput:
+        """The preset's output with a policy term that it could not take along."""
+        return output
