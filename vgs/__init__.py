@@ -37,6 +37,7 @@ _EXPORTS = {
     "SelfDistillationTrainer": "trainers.self_distillation",
     "VGSGRPOConfig": "trainers.grpo_settings",
     "VGSGRPOTrainer": "trainers.grpo",
+    "TeacherSource": "teachers.sources",
     "ConfigError": "errors",
     # data and evaluation
     "load_samples": "data.sources",

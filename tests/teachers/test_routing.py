@@ -13,6 +13,7 @@ from real_checkpoints import photo_samples
 from teachers import FAMILY, assert_same, outcome, taught
 from transformers import AutoModelForImageTextToText
 
+from vgs import VGSGRPOConfig
 from vgs.errors import ConfigError
 from vgs.models.forward import score_groups
 
@@ -120,3 +121,26 @@ def test_a_loaded_model_is_not_reloaded(checkpoint: Checkpoint, tmp_path: Path) 
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(FAMILY, teacher=True))
     with pytest.raises(ConfigError, match="reads teacher_model from disk: give its path, not a loaded model"):
         taught(checkpoint, tmp_path, model, teacher_reload=True)
+
+
+def test_reinforcement_has_several_teachers(tmp_path: Path) -> None:
+    """Two names of one teacher, in GRPO: the same weights after two steps."""
+    from grpo_runs import ScriptedGRPO, brevity, common, options, weights
+    from tiny import tiny_model, tiny_samples
+
+    ends = []
+    for number, several in enumerate((False, True)):
+        column = {"teacher_column": "domain"} if several else {}
+        given = common()
+        rows = [{**x, "domain": ("math", "charts")[index % 2]} for index, x in enumerate(tiny_samples(8))]
+        teacher = tiny_model(1, hidden=48)
+        trainer = ScriptedGRPO(
+            teacher_model={"math": teacher, "charts": teacher} if several else teacher,
+            reward_funcs=brevity,
+            args=VGSGRPOConfig(**options(tmp_path / str(number), alpha=0.5, lam=0.5, **column)),
+            **given | {"train_dataset": rows},
+        )
+        trainer.train()
+        ends.append(weights(trainer))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-6)

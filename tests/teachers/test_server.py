@@ -5,7 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import pickle
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,3 +283,30 @@ def test_a_command_that_cannot_serve(arguments: list[str], message: str, capsys:
         cli.main(["serve-teacher", *arguments])
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_run(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Started by one command, asked by another, stopped by SIGTERM."""
+    monkeypatch.chdir(tmp_path)
+    config = recorded_config(checkpoint, tmp_path, on_policy_fraction=0.5)
+    Path("token").write_text(TOKEN)
+    teacher = str(checkpoint(FAMILY, teacher=True))
+    words = [sys.executable, "-m", "vgs.cli", "serve-teacher", teacher, "--port", "0", "--token-file", "token"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            url = re.search(r"at (http://[\d.:]+), with a token\.", line)[1]
+            served = {**config, "teacher": {"url": url, "token_file": "token"}}
+            assert command("check", served) == 0
+            assert command("train", served) == 0 and Path("run/model.safetensors").exists()
+            folder = Path("cache")
+            assert command("cache-teacher", served, "--out", str(folder)) == 0
+            cached = {**config, "teacher": {"cache": str(folder)}}
+            assert command("train", cached, "--on_policy_fraction", "0", "--output_dir", "second") == 0
+            assert "refuses /fingerprint: 401" in refused(capsys, "train", {**served, "teacher": {"url": url}})
+        finally:
+            process.terminate()
+        assert process.wait(timeout=60) == 0
