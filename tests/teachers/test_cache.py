@@ -44,7 +44,9 @@ def outcome(trainer) -> tuple:
     return loss_and_gradients(trainer, rollout(trainer))
 
 
-@pytest.mark.parametrize("options", [{}, {"max_tokens_per_pass": 400, "num_generations": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"max_tokens_per_pass": 400, "num_generations": 2}, marks=pytest.mark.slow)]
+)
 def test_the_cached_run_is_the_live_run(config: dict, tmp_path: Path, options: dict) -> None:
     config["training"] |= options
     folder = built(config, tmp_path / "cache")
@@ -85,13 +87,17 @@ def killed_at(count: int):
         files.os.fsync = original
 
 
-def test_a_build_that_is_killed_goes_on(config: dict, tmp_path: Path) -> None:
+#: In the head, the manifest, the first file of states; again in the first, which is missing; in the second.
+MOMENTS = (1, 3, 5, 1, 3)
+
+
+@pytest.mark.parametrize("moments", [MOMENTS[2:3], pytest.param(MOMENTS, marks=pytest.mark.slow)])
+def test_a_build_that_is_killed_goes_on(config: dict, tmp_path: Path, moments: tuple[int, ...]) -> None:
     """Responses are sampled, so the bytes also show that each file draws its own random numbers."""
     config["data"]["train"].pop("responses")
     whole = built(config, tmp_path / "whole")
     folder = tmp_path / "cache"
-    # In the head, the manifest, the first file of states; again in the first, which is missing; in the second.
-    for count in (1, 3, 5, 1, 3):
+    for count in moments:
         child = os.fork()
         if child == 0:
             with killed_at(count):
@@ -155,8 +161,14 @@ def test_a_cache_that_was_made_from_something_else(config: dict, tmp_path: Path,
     [
         (["seven"], "row 1: 1 responses, expected num_generations=2"),
         (None, "row 1: responses must be a text, token ids, or a list of either, got None"),
-        (["seven", ""], "row 1: a response must be a text or a list of token ids, got ''"),
-        (["seven", "seven or nine " * 9], r"row 1: a response of \d+ tokens, more than max_completion_length=12"),
+        pytest.param(
+            ["seven", ""], "row 1: a response must be a text or a list of token ids, got ''", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["seven", "seven or nine " * 9],
+            r"row 1: a response of \d+ tokens, more than max_completion_length=12",
+            marks=pytest.mark.slow,
+        ),
         (["seven", "<|image_pad|>"], "row 1: the image or video token"),
         ([[1, 2], [9999]], "row 1: the token id 9999, expected ids below"),
     ],
@@ -186,6 +198,7 @@ def test_which_prompts_are_sampled(fraction: float) -> None:
         assert steps != [[on_policy(fraction, 6, step, 8, process) for process in range(2)] for step in range(20)]
 
 
+@pytest.mark.slow
 def test_a_mixed_run_resumes_exactly(config: dict, tmp_path: Path) -> None:
     """Half of the prompts have cached responses; the live teacher scores the others alone."""
     folder = built(config, tmp_path / "cache")
@@ -205,6 +218,7 @@ def test_a_mixed_run_resumes_exactly(config: dict, tmp_path: Path) -> None:
         assert torch.equal(value, other), name
 
 
+@pytest.mark.slow
 def test_evaluation_without_a_live_teacher_has_an_accuracy_alone(config: dict, tmp_path: Path) -> None:
     folder = built(config, tmp_path / "cache")
     trainer = recorded_trainer(config, TeacherSource(cache=str(folder)))

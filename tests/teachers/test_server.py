@@ -61,7 +61,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VGS_TEACHER_TOKEN_FILE", raising=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_tokens_per_pass": 500}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"max_tokens_per_pass": 500}, marks=pytest.mark.slow)])
 def test_the_served_run_is_the_local_run_bit_by_bit(
     checkpoint: Checkpoint, tmp_path: Path, model: ServedModel, options: dict
 ) -> None:
@@ -72,6 +72,7 @@ def test_the_served_run_is_the_local_run_bit_by_bit(
         assert_same(outcome(trainer), local)
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_the_trainers(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A teacher in bfloat16 under the trainer's autocast, here and there."""
     path = str(checkpoint(FAMILY, teacher=True))
@@ -82,6 +83,7 @@ def test_mixed_precision_is_the_trainers(checkpoint: Checkpoint, tmp_path: Path)
         assert_same(outcome(taught(checkpoint, tmp_path / "b", TeacherSource(url=url), bf16=True)), local)
 
 
+@pytest.mark.slow
 def test_a_served_teacher_among_several(checkpoint: Checkpoint, tmp_path: Path, model: ServedModel) -> None:
     rows = [{**x, "domain": y} for x, y in zip(photo_samples(tmp_path / "p"), ("here", "there", "here"), strict=True)]
     path = str(checkpoint(FAMILY, teacher=True))

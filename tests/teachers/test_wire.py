@@ -18,7 +18,7 @@ from vgs.teachers.local import LocalTeacher
 from vgs.teachers.server import ServedModel
 from vgs.teachers.wire import pack_groups, pack_head, unpack, unpack_groups, unpack_head
 
-USUAL = ("gemma4", "internvl")
+USUAL = ("gemma4",)
 FAMILIES = [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in (*REAL_FAMILIES, *FIELD_FAMILIES)]
 
 

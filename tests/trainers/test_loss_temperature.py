@@ -43,7 +43,7 @@ def test_sampling_has_one_and_the_loss_the_other(tmp_path: Path) -> None:
     assert loss_and_gradients(cold, batch)[0] != pytest.approx(found[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("lam", [0.5, 0.0])
+@pytest.mark.parametrize("lam", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_reinforcement_keeps_the_policy_at_the_temperature_of_sampling(tmp_path: Path, lam: float) -> None:
     """The gradient is (1 - alpha) * that of GRPO alone + alpha * that of the distillation alone, each at its own."""
     runs = {"policy": (0.0, {}), "loss": (1.0, {}), "both": (0.4, {})}

@@ -214,9 +214,10 @@ class Preflight:
         """Recorded responses, where the run learns from some."""
         values = self.samples["train"].column("responses")
         fraction = getattr(self.args, "on_policy_fraction", 1)
-        bare = [name or "teacher" for name, x in teacher_sections(self.config).items() if "cache" not in x]
-        if fraction < 1 and values is None and bare and not self.building:
-            raise ConfigError(f"on_policy_fraction {fraction} needs data.train.responses, or a cache of {bare[0]}.")
+        sections = teacher_sections(self.config).values()
+        cached = bool(sections) and all("cache" in section for section in sections)
+        if fraction < 1 and values is None and not cached and not self.building:
+            raise ConfigError(f"on_policy_fraction {fraction} needs data.train.responses, or a cache of each teacher.")
         if fraction == 1 and values is not None and not self.building:
             raise ConfigError("data.train.responses has no effect with on_policy_fraction 1: the student samples all.")
         if values is not None:

@@ -7,6 +7,7 @@ a build that is killed goes on where it was. A token takes 2 * Dt bytes a view i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.heads import Head
-from .fingerprints import head_fingerprint
+from .fingerprints import head_fingerprint, tensor_bytes
 from .protocol import TeacherFacts
 from .wire import Malformed, pack, pack_head, unpack_head
 
@@ -242,6 +243,10 @@ def _is_whole(folder: Path, number: int) -> bool:
         return False
 
 
+def _digest(response: Tensor) -> bytes:
+    return hashlib.sha256(tensor_bytes(response)).digest()
+
+
 class StateCache:
     """A finished cache, opened for reading; hidden states are read when they are asked for.
 
@@ -265,8 +270,8 @@ class StateCache:
                 f"the teacher's cache {str(folder)!r} is not finished: {len(missing)} of {manifest.files} files are "
                 "missing. Go on with the same `vgs cache-teacher` command."
             )
-        #: Prompt -> response -> (file, first token, end).
-        self._places: dict[bytes, dict[tuple[int, ...], tuple[int, int, int]]] = defaultdict(dict)
+        #: Prompt -> hash of a response -> (file, first token, end).
+        self._places: dict[bytes, dict[bytes, tuple[int, int, int]]] = defaultdict(dict)
         self._open = lru_cache(maxsize=OPEN_FILES)(self._opened)
         for number in range(manifest.files):
             self._index(number)
@@ -285,7 +290,7 @@ class StateCache:
         prompts, lengths, ids = (file.get_tensor(name) for name in ("prompts", "lengths", "ids"))
         for prompt, response in zip(prompts, ids.split(lengths.tolist()), strict=True):
             place = (number, first, first + len(response))
-            self._places[bytes(prompt.tolist())].setdefault(tuple(response.tolist()), place)
+            self._places[bytes(prompt.tolist())].setdefault(_digest(response), place)
             first += len(response)
 
     def check(self, **now: Any) -> None:
@@ -313,7 +318,8 @@ class StateCache:
         Args:
             prompt: of ``fingerprints.prompt_fingerprint``.
         """
-        return [list(response) for response in self._places.get(prompt, ())]
+        places = self._places.get(prompt, {}).values()
+        return [self._open(number).get_slice("ids")[first:end].tolist() for number, first, end in places]
 
     def find(self, prompt: bytes, response: Tensor) -> dict[str, Tensor] | None:
         """view -> [T, Dt] states of a response on the CPU, in the type in which they were computed; None: not here.
@@ -322,7 +328,7 @@ class StateCache:
             prompt: of ``fingerprints.prompt_fingerprint``.
             response: [T] int64 token ids.
         """
-        place = self._places.get(prompt, {}).get(tuple(response.tolist()))
+        place = self._places.get(prompt, {}).get(_digest(response))
         if place is None:
             return None
         number, first, end = place

@@ -62,22 +62,10 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     prompts = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
     words = _words(trainer)
     check_logits("model", student, words)
-    answers = [packs(student, prompts)]
-    if not any(found.remote is None for found in opened.values()):
+    if not any(found.source.model is not None for found in opened.values()):
         check_engine(args, None, accelerator.distributed_type)
-    for found in opened.values():
-        with found.here() as teacher:
-            check_placeholders(student, found.facts)
-            if found.remote is not None:
-                found.remote.check(trainer.processing_class, student.config, args.vocab_size)
-            if found.cache is not None:
-                check_cache(trainer, found, teacher)
-            if teacher is None:
-                continue
-            check_engine(args, teacher, accelerator.distributed_type)
-            check_kernel(found.what, teacher, args.packed_attention, accelerator.device)
-            check_logits(found.what, teacher, words)
-            answers.append(packs(teacher, prompts))  # all are asked, on every rank
+    # All are asked, on every rank; a teacher that is loaded for it is given up before the next.
+    answers = [packs(student, prompts), *[_check_teacher(trainer, x, words, prompts) for x in opened.values()]]
     trainer.packs = all(answers)
     settle_vocabulary(args, student.config, opened)
     check_overlap(args.log_overlap, args.vocab_size or student.config.get_text_config().vocab_size)
@@ -87,6 +75,23 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
     freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
     trainer.anchor = anchor_prompt(trainer)
+
+
+def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: list[PromptGroup]) -> bool:
+    """One teacher against the student; whether it runs in packed rows, as far as that is decided here."""
+    args, student, accelerator = trainer.args, trainer.student, trainer.accelerator
+    with found.here() as teacher:
+        check_placeholders(student, found.facts)
+        if found.remote is not None:
+            found.remote.check(trainer.processing_class, student.config, args.vocab_size)
+        if found.cache is not None:
+            check_cache(trainer, found, teacher)
+        if teacher is None:
+            return True
+        check_engine(args, teacher, accelerator.distributed_type)
+        check_kernel(found.what, teacher, args.packed_attention, accelerator.device)
+        check_logits(found.what, teacher, words)
+        return packs(teacher, prompts)
 
 
 def check_cache(trainer: Any, found: OpenedTeacher, teacher: nn.Module | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,9 @@ def open_teachers(teacher_model: Any, args: Any) -> dict[str, OpenedTeacher]:
         raise ConfigError(f"teachers {', '.join(sources)} need teacher_column, the column that names each row's.")
     if not several and args.teacher_column is not None:
         raise ConfigError(f"teacher_column={args.teacher_column!r} needs several teachers by name, got one.")
+    unread = [name for name in ("teacher_offload", "teacher_reload") if getattr(args, name)]
+    if unread and sources and not any(source.model is not None for source in sources.values()):
+        raise ConfigError(f"{unread[0]}=True has no effect: no teacher runs here.")
     opened = {}
     for name, source in sources.items():
         what = f"teacher {name!r}" if name else "teacher_model"
@@ -159,6 +163,7 @@ def place_teachers(trainer: Any, opened: Mapping[str, OpenedTeacher]) -> None:
 
 def _loader(source: TeacherSource, args: Any, device: torch.device) -> Callable[[], nn.Module]:
     def load() -> nn.Module:
+        gc.collect()  # a model is a cycle of references, and the one before must be gone
         return load_teacher(source.model, args, args.world_size, source.options).to(device).eval()
 
     return load
