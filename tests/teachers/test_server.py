@@ -308,7 +308,9 @@ def test_the_command_serves_a_run(
             assert command("cache-teacher", served, "--out", str(folder)) == 0
             cached = {**config, "teacher": {"cache": str(folder)}}
             assert command("train", cached, "--on_policy_fraction", "0", "--output_dir", "second") == 0
-            assert "refuses /fingerprint: 401" in refused(capsys, "train", {**served, "teacher": {"url": url}})
+            assert "refuses /fingerprint: 401" in refused(
+                capsys, "train", {**served, "teacher": {"url": url}}, "--output_dir", "third"
+            )
         finally:
             process.terminate()
         assert process.wait(timeout=60) == 0
