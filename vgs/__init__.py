@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names for type checkers, editors and the reference
     from .objectives.presets import find_preset as find_preset
     from .objectives.weighting import token_weights as token_weights
     from .one_step import vgs_step as vgs_step
+    from .teachers.sources import TeacherSource as TeacherSource
     from .trainers.distillation import VGSTrainer as VGSTrainer
     from .trainers.grpo import VGSGRPOTrainer as VGSGRPOTrainer
     from .trainers.grpo_settings import VGSGRPOConfig as VGSGRPOConfig
@@ -72,6 +73,7 @@ _EXPORTS = {
     "SelfDistillationTrainer": "trainers.self_distillation",
     "VGSGRPOConfig": "trainers.grpo_settings",
     "VGSGRPOTrainer": "trainers.grpo",
+    "TeacherSource": "teachers.sources",
     "ConfigError": "errors",
     # data and evaluation
     "DataSource": "data.sources",

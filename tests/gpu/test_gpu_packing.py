@@ -10,7 +10,7 @@ from torch import nn
 from vgs.data.prompts import encode_groups
 from vgs.models.families import placeholder_ids
 from vgs.models.forward import score_groups
-from vgs.trainers.teacher import Offload
+from vgs.teachers.local import Offload
 
 pytestmark = pytest.mark.gpu
 

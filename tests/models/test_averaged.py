@@ -143,7 +143,7 @@ def test_shards_that_cannot_be_followed_are_refused_at_the_start(
     monkeypatch.setattr(kind, "distributed_type", engine)
     monkeypatch.setattr(kind, "is_fsdp2", False)
     with pytest.raises(ValueError, match=r"teacher='ema' needs parameters that are whole or sharded by FSDP2"):
-        trainer.make_scorer()
+        trainer.make_teachers()
     CopyFollower(trainer, StudentCopy("live"))
     monkeypatch.setattr(kind, "is_fsdp2", True)
     if engine == DistributedType.FSDP:

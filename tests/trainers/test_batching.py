@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vgs.models.groups import PromptGroup
-from vgs.trainers.batching import plan_passes, select_responses
+from vgs.models.groups import PromptGroup, select_responses
+from vgs.trainers.batching import plan_passes
 
 
 def group(prompt: int, text: int, lengths: list[int]) -> PromptGroup:

@@ -19,8 +19,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vgs import VGSConfig, VGSGRPOConfig, VGSGRPOTrainer, VGSTrainer
 from vgs.errors import ConfigError
-from vgs.trainers.checks import check_engine, check_logits, check_pair, has_column
-from vgs.trainers.teacher import Offload
+from vgs.teachers.local import Offload
+from vgs.trainers.checks import check_engine, check_logits, check_student, has_column
 
 
 def other_image_token() -> nn.Module:
@@ -138,7 +138,7 @@ def test_a_text_only_student_is_refused_where_images_are_needed(tmp_path: Path) 
     with pytest.raises(ConfigError, match="compares prompts with and without images"):
         text_trainer(tmp_path)
     with pytest.raises(ConfigError, match="model must be a vision-language model, got Qwen2ForCausalLM"):
-        check_pair(text_model(0), text_model(1), has_processor=False, needs_images=True)
+        check_student(text_model(0), has_processor=False, needs_images=True)
 
 
 def test_prompts_of_plain_text(tmp_path: Path) -> None:

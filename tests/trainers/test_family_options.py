@@ -14,7 +14,6 @@ from trainers import loss_and_gradients
 
 import vgs
 from vgs.errors import ConfigError
-from vgs.trainers.preparation import both_pack
 
 Checkpoint = Callable[..., Path]
 RARER = ("glm4v_moe", "kimi_k25", "gemma4_moe", "gemma4_unified", "mistral4", "granite4_vision")
@@ -37,7 +36,7 @@ def test_a_budget_of_tokens_and_checkpointing_leave_the_gradient_alone(
     family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     trainer = trainer_of(checkpoint, family, tmp_path)
-    assert both_pack(trainer)
+    assert trainer.packs
     # Dropout inside a projector would draw anew; sampling needs the evaluation mode anyway.
     trainer.model.train()
     for part in trainer.model.modules():
@@ -79,7 +78,7 @@ def test_a_tower_that_is_not_there_is_refused_at_the_start(checkpoint: Checkpoin
 def test_adapters_alone_train(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     lora = peft.LoraConfig(r=2, target_modules=r".*language_model\.layers\.\d+\.self_attn\.o_proj")
     trainer = trainer_of(checkpoint, family, tmp_path, lora=lora)
-    assert both_pack(trainer)
+    assert trainer.packs
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}

@@ -90,7 +90,9 @@ def test_the_teacher_scores_a_sampled_batch_once(tmp_path, monkeypatch) -> None:
     trainer = grpo_trainer(tmp_path, num_iterations=3, max_steps=6)
     calls = []
     original = trainer.step_scorer.score_teacher
-    monkeypatch.setattr(trainer.step_scorer, "score_teacher", lambda *args: calls.append(args) or original(*args))
+    monkeypatch.setattr(
+        trainer.step_scorer, "score_teacher", lambda *args, **options: calls.append(args) or original(*args, **options)
+    )
     trainer.train()
     assert len(calls) == 2
 

@@ -255,11 +255,11 @@ def test_the_teacher_runs_in_the_engine_that_the_student_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
 ) -> None:
     trainer = make_self_trainer(tmp_path)
-    assert trainer.step_scorer.teacher_model is trainer.model
+    assert trainer.step_scorer.teachers[""].model is trainer.model
     monkeypatch.setattr(type(trainer.step_scorer), "sharded", sharded)
     trainer.model_wrapped = torch.nn.Sequential(trainer.model)
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
-    assert trainer.step_scorer.teacher_model is (trainer.model_wrapped if sharded else trainer.model)
+    assert trainer.step_scorer.teachers[""].model is (trainer.model_wrapped if sharded else trainer.model)
     assert trainer.copy.taken
 
 

@@ -11,9 +11,9 @@ from tiny import SPECIAL, WORDS, tiny_model, tiny_processor, tiny_samples, train
 
 from vgs import VGSConfig, VGSTrainer
 from vgs.errors import ConfigError
+from vgs.models.vocabulary import common_vocabulary
 from vgs.trainers.grpo import VGSGRPOTrainer
 from vgs.trainers.grpo_settings import VGSGRPOConfig
-from vgs.trainers.vocabulary import common_vocabulary
 
 TOKENS = len(SPECIAL) + len(WORDS)
 PADDED = TOKENS + 9

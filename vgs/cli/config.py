@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError, config_errors
 from ..log import warn_once
-from ..trainers.kinds import needs_teacher, preset_of, trainer_kind
+from ..trainers.kinds import needs_teacher, preset_of, teacher_sections, trainer_kind
 from .keys import DATA, SECTIONS, TOP, Key, all_keys, unknown_key
 from .typed import typed
 from .yaml_text import read_yaml
@@ -21,7 +21,7 @@ from .yaml_text import read_yaml
 logger = logging.getLogger(__name__)
 
 FILE_KEYS = (*TOP, *SECTIONS)
-OF_DIGITS = ("student", "teacher", "processor", "data")  # sections that the built-in task brings itself
+OF_DIGITS = ("student", "teacher", "teachers", "processor", "data")  # sections that the built-in task brings itself
 
 
 def _overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -121,6 +121,7 @@ def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[st
     config = _top(config, name)
     kind = trainer_kind(config)
     keys = all_keys(kind)
+    _move_teacher_column(config)
     if "rewards" in config:
         if "rewards" in config.get("training", {}):
             raise ConfigError("rewards and training.rewards are the same key; keep one.")
@@ -132,6 +133,10 @@ def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[st
     for section in ("student", "teacher", "digits", "training", "lora"):
         if section in config:
             config[section] = _checked(config[section], keys[section], section)
+    if "teachers" in config:
+        config["teachers"] = {
+            name: _checked(section, keys["teacher"], f"teachers.{name}") for name, section in config["teachers"].items()
+        }
     if "data" in config:
         parts = _data_parts(config["data"])
         config["data"] = {part: _checked(section, DATA, f"data.{part}") for part, section in parts.items()}
@@ -139,6 +144,44 @@ def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[st
     _check_needed(config, name)
     _check_names(config)
     return _with_objective(config)
+
+
+def _move_teacher_column(config: dict[str, Any]) -> None:
+    """``teacher_column`` beside the sections is a setting of the training."""
+    column = config.pop("teacher_column", None)
+    training = config.get("training", {})
+    if column is None:
+        return
+    if not isinstance(column, str):
+        raise ConfigError(f"teacher_column must be a text, got {column!r}.")
+    if "teacher_column" in training:
+        raise ConfigError("teacher_column and training.teacher_column are the same key; keep one.")
+    config["training"] = {**training, "teacher_column": column}
+
+
+def _check_teachers(config: Mapping[str, Any], name: str) -> None:
+    """Every teacher comes from somewhere, and its keys belong to where it comes from."""
+    if "teacher" in config and "teachers" in config:
+        raise ConfigError("sections 'teacher' and 'teachers' exclude each other; keep one.")
+    column = config.get("training", {}).get("teacher_column")
+    if ("teachers" in config) != (column is not None):
+        raise ConfigError(
+            "section 'teachers' and teacher_column, the column that names each row's teacher, need each other; got "
+            f"{'the section' if column is None else f'teacher_column {column!r}'} alone."
+        )
+    for title, section in teacher_sections(config).items():
+        where = f"teachers.{title}" if title else "teacher"
+        if not {"path", "url", "cache"} & set(section):
+            raise ConfigError(
+                f"{name} needs {where}.path (or a url, or a cache{'' if title else '; or task: digits'})."
+            )
+        if "path" in section and "url" in section:
+            raise ConfigError(f"{where}.path and {where}.url exclude each other; keep one.")
+        of_path = sorted(set(section) - {"path", "url", "token_file", "cache"})
+        if of_path and "path" not in section:
+            raise ConfigError(f"{where}.{of_path[0]} has no effect without {where}.path; leave it out.")
+        if "token_file" in section and "url" not in section:
+            raise ConfigError(f"{where}.token_file has no effect without {where}.url; leave it out.")
 
 
 def _data_parts(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,9 +220,9 @@ def _check_effect(config: Mapping[str, Any], kind: str) -> None:
             hint = "with task: digits, which brings its own" if digits else "without task: digits"
             raise ConfigError(f"section {section!r} has no effect {hint}; leave it out.")
     preset, training = preset_of(config), config.get("training", {})
-    if kind == "self" and "teacher" in config:
+    if kind == "self" and (given := [x for x in ("teacher", "teachers") if x in config]):
         raise ConfigError(
-            f"section 'teacher' has no effect with objective {preset.name!r}, whose teacher is the student itself; "
+            f"section {given[0]!r} has no effect with objective {preset.name!r}, whose teacher is the student itself; "
             "leave it out (training.teacher says how it follows the student)."
         )
     if kind == "grpo" and training.get("alpha") == 0 and "teacher" in config:
@@ -210,20 +253,24 @@ def _check_needed(config: Mapping[str, Any], name: str) -> None:
             raise ConfigError(f"{name} needs data.{part}.path.")
     if config.get("task") is not None:
         return
-    needed = [("student", "path"), ("teacher", "path"), ("data", "train")]
-    if not needs_teacher(config):
-        needed.remove(("teacher", "path"))
-    for section, key in needed:
+    for section, key in (("student", "path"), ("data", "train")):
         if key not in config.get(section, {}):
             raise ConfigError(f"{name} needs {section}.{key} (or task: digits).")
+    if config.get("teachers") == {}:
+        raise ConfigError("section 'teachers' must name at least one teacher, got none.")
+    if needs_teacher(config) and not teacher_sections(config):
+        raise ConfigError(f"{name} needs teacher.path (or task: digits).")
+    _check_teachers(config, name)
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
     """Names that libraries would refuse late: dtypes, and keys of generation."""
     import torch
 
-    for section in ("student", "teacher"):
-        dtype = config.get(section, {}).get("dtype")
+    sections = {"student": config.get("student", {}), "teacher": config.get("teacher", {})}
+    sections |= {f"teachers.{name}": section for name, section in config.get("teachers", {}).items()}
+    for section, keys in sections.items():
+        dtype = keys.get("dtype")
         if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"{section}.dtype must be auto or one of torch, such as bfloat16, got {dtype!r}.")
     training = config.get("training", {})

@@ -261,7 +261,7 @@ def run(options: argparse.Namespace) -> None:
     for name, section in sections.items():
         pair.check_weights(section, name)
     processor = pair.load_processor(sections)
-    pair.check_pair(sections, processor, configs[0])
+    pair.check_pair(sections, processor, configs[0], sections["teacher"])
     data = look_at(options.data, processor)
     output_dir = str(Path("runs") / options.out.stem)
     text = write(options.student, options.teacher, data, configs, output_dir, torch.cuda.is_available())

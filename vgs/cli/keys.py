@@ -64,6 +64,7 @@ TOP = _keys(
     ("trainer", Literal["grpo"] | None, None, "grpo: reinforcement learning with the distillation beside it."),
     ("task", Literal["digits"] | None, None, "digits: the built-in task, in place of student, teacher and data."),
     ("scorer", str | None, None, "Compares a response with the gold answer: answers_match or module:function."),
+    ("teacher_column", str | None, None, "Short for training.teacher_column, of section teachers."),
     ("rewards", list[str] | str | None, None, "Short for training.rewards, of trainer: grpo."),
 )
 MODEL = _keys(
@@ -73,7 +74,13 @@ MODEL = _keys(
     ("attn_implementation", str | None, None, "Attention of transformers: sdpa, eager, flash_attention_2, ..."),
     ("trust_remote_code", bool, False, "Run the Python code that lies beside the model."),
 )
-TEACHER = MODEL | _keys(("load_in_8bit", bool, False, "Keep the teacher's weights in 8 bits (needs bitsandbytes)."))
+TEACHER = MODEL | _keys(
+    ("path", str | None, None, "Folder of a saved model, or its name on the Hugging Face hub; or a url, or a cache."),
+    ("load_in_8bit", bool, False, "Keep the teacher's weights in 8 bits (needs bitsandbytes)."),
+    ("url", str | None, None, "Address of a teacher that `vgs serve-teacher` runs, in place of path."),
+    ("token_file", str | None, None, "File with the token of that server; left out: VGS_TEACHER_TOKEN."),
+    ("cache", str | None, None, "Folder of `vgs cache-teacher`, for recorded responses."),
+)
 DATA = _keys(
     ("path", str, REQUIRED, "File, folder or hub dataset: parquet, JSONL, JSON, CSV, TSV, arrow, save_to_disk."),
     ("subset", str | None, None, "Configuration of a hub dataset."),
@@ -84,6 +91,7 @@ DATA = _keys(
     ("images", str | None, "images", "Column with one picture or a list; null: only those within messages."),
     ("privileged_images", str | None, None, "Column with pictures that only the teacher sees."),
     ("privileged_text", str | None, None, "Column with text that only the teacher sees."),
+    ("responses", str | None, None, "Column with recorded responses, for training.on_policy_fraction below 1."),
     ("system_prompt", str | None, None, "Text of a system message before every question."),
     ("limit", int | None, None, "Use the first so many rows."),
     ("on_bad_row", Literal["error", "skip"], "error", "Rows that cannot be used: error, or skip and list them."),
@@ -98,7 +106,13 @@ DIGITS = _keys(
     ("context", Literal["clean", "labels"], "clean", "Privileged context of self-distillation: clean or labels."),
 )
 #: Sections and keys beside them, in the order in which they are shown.
-SECTIONS = ("student", "teacher", "processor", "data", "digits", "training", "lora")
+SECTIONS = ("student", "teacher", "teachers", "processor", "data", "digits", "training", "lora")
+
+#: Sections whose keys are not listed one by one.
+MORE = {
+    "teachers": "teachers.NAME.KEY: several teachers, each with the keys of section teacher; see teacher_column",
+    "processor": "processor.KEY: settings of the student's processor and image processor, e.g. max_pixels",
+}
 
 
 @functools.cache
@@ -199,9 +213,9 @@ def listing(pattern: str = "", kinds: Iterable[str] = tuple(TRAINERS)) -> str:
                 note = "" if name not in seen else f" [{kind}]"
                 seen.setdefault(name, key)
                 rows[name + note] = f"{name}{note}: {kind_name(key.kind)}, {default}\n    {key.meaning}"
-    more = "processor.KEY: settings of the student's processor and image processor, e.g. max_pixels"
-    if pattern.lower() in more.lower():
-        rows["processor"] = more
+    for name, more in MORE.items():
+        if pattern.lower() in more.lower():
+            rows[name] = more
     if not rows:
         raise ConfigError(f"No key has {pattern!r} in its name or meaning; `vgs keys` lists all.")
     return "\n".join(rows.values())

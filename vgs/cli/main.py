@@ -1,4 +1,5 @@
-"""``vgs init | check | train | eval | plan | kl-gap | keys | demo | study``: the command line."""
+"""The command line: ``vgs init | check | train | eval | plan | kl-gap | cache-teacher | serve-teacher | keys | demo``
+and ``study``."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ OVERRIDES = (
     "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap")
+WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,13 @@ def _count(text: str) -> int:
     """A whole number above 0, as an option's value."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """A port, as an option's value."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 
@@ -119,6 +127,23 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_count, default=8)
     command.add_argument("--out", type=Path, help="write the result to this JSON file")
 
+    command = with_config("cache-teacher", "hidden states of the teacher on recorded responses, computed once and kept")
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder (teacher.cache, else runs/teacher-cache)")
+    command.add_argument("--rows-per-file", type=_count, default=32, help="rows that a kill can cost (32)")
+    command.add_argument("--stored", choices=("bfloat16", "float16", "float32"), help="type in the files (as computed)")
+
+    about = "send a teacher's hidden states to trainers on other GPUs or machines"
+    detail = f"{about}. The token is read from VGS_TEACHER_TOKEN, or from the file that VGS_TEACHER_TOKEN_FILE names."
+    command = commands.add_parser("serve-teacher", help=about, description=detail, allow_abbrev=False)
+    command.add_argument("model", metavar="CONFIG.yaml|MODEL", help="a config with a teacher, or a model")
+    command.add_argument("--teacher", metavar="NAME", help="one of a config's several teachers")
+    command.add_argument("--host", default="127.0.0.1", help="address to bind; beyond this machine it needs a token")
+    command.add_argument("--port", type=_port, default=8017, help="8017; 0 takes any that is free")
+    command.add_argument("--device", help="cuda, cuda:1, cpu (cuda where there is one)")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (as saved)")
+    command.add_argument("--token-file", metavar="FILE", help="with the token")
+    command.add_argument("--max-request", type=_count, default=2**30, metavar="BYTES", help="of one request (1 GiB)")
+
     command = commands.add_parser("keys", help="list the keys of a config, with type, default and meaning")
     command.add_argument("pattern", nargs="?", default="", help="only keys that have this in name or meaning")
 
@@ -164,6 +189,14 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return eval_command.run(options, overrides)
     if options.command == "eval":
         eval_command.check_unused(options)
+    if options.command == "serve-teacher":
+        from .serve_command import run as serve
+
+        return serve(options)
+    if options.command == "cache-teacher":
+        from .cache_command import run as cache
+
+        return cache(load_config(options.config, overrides), options.out, options.rows_per_file, options.stored)
     check_file(getattr(options, "out", None))
     config = load_config(options.config, overrides)
     if options.command == "train":

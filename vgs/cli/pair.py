@@ -24,17 +24,14 @@ from transformers import (
 
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import prompt_opening
+from ..models.pictures import check_pictures, reads_pictures
 from ..models.tokenizers import check_same_tokens, load_tokenizer, tokenizer_of
-from ..trainers.vocabulary import common_vocabulary, head_rows
+from ..models.vocabulary import common_vocabulary, head_rows
 from .keys import unknown_key
 from .resolved import LOADING
 
 logger = logging.getLogger(__name__)
 
-# Fields that say how pixels become image tokens; models with others cannot read the same pixels.
-VISION_FIELDS = ("patch_size", "spatial_merge_size", "temporal_patch_size", "image_size", "num_channels", "in_channels")
-TOP_FIELDS = ("downsample_ratio", "image_seq_length", "scale_factor", "mm_tokens_per_image")
-TOP_FIELDS += ("vision_feature_select_strategy", "image_grid_pinpoints")
 PIXEL_FIELDS = ("image_mean", "image_std", "rescale_factor")
 SIDES = ((224, 224), (480, 640), (1000, 300))  # (height, width) of pictures whose image tokens are compared
 
@@ -83,11 +80,6 @@ def processor_keys(processor: Any) -> set[str]:
         keys |= set(getattr(getattr(owner, "valid_kwargs", None), "__annotations__", ()))
         keys |= {"min_pixels", "max_pixels"} if "size" in keys and hasattr(owner, "patch_size") else set()
     return {key for key in keys if not key.startswith("_") and not key.endswith("_type")} - {"self", "kwargs"}
-
-
-def reads_pictures(config: Any) -> bool:
-    """Whether a transformers config is of a vision-language model."""
-    return getattr(config, "vision_config", None) is not None
 
 
 def auto_class(text_only: bool) -> type:
@@ -148,34 +140,6 @@ def check_weights(section: Mapping[str, Any], name: str) -> None:
     for file in files:
         with config_errors(f"{what}: {file.name} is not whole", SafetensorError, OSError), safe_open(file, "pt"):
             pass
-
-
-def _differences(own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    found = {}
-    for names, pair in ((VISION_FIELDS, (own.vision_config, other.vision_config)), (TOP_FIELDS, (own, other))):
-        for name in names:
-            values = tuple(getattr(config, name, None) for config in pair)
-            if None not in values and values[0] != values[1]:
-                found[name] = values
-    return found
-
-
-def check_pictures(student: Any, teacher: Any, names: tuple[str, str]) -> None:
-    """Stop where the teacher's vision tower cannot read the pixels that the student's processor makes.
-
-    Args:
-        student, teacher: their transformers configs.
-        names: their paths, for the message.
-
-    Raises:
-        ConfigError: other patch sizes, merge sizes or image tokens per picture.
-    """
-    if differ := _differences(student, teacher):
-        listed = ", ".join(f"{name} {own!r} and {other!r}" for name, (own, other) in differ.items())
-        raise ConfigError(
-            f"teacher.path {names[1]!r} reads pictures otherwise than student.path {names[0]!r} (student's, teacher's: "
-            f"{listed}), so it cannot read the student's prompts; use a teacher of the same family."
-        )
 
 
 def _teacher_processor(section: Mapping[str, Any]) -> Any:
@@ -251,23 +215,25 @@ def check_templates(student: Any, teacher: Any, **template_options: Any) -> None
         )
 
 
-def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[str, Any]:
-    """Whether student and teacher fit each other; the config with the vocabulary that both have.
+def check_pair(
+    config: Mapping[str, Any], processor: Any, student: Any, section: Mapping[str, Any], where: str = "teacher"
+) -> int | None:
+    """Whether student and teacher fit each other; the number of vocabulary columns that both have, None for all.
 
     Args:
-        config: of ``load_config``, with a teacher.
+        config: of ``load_config``.
         processor: the student's. student: its transformers config.
+        section: the teacher's. where: its name in the config.
 
     Raises:
         ConfigError: other tokens, patches or image tokens, or a ``vocab_size`` that is too large.
     """
-    training, section = config.get("training", {}), config["teacher"]
-    paths = config["student"]["path"], section["path"]
-    teacher = model_config(section, "teacher", needs_pictures=reads_pictures(student))
+    training = config.get("training", {})
+    teacher = model_config(section, where, needs_pictures=reads_pictures(student))
     if reads_pictures(student):
-        check_pictures(student, teacher, paths)
+        check_pictures(student, teacher, (config["student"]["path"], f"{where}.path {section['path']!r}"))
     vocab_size = common_vocabulary(student, teacher, training.get("vocab_size"))
-    with config_errors(f"teacher.path {section['path']!r}", *LOADING):
+    with config_errors(f"{where}.path {section['path']!r}", *LOADING):
         tokenizer = load_tokenizer(section)
         if tokenizer is not None:
             check_same_tokens(processor, tokenizer, vocab_size)
@@ -279,6 +245,4 @@ def check_pair(config: Mapping[str, Any], processor: Any, student: Any) -> dict[
         _check_counts(processor, own)
         _check_pixels(processor, own)
     check_templates(processor, own, **(training.get("chat_template_kwargs") or {}))
-    if vocab_size is None:
-        return dict(config)
-    return {**config, "training": {**training, "vocab_size": vocab_size}}
+    return vocab_size

@@ -22,13 +22,21 @@ from ..data.sources import DataSource, Samples, listed, open_samples
 from ..errors import ConfigError, config_errors
 from ..evaluation.rewards import check_rewards, find_scorer
 from ..models.families import placeholder_ids
+from ..models.pictures import reads_pictures
 from ..models.routers import check_routers
 from ..models.self_check import way_of
+from ..models.vocabulary import common_rows
+from ..teachers.cache import StateCache
+from ..teachers.served import TeacherClient, check_served
+from ..teachers.server import read_token
+from ..teachers.sources import as_sources
 from ..trainers.checks import check_columns_for, check_teacher_kind
-from ..trainers.kinds import needs_teacher, trainer_kind
+from ..trainers.kinds import needs_teacher, teacher_sections, trainer_kind
+from ..trainers.off_policy import check_caches, check_recorded
+from ..trainers.routes import check_routes
 from . import budgets, pair
 from .keys import DIGITS
-from .resolved import LOADING
+from .resolved import LOADING, teacher_sources
 from .steps import Steps, plan_steps, processes, say_steps
 
 logger = logging.getLogger(__name__)
@@ -57,8 +65,11 @@ class Preflight:
         config: of ``load_config``; a vocabulary that both models have is filled in.
         args: the trainer's settings.
         progress: show bars.
-        processor: the student's. models: ``"student"`` and ``"teacher"``, their transformers configs.
+        processor: the student's. models: ``"student"`` and ``"teacher"`` (or ``"teachers.NAME"``), their transformers
+            configs.
         samples: of ``"train"`` and ``"eval"``, where the config has them.
+        building: caches of the teachers are to be made, and not to be read.
+        caches: states of recorded responses, by ``"teacher"`` or ``"teachers.NAME"``.
         longest: tokens of the longest prompt. steps: of the run. scorer: None for the task's own.
     """
 
@@ -71,6 +82,8 @@ class Preflight:
     longest: int | None = None
     steps: Steps | None = None
     scorer: Any = None
+    building: bool = False
+    caches: dict[str, StateCache] = dataclasses.field(default_factory=dict)
 
     @property
     def digits(self) -> bool:
@@ -118,22 +131,43 @@ class Preflight:
         needed = trainer_kind(self.config) == "self" or compares or "control" in preset.views
         student = pair.model_config(self.config["student"], "student", needed)
         pair.check_weights(self.config["student"], "student")
-        self.processor = pair.load_processor(self.config, text_only=not pair.reads_pictures(student))
+        self.processor = pair.load_processor(self.config, text_only=not reads_pictures(student))
         self.models["student"] = student
 
     def check_teacher(self) -> None:
         """Whether the teacher can read the student's prompts and pictures, and has its tokens."""
         if self.digits or not needs_teacher(self.config) or self.processor is None:
             return
-        self.config = pair.check_pair(self.config, self.processor, self.models["student"])
-        self.args.vocab_size = self.config.get("training", {}).get("vocab_size")
-        pictures = pair.reads_pictures(self.models["student"])
-        self.models["teacher"] = pair.model_config(self.config["teacher"], "teacher", pictures)
-        pair.check_weights(self.config["teacher"], "teacher")
+        if not self.building:
+            fraction = getattr(self.args, "on_policy_fraction", 1)
+            check_caches(as_sources(teacher_sources(self.config)), fraction)
+        sizes = [self._check_teacher(name, section) for name, section in teacher_sections(self.config).items()]
+        size = min((size for size in sizes if size is not None), default=None)
+        if size is not None:
+            self.config = {**self.config, "training": {**self.config.get("training", {}), "vocab_size": size}}
+        self.args.vocab_size = size
+
+    def _check_teacher(self, name: str, section: Mapping[str, Any]) -> int | None:
+        """One of the teachers; vocabulary columns that it has in common with the student, None for all."""
+        student, where = self.models["student"], f"teachers.{name}" if name else "teacher"
+        if "cache" in section and not self.building:
+            self.caches[where] = StateCache(section["cache"])
+        vocab_size = self.config.get("training", {}).get("vocab_size")
+        if "url" in section:
+            client = TeacherClient(section["url"], read_token(section.get("token_file")), attempts=1)
+            return check_served(client, client.fingerprint(), self.processor, student, vocab_size)
+        if "path" not in section:
+            facts = self.caches[where].facts
+            return common_rows(student, facts.head_rows, vocab_size, facts.what)
+        size = pair.check_pair(self.config, self.processor, student, section, where)
+        self.models[where] = pair.model_config(section, where, reads_pictures(student))
+        pair.check_weights(section, where)
+        return size
 
     def check_forward(self) -> None:
         """Whether both models run in packed rows, or in padded batches, as their own forward would."""
-        if self.processor is None or any(self.config[name].get("trust_remote_code") for name in self.models):
+        sections = [self.config.get("student", {}), *teacher_sections(self.config).values()]
+        if self.processor is None or any(section.get("trust_remote_code") for section in sections):
             return  # of code that comes with the weights, the trainer asks
         forbidden = placeholder_ids(self.models["student"])
         check_routers("student", self.models["student"])
@@ -147,7 +181,14 @@ class Preflight:
         """Files and columns."""
         for part, section in self.config.get("data", {}).items():
             with config_errors(f"data.{part}", TypeError):
-                self.samples[part] = open_samples(DataSource(**section))
+                column = self.args.teacher_column
+                self.samples[part] = open_samples(DataSource(**section, kept=() if column is None else (column,)))
+        for cache in self.caches.values():
+            cache.check(data=self.cached_data())
+
+    def cached_data(self) -> str:
+        """What a cache's manifest says of the data: a hash of the training rows, and which of them are too long."""
+        return f"{data_fingerprint(self.samples['train'])} up to {self.args.max_prompt_length} tokens"
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each part of the data, as it was opened."""
@@ -157,14 +198,33 @@ class Preflight:
         """Every row; what was found is kept on the disk, and each later start reads it there."""
         for part, samples in self.samples.items():
             self.samples[part] = samples = good_rows(samples, self.processor, self.progress)
+            check_routes(samples, f"data.{part}", self.args.teacher_column, list(teacher_sections(self.config)))
             if trainer_kind(self.config) == "self":
                 control = self.args.privileged_control
                 check_columns(samples, f"data.{part}", f"preset={self.args.preset!r}", control)
+        if "train" in self.samples and self.processor is not None and not self.digits:
+            self._check_recorded()
         if "train" in self.samples and trainer_kind(self.config) != "self":
             preset = self.args.preset_in_force
             check_teacher_kind(preset, ("separate",), "this trainer")
             compares = needs_teacher(self.config) and preset.needs_text(self.args.objective(1.0))
             check_columns_for(preset, self.samples["train"], compares)
+
+    def _check_recorded(self) -> None:
+        """Recorded responses, where the run learns from some."""
+        values = self.samples["train"].column("responses")
+        fraction = getattr(self.args, "on_policy_fraction", 1)
+        sections = teacher_sections(self.config).values()
+        cached = bool(sections) and all("cache" in section for section in sections)
+        if fraction < 1 and values is None and not cached and not self.building:
+            raise ConfigError(f"on_policy_fraction {fraction} needs data.train.responses, or a cache of each teacher.")
+        if fraction == 1 and values is not None and not self.building:
+            raise ConfigError("data.train.responses has no effect with on_policy_fraction 1: the student samples all.")
+        if values is not None:
+            student = self.models["student"]
+            rows = self.args.vocab_size or student.get_text_config().vocab_size
+            options = {"forbidden": placeholder_ids(student), "vocabulary": rows, **self.template_options}
+            check_recorded(self.samples["train"], "data.train", values, self.processor, self.args, **options)
 
     def measure_prompts(self) -> None:
         """Training prompts longer than ``max_prompt_length`` are dropped; the longest of the others is known then."""

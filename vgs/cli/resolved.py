@@ -11,21 +11,40 @@ import yaml
 from safetensors import SafetensorError
 
 from ..errors import ConfigError, config_errors
-from ..trainers.kinds import TRAINERS, needs_teacher, preset_of, trainer_kind
+from ..trainers.kinds import TRAINERS, needs_teacher, preset_of, teacher_sections, trainer_kind
 from .keys import DATA, DIGITS, REQUIRED
 
 #: What libraries raise where a path, a name or a setting of the user's is wrong.
 LOADING = (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError, SafetensorError)
 OUTPUT_DIR = "runs/vgs"
+#: Keys of a section for a model that are no arguments of ``from_pretrained``.
+NO_OPTIONS = ("path", "load_in_8bit", "url", "token_file", "cache")
 
 
 def model_options(section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a config's ``student`` or ``teacher`` section."""
-    options = {key: value for key, value in section.items() if key not in ("path", "load_in_8bit")}
+    options = {key: value for key, value in section.items() if key not in NO_OPTIONS}
     if section.get("load_in_8bit"):
         # As keys, for the arguments of a run are also written as JSON. Output heads are left as they are.
         options["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     return options
+
+
+def teacher_sources(config: Mapping[str, Any]) -> Any:
+    """The ``teacher_model`` of a config's trainer: where one teacher is from, or several by name; None for none.
+
+    Args:
+        config: of ``load_config``.
+    """
+    from ..teachers.sources import TeacherSource
+
+    def source(section: Mapping[str, Any], options: Mapping[str, Any]) -> TeacherSource:
+        return TeacherSource(section.get("path"), options, *(section.get(x) for x in ("url", "token_file", "cache")))
+
+    sections = teacher_sections(config)
+    if "" in sections:  # its options are among the trainer's settings
+        return source(sections[""], {})
+    return {name: source(x, model_options(x) if "path" in x else {}) for name, x in sections.items()} or None
 
 
 def training_arguments(config: Mapping[str, Any], **overrides: Any) -> Any:
@@ -41,7 +60,7 @@ def training_arguments(config: Mapping[str, Any], **overrides: Any) -> Any:
     options = {"output_dir": OUTPUT_DIR, **config.get("training", {}), **overrides}
     if config.get("task") is None:
         options["model_init_kwargs"] = model_options(config["student"])
-        if needs_teacher(config):
+        if "path" in config.get("teacher", {}) and needs_teacher(config):
             options["teacher_model_init_kwargs"] = model_options(config["teacher"])
     settings, _ = TRAINERS[trainer_kind(config)]()
     with config_errors("section training", *LOADING):
@@ -53,7 +72,7 @@ def training_arguments(config: Mapping[str, Any], **overrides: Any) -> Any:
 def _check_teacher_settings(config: Mapping[str, Any]) -> None:
     from transformers.utils import is_bitsandbytes_available
 
-    if config.get("teacher", {}).get("load_in_8bit"):
+    if any(section.get("load_in_8bit") for section in teacher_sections(config).values()):
         if config.get("training", {}).get("teacher_offload"):
             raise ConfigError("teacher.load_in_8bit excludes teacher_offload: 8-bit weights stay where they are.")
         if not is_bitsandbytes_available():

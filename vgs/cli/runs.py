@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, config_errors
-from ..trainers.kinds import TRAINERS, needs_teacher, trainer_kind
+from ..trainers.kinds import TRAINERS, trainer_kind
 from .config import eval_parts
 from .output import report
-from .resolved import LOADING, model_options, resolved, training_arguments
+from .resolved import LOADING, model_options, resolved, teacher_sources, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
     if checks.digits:
         run = _digits_run(config)
     else:
-        teacher = config["teacher"]["path"] if needs_teacher(config) else None
+        teacher = teacher_sources(config)
         samples = checks.samples
         held_out = eval_parts(samples)
         held_out = held_out.get("", held_out) or None  # one set, several by name, or none
@@ -220,7 +220,8 @@ def load_for_eval(config: Mapping[str, Any], model_path: str | None = None) -> M
 
     from ..data.answers import answers_match
     from ..evaluation.rewards import find_scorer
-    from .pair import load_processor, model_config, reads_pictures
+    from ..models.pictures import reads_pictures
+    from .pair import load_processor, model_config
 
     cuda = torch.cuda.is_available()
     args = training_arguments(config, **({} if cuda else {"use_cpu": True}))
@@ -257,6 +258,19 @@ def eval_samples(config: Mapping[str, Any], processor: Any, progress: bool) -> d
         name: good_rows(open_samples(DataSource(**section)), processor, progress)
         for name, section in eval_parts(config["data"]).items()
     }
+
+
+def load_student(config: Mapping[str, Any], processor: Any) -> Any:
+    """The student of a config as evaluation loads it.
+
+    Args:
+        config: of ``load_config``. processor: the student's.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    section, text_only = config["student"], not hasattr(processor, "tokenizer")
+    return _load_model("student.path", section["path"], model_options(section), text_only)
 
 
 def _load_model(name: str, path: str, options: Mapping[str, Any], text_only: bool = False) -> Any:

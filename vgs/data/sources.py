@@ -44,6 +44,8 @@ class DataSource:
         privileged_images, privileged_text: columns that only a teacher sees, if any (``vgs.data.privileged``).
         system_prompt: text of a system message before every question.
         limit: use the first so many rows.
+        responses: a column with recorded responses to each question, see ``vgs.data.recorded``; None: there are none.
+        kept: further columns, which samples have under their own names.
         on_bad_row: ``"error"``, or ``"skip"`` leaves rows out that cannot be used, and lists them.
 
     Raises:
@@ -62,6 +64,8 @@ class DataSource:
     system_prompt: str | None = None
     limit: int | None = None
     on_bad_row: str = "error"
+    responses: str | None = None
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
@@ -82,10 +86,13 @@ class Columns:
     privileged_images: str | None
     privileged_text: str | None
     gold_replies: bool  # the last assistant turns are the gold answers
+    responses: str | None = None
+    kept: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """The columns, each once."""
         named = (self.question, self.answer, self.images, self.privileged_images, self.privileged_text)
+        named = (*named, self.responses, *self.kept)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -142,7 +149,17 @@ class Samples(torch.utils.data.Dataset):
             sample["answer"] = question.reply or None
         if columns.privileged_text is not None:
             sample["privileged_text"] = row[columns.privileged_text]
-        return sample
+        if columns.responses is not None:
+            sample["responses"] = row[columns.responses]
+        return {**{name: row[name] for name in columns.kept}, **sample}
+
+    def column(self, name: str) -> list[Any] | None:
+        """The values of one of the kept columns, or of ``"responses"``, in the samples' order; None without it."""
+        column = self.columns.responses if name == "responses" else name if name in self.columns.kept else None
+        if column is None:
+            return None
+        values = self.rows[column]
+        return [values[index] for index in self.indices]
 
     def _pictures(self, sample: dict[str, Any], read: Any) -> dict[str, Any]:
         for name in ("images", "privileged_images"):
@@ -224,7 +241,7 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
         images = next((name for name in IMAGES if name in names), None)
         if images is None and text:
             need(IMAGES[0], " (the key 'images' names the column with images; null: there are none)")
-    for name in (answer, images, source.privileged_images, source.privileged_text):
+    for name in (answer, images, source.privileged_images, source.privileged_text, source.responses, *source.kept):
         if name is not None:
             need(name)
     return Columns(
@@ -234,6 +251,8 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
         source.privileged_images,
         source.privileged_text,
         gold_replies=chat and answer is None and source.answer is not None,
+        responses=source.responses,
+        kept=source.kept,
     )
 
 

@@ -75,3 +75,21 @@ def response_ids(groups: Sequence[PromptGroup]) -> Tensor:
     """[N] int64 on the CPU: the compacted response tokens."""
     responses = [response for group in groups for response in group.responses]
     return torch.cat(responses) if responses else torch.zeros(0, dtype=torch.int64)
+
+
+def numbered(groups: Sequence[PromptGroup]) -> Iterator[tuple[PromptGroup, list[int]]]:
+    """Every group with the numbers of its responses, counted over all groups."""
+    first = 0
+    for group in groups:
+        yield group, list(range(first, first + len(group.responses)))
+        first += len(group.responses)
+
+
+def select_responses(groups: Sequence[PromptGroup], chosen: Sequence[int]) -> list[PromptGroup]:
+    """The groups with some of their responses (numbered over all groups); groups that keep none are left out."""
+    wanted = set(chosen)
+    kept = []
+    for group, numbers in numbered(groups):
+        if inside := [index for index, number in enumerate(numbers) if number in wanted]:
+            kept.append(group.select(inside))
+    return kept

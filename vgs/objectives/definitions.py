@@ -111,6 +111,11 @@ class Preset:
         """Views that any model scores."""
         return {view for _, view in self.rows}
 
+    @property
+    def taught_view(self) -> str:
+        """The view of the first row of the teacher's in the target."""
+        return next(addend.view for addend in self.target if addend.model == "teacher")
+
     def targets(self, view: str) -> bool:
         """Whether the target has the teacher's row in this view."""
         return any(addend[1:] == ("teacher", view) for addend in self.target)

@@ -253,8 +253,11 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
     """
     if config.get("task") is not None:
         raise ConfigError("plan needs student.path and teacher.path; the models of task digits take a few megabytes.")
-    if "teacher" not in config:
-        raise ConfigError("plan needs teacher.path; runs in which the student is its own teacher are not planned.")
+    if "path" not in config.get("teacher", {}):
+        raise ConfigError(
+            "plan needs teacher.path; runs with several teachers, with one elsewhere, or whose student is "
+            "its own teacher are not planned."
+        )
     options = training_options(config)
     student, teacher = _size(*_key(config["student"])), _size(*_key(config["teacher"]))
     dtype, shards = _dtype(config["student"], "float32"), machine.shards

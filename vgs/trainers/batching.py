@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from ..models.groups import PromptGroup
-
-
-def _numbered(groups: Sequence[PromptGroup]) -> Iterator[tuple[PromptGroup, list[int]]]:
-    """Every group with the numbers of its responses, counted over all groups."""
-    first = 0
-    for group in groups:
-        yield group, list(range(first, first + len(group.responses)))
-        first += len(group.responses)
-
-
-def select_responses(groups: Sequence[PromptGroup], chosen: Sequence[int]) -> list[PromptGroup]:
-    """The groups with some of their responses (numbered over all groups); groups that keep none are left out."""
-    wanted = set(chosen)
-    kept = []
-    for group, numbers in _numbered(groups):
-        if inside := [index for index, number in enumerate(numbers) if number in wanted]:
-            kept.append(group.select(inside))
-    return kept
+from ..models.groups import PromptGroup, numbered, select_responses
 
 
 def plan_passes(
@@ -54,7 +36,7 @@ def plan_passes(
         count = sum(len(group.responses) for group in groups)
         return [list(range(count))] if count else []
     items: list[tuple[int, list[int]]] = []
-    for group, numbers in _numbered(groups):
+    for group, numbers in numbered(groups):
         part: list[int] = []
         for index in range(len(numbers)):
             alone = group.select([index]).tokens(text)

@@ -17,6 +17,7 @@ from ..models.families import device_of, placeholder_ids
 from ..models.heads import read_head
 from ..models.states import final_states
 from ..objectives.definitions import Preset
+from ..teachers.protocol import TeacherFacts
 from .settings import VGSOptions
 from .step import UNSHARDED
 
@@ -54,6 +55,16 @@ def check_top_k(preset: Preset, vocabulary: int) -> None:
             f"preset={preset.name!r} looks at the top_k={preset.divergence.top_k} likeliest tokens, but the "
             f"vocabulary has {vocabulary}. Set divergence: {{top_k: ...}}."
         )
+
+
+def check_overlap(k: int | None, vocabulary: int) -> None:
+    """Stop where more likeliest tokens are to be compared than there are.
+
+    Raises:
+        ConfigError: ``log_overlap`` above ``vocabulary``, the number of columns in use.
+    """
+    if (k or 0) > vocabulary:
+        raise ConfigError(f"log_overlap must be at most {vocabulary}, the columns in use, got {k}.")
 
 
 def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
@@ -99,11 +110,11 @@ def check_processor(processor: Any) -> None:
         )
 
 
-def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool, needs_images: bool) -> None:
-    """Stop where a student takes no images but its objective needs some, or its teacher reads them from other tokens.
+def check_student(student: nn.Module, has_processor: bool, needs_images: bool) -> None:
+    """Stop where a student takes no images but its objective needs some.
 
     Args:
-        student, teacher: the unwrapped models.
+        student: the unwrapped model.
         has_processor: whether the student's processor takes images.
         needs_images: whether the objective compares prompts with and without images.
 
@@ -118,9 +129,22 @@ def check_pair(student: nn.Module, teacher: nn.Module, has_processor: bool, need
             f"model must be a vision-language model, got {type(student).__name__}: this objective "
             "compares prompts with and without images. Use the preset 'opd' or 'gkd' for a text-only model."
         )
-    if (theirs := placeholder_ids(teacher.config)) != own:
+
+
+def check_placeholders(student: nn.Module, facts: TeacherFacts) -> None:
+    """Stop where a teacher reads images from other tokens than the student.
+
+    Args:
+        student: the unwrapped model.
+        facts: the teacher's.
+
+    Raises:
+        ConfigError: other tokens.
+    """
+    own, theirs = placeholder_ids(student.config), facts.placeholder_ids
+    if theirs != own:
         raise ConfigError(
-            f"teacher_model has image and video token ids {theirs}, the student {own}; both must read the same prompts."
+            f"{facts.what} has image and video token ids {theirs}, the student {own}; both must read the same prompts."
         )
 
 
@@ -165,12 +189,12 @@ def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_engine(args: VGSOptions, teacher: nn.Module, kind: DistributedType) -> None:
+def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedType) -> None:
     """Stop where settings need parameters otherwise than the run has them.
 
     Args:
         args: of the run.
-        teacher: the unwrapped teacher.
+        teacher: the unwrapped teacher; None for one that does not run here.
         kind: what holds the parameters.
 
     Raises:

@@ -7,7 +7,8 @@ the host calls them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -26,18 +27,21 @@ from ..errors import ConfigError
 from ..models.groups import PromptGroup, response_lengths
 from ..objectives.eta import gradient_norm
 from ..objectives.weighting import token_weights
+from ..teachers.protocol import Teacher
+from ..teachers.sources import TeacherSource, as_sources
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
-from .micro_batch import MicroBatch
+from .micro_batch import MicroBatch, mean_overlap
+from .off_policy import Recorded, check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
-from .preparation import anchor_prompt, both_pack, prepare_models
+from .preparation import prepare_models
 from .prior import Prior
 from .rollouts import rollout, samples_of
+from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
 from .settings import VGSConfig
 from .step import StepScorer
-from .vocabulary import load_teacher, place_teacher
 
 
 class VGSTrainer(HostHooks, DistillationTrainer):
@@ -46,7 +50,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     Args:
         model: the student, a vision-language model (of presets that compare nothing with it: also a text-only one) or
             its id.
-        teacher_model: the teacher, with the student's vocabulary and image tokens, or its id.
+        teacher_model: the teacher, with the student's vocabulary and image tokens, or its id, or a ``TeacherSource``
+            (a server, a cache); several by the names that stand in the column ``args.teacher_column``.
         args: a ``VGSConfig``.
         train_dataset, eval_dataset: samples with ``prompt`` (chat messages), ``images`` (list of PIL images; or TRL's
             ``image``) and, for the accuracy, ``answer`` (str); several evaluation sets as a dict by name.
@@ -59,6 +64,9 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     Attributes:
         teachers: the kinds of teacher (``vgs.objectives.presets.TEACHERS``) whose presets the trainer can run.
         placeholder_ids: image and video tokens, which are never sampled.
+        opened: the teachers, by name. teacher_model: the one that runs here, if it is alone.
+        anchor, packs: see ``StepScorer``.
+        recorded: responses that the student has not sampled; None where it samples all.
         step_scorer: runs student and teacher.
         prior: the prior of q* where it has weights of its own; None where it is the student's at every step.
         steering, resume: see ``HostHooks``.
@@ -70,7 +78,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     """
 
     teachers: tuple[str, ...] = ("separate",)
-    extra_columns = ("answer",)
+    extra_columns = ("answer", "responses")
     _tag_names = ("trl", "distillation", "vgs")
     _name = "VGS"
     _paper = MappingProxyType(
@@ -80,7 +88,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        teacher_model: str | nn.Module,
+        teacher_model: str | nn.Module | TeacherSource | Mapping[str, str | nn.Module | TeacherSource],
         args: VGSConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -101,7 +109,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
             raise ConfigError("teacher_model is needed: its hidden states with and without the image define the loss.")
         check_processor(processing_class)
         check_signatures(DistillationTrainer)  # before a model is loaded
-        teacher = None if teacher_model is None else load_teacher(teacher_model, args, args.world_size)
+        check_caches(as_sources(teacher_model), args.on_policy_fraction)
+        opened = open_teachers(teacher_model, args)
         super().__init__(
             model=model,
             teacher_model=None,  # whose check of vocabularies would refuse heads of different padding
@@ -120,16 +129,16 @@ class VGSTrainer(HostHooks, DistillationTrainer):
                 f"{type(self.train_dataset).__name__}."
             )
         self.scorer = scorer or answers_match
-        self.teacher_model = self.model if teacher is None else place_teacher(self, teacher)  # None teaches itself
+        place_teachers(self, opened or itself(self.model))
         self.prior = None if args.prior == "live" else Prior(self, args.prior, args.prior_decay)
         prepare_models(self, self.teachers)
-        self.step_scorer = self.make_scorer()
-
-    def make_scorer(self) -> StepScorer:
-        """What runs student and teacher."""
+        self.recorded = None if args.on_policy_fraction == 1 else Recorded(self)
         head = None if self.prior is None else self.prior.head
-        anchor, packs = anchor_prompt(self), both_pack(self)
-        return StepScorer(self.args, self.accelerator, self.teacher_model, anchor, packs, head)
+        self.step_scorer = StepScorer(self.args, self.accelerator, self.make_teachers(), self.anchor, self.packs, head)
+
+    def make_teachers(self) -> dict[str, Teacher]:
+        """What a step asks, by name."""
+        return make_teachers(self)
 
     @property
     def objective(self) -> VGSObjective:
@@ -142,6 +151,11 @@ class VGSTrainer(HostHooks, DistillationTrainer):
             return objective
         return replace(objective, lam=0.0 if self.state.global_step % every else every * objective.lam)
 
+    @property
+    def scores_samples(self) -> bool:
+        """Whether there is a teacher for what the student samples; else evaluation has an accuracy and no loss."""
+        return all(found.source.live for found in self.opened.values())
+
     # ---- a training step
 
     def next_micro_batch(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,7 +167,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
             generation_batch: samples, one per response: of an optimizer step in training, of a batch in evaluation.
         """
         if not self.model.training:
-            return self.with_teacher(self.sample(generation_batch))
+            batch = self.sample(generation_batch)
+            return self.with_teacher(batch) if self.scores_samples else {**batch, "teacher": None}
         steps = self.args.gradient_accumulation_steps
         position = self._step % steps
         if position == 0 or self._buffered_inputs is None:
@@ -165,20 +180,25 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         return self._buffered_inputs[position]
 
     def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The student's responses: ``groups`` (prompts with theirs), further ``views`` of them, and
-        ``num_items_in_batch``, what the loss is a mean of.
+        """The student's responses: ``groups`` (prompts with theirs), further ``views`` of them, ``routes`` (the names
+        of their teachers), and ``num_items_in_batch``, what the loss is a mean of.
 
         Args:
             inputs: samples, one per response; in training those to one prompt follow each other.
         """
-        output, groups = rollout(self, inputs, self.args.num_generations if self.model.training else 1)
-        items = output["num_items_in_batch"]
-        if self.args.loss_reduction == "trajectory":
-            # What the host divides by: responses instead of tokens.
-            count = sum(length > 0 for length in response_lengths(groups))
-            items = self.accelerator.gather(torch.tensor([count], device=items.device)).sum()
-        views = self.further_views(samples_of(inputs, groups), groups)
-        return {"groups": groups, "views": views, "num_items_in_batch": items}
+        count = self.args.num_generations if self.model.training else 1
+        if self.recorded is None or not self.model.training:
+            _, groups = rollout(self, inputs, count)
+        else:
+            groups = self.recorded.rollout(inputs, count)
+        # What the host divides by, tokens; or responses instead.
+        lengths = response_lengths(groups)
+        number = sum(lengths) if self.args.loss_reduction == "token" else sum(length > 0 for length in lengths)
+        items = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).sum()
+        samples = samples_of(inputs, groups)
+        routes = routes_of(samples, self.args.teacher_column, list(self.opened))
+        views = self.further_views(samples, groups)
+        return {"groups": groups, "views": views, "routes": routes, "num_items_in_batch": items}
 
     def further_views(self, samples: list[dict[str, Any]], groups: list[PromptGroup]) -> dict[str, list[PromptGroup]]:
         """The views that the preset needs beyond ``"image"`` and ``"text"``, with the responses of ``groups``.
@@ -198,7 +218,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         of the ``views``."""
         objective, groups = self.objective, batch["groups"]
         text = self.step_scorer.needs_text(objective)
-        teacher = self.step_scorer.score_teacher(groups, objective, text, batch.get("views", {}))
+        views, routes = batch.get("views", {}), batch.get("routes")
+        teacher = self.step_scorer.score_teacher(groups, objective, text, views, routes)
         if self.prior is not None and objective.gamma > 0:
             teacher = self.prior.add_rows(self.step_scorer, groups, teacher)
         return {"groups": groups, "teacher": teacher, "num_items_in_batch": batch["num_items_in_batch"]}
@@ -244,16 +265,20 @@ class VGSTrainer(HostHooks, DistillationTrainer):
     ) -> Any:
         """The loss of a micro-batch. All its passes but the last have gone backward already when it returns."""
         num_items = None
+        if inputs["teacher"] is None:
+            loss = torch.full((), math.nan, device=self.accelerator.device)
+            return (loss, None) if return_outputs else loss
         if self.model.training:  # per process: gradients are averaged over processes
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         batch = self.plan_passes(inputs, num_items, self.objective, self.args.log_terms)
         loss, outputs = loss_in_passes(self.step_scorer, model, batch, self.model.training)
-        self.log_terms(outputs)
+        self.log_terms(batch, outputs)
         return (loss, None) if return_outputs else loss
 
-    def log_terms(self, outputs: Outputs) -> None:
+    def log_terms(self, batch: MicroBatch, outputs: Outputs) -> None:
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+        means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
         for name, value in means.items():
             self.open_metrics[name].append(value)
         if self.model.training and "student_vds" in means:

@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,17 +25,19 @@ from ..errors import ConfigError
 from ..evaluation.rewards import Reward, named_rewards, needs_answers, that_know_the_prompt
 from ..models.groups import PromptGroup, response_lengths
 from ..objectives.weighting import token_weights
+from ..teachers.sources import TeacherSource, as_sources
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
-from .micro_batch import MicroBatch, mean_terms
+from .micro_batch import MicroBatch, mean_overlap, mean_terms
+from .off_policy import check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
-from .preparation import anchor_prompt, both_pack, prepare_models
-from .rollouts import rollout
-from .vocabulary import load_teacher, place_teacher
+from .preparation import prepare_models
+from .rollouts import rollout, samples_of
+from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -43,8 +45,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
 
     Args:
         model: the student, a vision-language model or its id.
-        teacher_model: the teacher, with the student's vocabulary and image tokens, or its id. Not used with
-            ``alpha=0``.
+        teacher_model: the teacher or several of them, as of ``VGSTrainer``. Not used with ``alpha=0``.
         args: a ``VGSGRPOConfig``.
         reward_funcs: as in TRL; None takes those that ``args.rewards`` names.
         train_dataset, eval_dataset: samples with ``prompt`` (chat messages), ``images`` (list of PIL images) and the
@@ -75,7 +76,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        teacher_model: str | nn.Module | None = None,
+        teacher_model: str | nn.Module | TeacherSource | Mapping[str, str | nn.Module | TeacherSource] | None = None,
         args: VGSGRPOConfig | None = None,
         reward_funcs: Reward | Sequence[Reward] | None = None,
         train_dataset: Any = None,
@@ -106,6 +107,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
                 f"teacher_model is needed for alpha={args.alpha}; only alpha=0 (GRPO alone) goes without."
             )
         check_processor(processing_class)
+        check_caches(as_sources(teacher_model if args.alpha > 0 else None), fraction=1)
         self.scorer = scorer or answers_match
         super().__init__(
             model=model,
@@ -129,18 +131,13 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             self.reward_funcs, self.processing_class, **(args.chat_template_kwargs or {})
         )
         # In GRPO alone the student is compared with itself and asked nothing.
-        self.teacher_model = self.model
-        if args.alpha > 0:
-            self.teacher_model = place_teacher(self, load_teacher(teacher_model, args, args.world_size))
+        place_teachers(self, open_teachers(teacher_model, args) if args.alpha > 0 else itself(self.model))
         if self.use_vllm:  # without it the host has them
             self.generation_kwargs, self.generation_config = {}, GenerationConfig()
         prepare_models(self, ("separate",))
-        self.step_scorer = self.make_scorer()
-
-    def make_scorer(self) -> PolicyScorer:
-        """What runs student and teacher."""
-        kind = LonePolicyScorer if self.args.alpha == 0 else PolicyScorer
-        return kind(self.args, self.accelerator, self.teacher_model, anchor_prompt(self), both_pack(self))
+        kind = LonePolicyScorer if args.alpha == 0 else PolicyScorer
+        teachers = {} if args.alpha == 0 else make_teachers(self)
+        self.step_scorer = kind(self.args, self.accelerator, teachers, self.anchor, self.packs)
 
     @property
     def objective(self) -> VGSObjective:
@@ -172,8 +169,9 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         return self._buffered_inputs[self._step % steps]
 
     def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The student's responses: ``groups`` (prompts with theirs), their ``advantages``, what else the host has
-        ``sampled`` of their tokens, and ``num_items``, what the loss is a mean of.
+        """The student's responses: ``groups`` (prompts with theirs), ``routes`` (the names of their teachers), their
+        ``advantages``, what else the host has ``sampled`` of their tokens, and ``num_items``, what the loss is a mean
+        of.
 
         Args:
             inputs: samples, one per response; in training those to one prompt follow each other.
@@ -188,6 +186,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         ]
         return {
             "groups": groups,
+            "routes": routes_of(samples_of(inputs, groups), self.args.teacher_column, list(self.opened)),
             "sampled": sampled,
             "advantages": output["advantages"],
             "num_items": {"token": tokens, "trajectory": trajectories},
@@ -196,7 +195,8 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
     def with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A sampled batch with ``teacher``, what the teacher says of each response."""
         text = self.step_scorer.needs_text(self.objective)
-        return {**batch, "teacher": self.step_scorer.score_teacher(batch["groups"], self.objective, text)}
+        groups, routes = batch["groups"], batch.pop("routes", None)
+        return {**batch, "teacher": self.step_scorer.score_teacher(groups, self.objective, text, routes=routes)}
 
     def plan_passes(self, inputs: dict[str, Any]) -> MicroBatch:
         """A micro-batch with its tokens' weights in both losses, and which responses run together.
@@ -263,6 +263,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             means = mean_terms(self.accelerator, outputs, terms=False)
         else:
             means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+            means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
         if self.model.training and "student_vds" in means:
             self.steering.observe(means, self.current_gradient_accumulation_steps)
         if batch.policy is not None:

@@ -27,15 +27,14 @@ NEUTRAL = {
 }
 
 
-def mixes(preset: Preset, temperature: float) -> bool:
-    """Whether a preset's divergence and a policy gradient can come from one call."""
+def mixes(preset: Preset) -> bool:
+    """Whether a preset's divergence can go with a policy gradient."""
     divergence = preset.divergence
     return (
         preset.teacher == "separate"
         and preset.views <= {"image", "text"}
         and preset.weighting is None
         and divergence.support == "full"
-        and divergence.temperature == temperature  # that of the policy
     )
 
 
@@ -111,11 +110,11 @@ class VGSGRPOConfig(VGSOptions, GRPOConfig):
                 )
 
     def _check_distillation(self) -> None:
-        if not mixes(self.preset_in_force, self.temperature):
-            able = ", ".join(name for name, preset in PRESETS.items() if mixes(preset.configured(1.0), 1.0))
+        if not mixes(self.preset_in_force):
+            able = ", ".join(name for name, preset in PRESETS.items() if mixes(preset))
             raise ConfigError(
                 f"preset={self.preset!r} with divergence={self.divergence!r} cannot be mixed with a policy gradient, "
-                f"which needs the whole vocabulary at one temperature, and no further views; expected one of {able}."
+                f"which needs the whole vocabulary and no further views; expected one of {able}."
             )
         if self.fixed_eta != 1:
             raise ConfigError(f"eta must be 1, got {self.eta!r}: the distillation is scaled by alpha alone.")

@@ -233,7 +233,8 @@ class HostHooks:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.extra_columns]))
+        named = [self.args.teacher_column] if self.args.teacher_column is not None else []
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.extra_columns, *named]))
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         return self.train_sampler(super()._get_train_sampler(dataset))

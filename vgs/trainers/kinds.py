@@ -66,6 +66,17 @@ def trainer_kind(config: Mapping[str, Any]) -> str:
     return "distillation" if preset.teacher == "separate" else "self"
 
 
+def teacher_sections(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The sections of a run's teachers, by name; one alone has the name ""; none where it has no teacher.
+
+    Args:
+        config: of ``load_config``.
+    """
+    if not needs_teacher(config):
+        return {}
+    return dict(config["teachers"]) if "teachers" in config else {"": config["teacher"]} if "teacher" in config else {}
+
+
 def needs_teacher(config: Mapping[str, Any]) -> bool:
     """Whether a run has another model to learn from; not where it is its own teacher, and not in GRPO alone."""
     kind = trainer_kind(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 
-from ..models.groups import PromptGroup, response_ids
+from ..models.groups import PromptGroup, response_ids, select_responses
 from ..models.heads import Head
 from ..objectives.definitions import VIEWS
-from .batching import select_responses
-from .teacher import TeacherRows
+from ..teachers.protocol import TeacherRows
 
 VDS_QUANTILES = (0.4, 0.7)
 TERMS = ("standard", "visual", "language", "vds", "gate", "student_vds")
@@ -41,6 +40,7 @@ class MicroBatch:
         limits: [K] VDS thresholds over all tokens; None where the loss takes them itself.
         text_gradient: whether a response's text-only rows need gradient, one entry per response.
         passes: numbers of the responses that run together.
+        overlaps: [N] of each pass that has run, see ``vgs.models.overlap``.
         policy: a policy gradient on the sampled tokens, [T] tensors, one entry per response; None for none.
     """
 
@@ -55,6 +55,7 @@ class MicroBatch:
     text_gradient: list[bool]
     passes: list[list[int]]
     policy: Sequence[PolicyTerm] | None = None
+    overlaps: list[Tensor] = field(default_factory=list)
 
     def teacher_rows(self, chosen: list[int], head: Head, like: Tensor) -> dict[str, Tensor]:
         """view -> [N, Dt] hidden states of the chosen responses; ``"prior"``: [N, Ds], the student's earlier ones."""
@@ -94,6 +95,22 @@ def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 def sampled_tokens(groups: Sequence[PromptGroup], like: Tensor) -> Tensor:
     """[N] int64 response tokens of the groups, on the device of ``like``."""
     return response_ids(groups).to(like.device)
+
+
+def response_names(groups: Sequence[PromptGroup], routes: Sequence[str] | None) -> list[str]:
+    """The name of each response's teacher, of ``routes``, one a group; "" for all where there are none."""
+    if routes is None:
+        routes = [""] * len(groups)
+    return [name for name, group in zip(routes, groups, strict=True) for _ in group.responses]
+
+
+def mean_overlap(accelerator: Accelerator, batch: MicroBatch, k: int | None) -> dict[str, float]:
+    """The mean over all tokens of all ranks of what student and teacher share of their ``k`` likeliest tokens."""
+    if k is None:
+        return {}
+    values = torch.cat(batch.overlaps)
+    total, count = accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), reduction="sum")
+    return {f"top_{k}_overlap": (total / count.clamp(min=1)).item()}
 
 
 def mean_terms(

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from vgs_kernels import DivergenceOutput, TargetRow, VGSObjective, VGSOutput, fused_linear_divergence
 
-from ..models.groups import PromptGroup, response_lengths
+from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.heads import Head, read_head, token_logps, whole_heads
 from ..models.wrappers import run_inside
 from ..objectives.presets import PRESETS, Preset
-from .batching import select_responses
+from ..teachers.protocol import TeacherRows
 from .micro_batch import NO_VIEWS, MicroBatch, Views, sampled_tokens
 from .step import StepScorer
-from .teacher import TeacherRows
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -88,7 +87,40 @@ def _numbers(means: Tensor) -> list[float]:
 
 @dataclass
 class PolicyScorer(StepScorer):
-    """A step's scorer that also gives the student's log-probabilities."""
+    """A step's scorer that also gives the student's log-probabilities.
+
+    The policy term has the temperature of sampling. Where the distillation has another, it costs one more product with
+    the student's head.
+    """
+
+    @property
+    def _apart(self) -> bool:
+        return self.args.temperature_of_loss != self.args.temperature
+
+    def _sampled(self, batch: MicroBatch, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        options = super()._sampled(batch, chosen, like)
+        return {name: x for name, x in options.items() if name != "policy"} if self._apart else options
+
+    def _with_policy(
+        self, output: VGSOutput | DivergenceOutput, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head
+    ) -> VGSOutput | DivergenceOutput:
+        if batch.policy is None or not self._apart:
+            return output
+        alone = self._policy_alone(batch, chosen, rows, head)
+        return replace(output, loss=output.loss + alone.loss, policy=alone.policy, target_logps=alone.target_logps)
+
+    def _policy_alone(self, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head) -> DivergenceOutput:
+        """The policy term without any distillation, at the temperature of sampling."""
+        return fused_linear_divergence(
+            rows,
+            head.weight,
+            [_flat_target(rows, head)],
+            token_weights=rows.new_zeros(len(rows), dtype=torch.float32),
+            temperature=self.args.temperature,
+            **batch.sampled(chosen, rows),
+            **head.student_options,
+            **self._loss_options,
+        )
 
     @torch.no_grad()
     def student_logps(self, model: nn.Module, groups: list[PromptGroup]) -> list[Tensor]:
@@ -101,7 +133,7 @@ class PolicyScorer(StepScorer):
         student = self.accelerator.unwrap_model(model)
         found: dict[int, Tensor] = {}
         with self.accelerator.autocast():
-            passes = self._teacher_passes(groups, text=False)
+            passes = self.rollout_passes(groups)
             for chosen in self._equal(passes) if self.accelerator.num_processes > 1 else passes:
                 part = select_responses(groups, chosen)
                 _, logps = run_inside(model, partial(self._logps, student, part))
@@ -128,15 +160,17 @@ def _flat_target(rows: Tensor, head: Head) -> TargetRow:
 class LonePolicyScorer(PolicyScorer):
     """Without a teacher: its loss is the policy term alone."""
 
-    def __post_init__(self) -> None:
-        pass
-
     @property
     def preset(self) -> Preset:
         return PRESETS["opd"]  # no further view, and nothing to log of one
 
     def score_teacher(
-        self, groups: list[PromptGroup], objective: VGSObjective, text: bool, views: Views = NO_VIEWS
+        self,
+        groups: list[PromptGroup],
+        objective: VGSObjective,
+        text: bool,
+        views: Views = NO_VIEWS,
+        routes: Sequence[str] | None = None,
     ) -> list[TeacherRows]:
         return [TeacherRows({}) for _ in response_lengths(groups)]
 
@@ -148,15 +182,5 @@ class LonePolicyScorer(PolicyScorer):
             (rows,), zero = self._rows(student, groups, text=False, text_gradient=False, together=together)
             with whole_heads(student):
                 head = read_head(student, rows.dtype)
-                rows = rows.to(head.weight.device)
-                output = fused_linear_divergence(
-                    rows,
-                    head.weight,
-                    [_flat_target(rows, head)],
-                    token_weights=rows.new_zeros(len(rows), dtype=torch.float32),
-                    temperature=self.args.temperature,
-                    **batch.sampled(chosen, rows),
-                    **head.student_options,
-                    **self._loss_options,
-                )
+                output = self._policy_alone(batch, chosen, rows.to(head.weight.device), head)
         return output.loss if zero is None else output.loss + zero, replace(output, divergence=None)

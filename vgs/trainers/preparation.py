@@ -4,69 +4,142 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..data.check_prompts import check_prompts
 from ..data.messages import remove_images
 from ..data.prompts import anchor_group, check_text_view, encode_prompt
+from ..errors import ConfigError
 from ..models.families import freeze, placeholder_ids
 from ..models.groups import PromptGroup
 from ..models.kernel_limits import check_kernel
 from ..models.routers import check_routers
 from ..models.self_check import packs
-from .checks import check_columns_for, check_engine, check_logits, check_pair, check_teacher_kind, check_top_k
+from ..teachers.fingerprints import autocast_name, computing_versions, rendering_fingerprint, weights_fingerprint
+from .checks import (
+    check_columns_for,
+    check_engine,
+    check_logits,
+    check_overlap,
+    check_placeholders,
+    check_student,
+    check_teacher_kind,
+    check_top_k,
+)
 from .rollouts import expand_images_once, forbid_tokens
-from .vocabulary import unknown_to_teacher
+from .routes import OpenedTeacher, check_routes, settle_vocabulary
+from .vocabulary import unknown_to_teachers
 
 
-def prepare_models(trainer: Any, teachers: tuple[str, ...]) -> None:
-    """Check that models, data and settings fit, set ``placeholder_ids``, forbid these, and freeze what is to stay.
+def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
+    """Check that models, data and settings fit, and freeze what is to stay. Sets ``placeholder_ids``, which are never
+    sampled, ``anchor`` and ``packs`` (see ``StepScorer``).
 
     Args:
-        trainer: with ``HostHooks`` and a ``teacher_model``, which is ``model`` where there is no other.
-        teachers: the kinds of teacher that it has, of ``vgs.objectives.presets.TEACHERS``.
+        trainer: with ``HostHooks`` and ``opened`` teachers; one whose model is ``model`` is the student itself.
+        kinds: of teacher that it has, of ``vgs.objectives.presets.TEACHERS``.
 
     Raises:
         ConfigError: see ``checks``.
     """
     args, student = trainer.args, trainer.student
-    teacher, preset = trainer.accelerator.unwrap_model(trainer.teacher_model), args.preset_in_force
+    preset, accelerator, opened = args.preset_in_force, trainer.accelerator, trainer.opened
     trainer.placeholder_ids = placeholder_ids(trainer.model.config)
-    check_teacher_kind(preset, teachers, type(trainer).__name__)
+    check_teacher_kind(preset, kinds, type(trainer).__name__)
     check_top_k(preset, args.vocab_size or student.config.get_text_config().vocab_size)
     # In GRPO alone the student is compared with itself.
     compares = trainer.teacher_model is not trainer.model and preset.needs_text(args.objective(1.0))
     check_columns_for(preset, trainer.train_dataset, compares)
-    check_pair(student, teacher, isinstance(trainer.processing_class, ProcessorMixin), compares)
-    check_engine(args, teacher, trainer.accelerator.distributed_type)
+    for what, data in (("train_dataset", trainer.train_dataset), ("eval_dataset", trainer.eval_dataset)):
+        for part in data.values() if isinstance(data, dict) else [data]:
+            check_routes(part, what, args.teacher_column, list(opened))
+    has_processor = isinstance(trainer.processing_class, ProcessorMixin)
+    check_student(student, has_processor, compares)
     check_routers("model", student.config)
-    for name, model in (("model", student), ("teacher_model", teacher)):
-        check_kernel(name, model, args.packed_attention, trainer.accelerator.device)
+    check_kernel("model", student, args.packed_attention, accelerator.device)
     check_text_view(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
-    forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown_to_teacher(student.config, teacher.config)])
+    prompts = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
+    words = _words(trainer)
+    check_logits("model", student, words)
+    if not any(found.source.model is not None for found in opened.values()):
+        check_engine(args, None, accelerator.distributed_type)
+    # All are asked, on every rank; a teacher that is loaded for it is given up before the next.
+    answers = [packs(student, prompts), *[_check_teacher(trainer, x, words, prompts) for x in opened.values()]]
+    trainer.packs = all(answers)
+    settle_vocabulary(args, student.config, opened)
+    check_overlap(args.log_overlap, args.vocab_size or student.config.get_text_config().vocab_size)
+    unknown = unknown_to_teachers(student.config, min(found.facts.head_rows for found in opened.values()))
+    forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown])
     if trainer.use_vllm and trainer.vllm_mode == "colocate":
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
+    freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
+    trainer.anchor = anchor_prompt(trainer)
+
+
+def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: list[PromptGroup]) -> bool:
+    """One teacher against the student; whether it runs in packed rows, as far as that is decided here."""
+    args, student, accelerator = trainer.args, trainer.student, trainer.accelerator
+    with found.here() as teacher:
+        check_placeholders(student, found.facts)
+        if found.remote is not None:
+            found.remote.check(trainer.processing_class, student.config, args.vocab_size)
+        if found.cache is not None:
+            check_cache(trainer, found, teacher)
+        if teacher is None:
+            return True
+        check_engine(args, teacher, accelerator.distributed_type)
+        check_kernel(found.what, teacher, args.packed_attention, accelerator.device)
+        check_logits(found.what, teacher, words)
+        return packs(teacher, prompts)
+
+
+def check_cache(trainer: Any, found: OpenedTeacher, teacher: nn.Module | None) -> None:
+    """Stop at a cache that was made from something else than this run has.
+
+    Args:
+        trainer: see ``prepare_models``.
+        found: its teacher.
+        teacher: the teacher's unwrapped model; None where it does not run here.
+
+    Raises:
+        ConfigError: see ``StateCache.check``; or states of views that the run needs and the cache has not.
+    """
+    args, preset = trainer.args, trainer.args.preset_in_force
+    now = {
+        "rendering": rendering_fingerprint(
+            trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs
+        ),
+        "autocast": autocast_name(args),
+        "versions": computing_versions(),
+    }
+    if found.source.live:
+        now["weights"] = weights_fingerprint(teacher) if found.remote is None else found.remote.weights
+    found.cache.check(**now)
+    if args.num_generations > found.cache.manifest.per_prompt:
+        raise ConfigError(
+            f"{found.cache.facts.what} has {found.cache.manifest.per_prompt} responses to each prompt, fewer than "
+            f"num_generations={args.num_generations}."
+        )
+    views = {view for model, view in preset.rows if model == "teacher"} - {"text"}
+    text = preset.needs_text(args.objective(1.0)) or (args.log_terms and preset.has_terms)
+    wanted = sorted(views | ({"text"} if text else set()))
+    if missing := [view for view in wanted if view not in found.cache.manifest.views]:
+        raise ConfigError(
+            f"{found.cache.facts.what} has the views {', '.join(found.cache.manifest.views)}, but preset="
+            f"{preset.name!r} needs {missing[0]!r}: make it anew with this config, or train without it."
+        )
+
+
+def _words(trainer: Any) -> Tensor:
+    """[T] int64, a short text."""
     words, _ = encode_prompt(
         trainer.processing_class,
         remove_images([{"role": "user", "content": "."}]),
         chat_template=trainer.chat_template,
         **trainer.chat_template_kwargs,
     )
-    for name, model in (("model", student), ("teacher_model", teacher)):
-        check_logits(name, model, words)
-    freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
-
-
-def both_pack(trainer: Any) -> bool:
-    """Whether student and teacher run in packed rows.
-
-    Raises:
-        ConfigError: one of them cannot be run as its own forward would (``vgs.models.self_check``).
-    """
-    groups = check_prompts(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
-    models = [trainer.accelerator.unwrap_model(x) for x in (trainer.model, trainer.teacher_model)]
-    answers = [packs(model, groups) for model in models]  # both are asked, on every rank
-    return all(answers)
+    return words
 
 
 def anchor_prompt(trainer: Any) -> PromptGroup | None:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..models.averaged import StudentCopy
-from ..models.groups import PromptGroup, response_lengths
+from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.heads import Head
 from ..models.wrappers import run_inside
-from .batching import select_responses
+from ..teachers.protocol import TeacherRows
 from .step import StepScorer
-from .teacher import TeacherRows
 
 
 class CopyFollower(TrainerCallback):

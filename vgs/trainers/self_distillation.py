@@ -20,13 +20,14 @@ from ..data.privileged import COLUMNS, CONTROLS, MODES, check_columns, privilege
 from ..errors import ConfigError
 from ..models.averaged import StudentCopy
 from ..models.groups import PromptGroup
-from ..models.heads import Head
+from ..models.heads import Head, whole_heads
 from ..objectives.presets import find_preset
+from ..teachers.local import LocalTeacher
 from .distillation import VGSTrainer
-from .preparation import anchor_prompt, both_pack
 from .prior import CopyFollower
+from .routes import local_options
 from .settings import VGSConfig
-from .step import StepScorer
+from .step import UNSHARDED
 
 FULL_VOCABULARY = MappingProxyType({"support": "full", "top_k": None, "plausibility": None, "clip": None})
 
@@ -101,8 +102,8 @@ class SelfDistillationConfig(VGSConfig):
 
 
 @dataclass
-class SelfScorer(StepScorer):
-    """Runs the teacher in the student's own modules.
+class SelfTeacher(LocalTeacher):
+    """A teacher in the student's own modules.
 
     Attributes:
         copy: the teacher's weights.
@@ -111,23 +112,21 @@ class SelfScorer(StepScorer):
     copy: StudentCopy = field(kw_only=True)
 
     @contextmanager
-    def _teacher_ready(self) -> Iterator[None]:
-        with self.copy.in_place(self._teacher):
+    def ready(self) -> Iterator[None]:
+        with self.copy.in_place(self.unwrapped):
             yield
 
-    def _teacher_head(self, dtype: torch.dtype) -> Head:
-        return self.copy.head(self._teacher, dtype)
-
-    @property
-    def _teacher_sharded(self) -> bool:
-        return self.sharded
+    @contextmanager
+    def head(self, dtype: torch.dtype) -> Iterator[Head]:
+        with whole_heads(self.unwrapped):
+            yield self.copy.head(self.unwrapped, dtype)
 
 
 class TeachInEngine(TrainerCallback):
     """The teacher runs in whatever engine holds the student, which has none before the training begins.
 
     Args:
-        trainer: with a ``SelfScorer``.
+        trainer: whose teacher is a ``SelfTeacher``.
     """
 
     def __init__(self, trainer: SelfDistillationTrainer) -> None:
@@ -135,7 +134,7 @@ class TeachInEngine(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         trainer, scorer = self.trainer, self.trainer.step_scorer
-        scorer.teacher_model = trainer.model_wrapped if scorer.sharded else trainer.student
+        scorer.teachers[""].model = trainer.model_wrapped if scorer.sharded else trainer.student
 
 
 class SelfDistillationTrainer(VGSTrainer):
@@ -199,13 +198,14 @@ class SelfDistillationTrainer(VGSTrainer):
             peft_config=peft_config,
         )
 
-    def make_scorer(self) -> SelfScorer:
-        """What runs the student and, in its modules, the teacher."""
+    def make_teachers(self) -> dict[str, SelfTeacher]:
+        """The student's own modules, with the teacher's weights in them."""
         self.copy = StudentCopy(self.args.teacher, self.args.ema_decay)
         self.add_callback(TeachInEngine(self))
         CopyFollower(self, self.copy)
-        anchor, packs = anchor_prompt(self), both_pack(self)
-        return SelfScorer(self.args, self.accelerator, self.student, anchor, packs, copy=self.copy)
+        sharded = self.accelerator.distributed_type not in UNSHARDED
+        options = local_options(self.args, self.anchor) | {"sharded": sharded}
+        return {"": SelfTeacher(self.student, **options, copy=self.copy)}
 
     def further_views(self, samples: list[dict[str, Any]], groups: list[PromptGroup]) -> dict[str, list[PromptGroup]]:
         """As of ``VGSTrainer``, with the teacher's view, ``"privileged"``."""

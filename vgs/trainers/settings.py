@@ -28,7 +28,7 @@ PRIORS = ("live", "frozen", "ema")
 LOSS_BACKENDS = ("auto", "triton", "torch")
 AT_LEAST_ONE = (
     *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
-    *("max_tokens_per_pass", "lp_every"),
+    *("max_tokens_per_pass", "lp_every", "log_overlap"),
 )
 
 
@@ -53,7 +53,7 @@ class VGSOptions:
     Args:
         preset: what is minimised, see ``vgs.objectives.presets``: ``"vgs"``, ``"gkd"``, ...
         divergence: fields of ``vgs_kernels.Divergence`` that replace the preset's, such as ``{"top_k": 128}``; not of
-            presets that steer, and not its temperature, which is the run's.
+            presets that steer, and not its temperature, which is ``loss_temperature``.
         gamma, lam, vds_quantile, adaptive_quantile, detach_prior, schedule, vds_scope: see ``VGSObjective``; of
             presets that steer, others warn of them. One call (``vds_scope="call"``) is one micro-batch on one rank.
             ``schedule`` None: as the preset says, else ``"constant"``.
@@ -66,6 +66,9 @@ class VGSOptions:
         loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
             ``"token"`` averages over all tokens. None: as the preset says, else ``"trajectory"``.
         loss_backend, loss_workspace_bytes: passed to the fused loss.
+        loss_temperature: divides the logits in the loss; None: as ``temperature``, which the student is sampled with.
+        log_overlap: log which share of their k likeliest tokens student and teacher have in common, for this k; None
+            saves a product with both heads (``vgs.models.overlap``).
         log_terms: log every term of the steered objective. False saves work where the loss alone does not need them,
             and then nothing is watched for collapse.
         vocab_size: number of leading vocabulary columns to use, where both heads are padded alike; None uses all.
@@ -82,6 +85,9 @@ class VGSOptions:
             output head) as they are.
         teacher_offload: keep the teacher's weights, but for its head, in host memory while the student runs. Not under
             DeepSpeed, which shards the teacher and offloads by itself.
+        teacher_reload: read each teacher from disk for each of its phases and give it up after them; only the heads
+            stay. Excludes ``teacher_offload``.
+        teacher_column: of several teachers, the column that names each row's.
         prior: where the prior p_x inside q* comes from, of presets that steer: the student as it is (``"live"``), as it
             was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``. With a copy the
             logged loss lacks a constant, and nothing is watched for collapse.
@@ -107,6 +113,12 @@ class VGSOptions:
     loss_workspace_bytes: int = field(
         default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
     )
+    loss_temperature: float | None = field(
+        default=None, metadata={"help": "Divides the logits in the loss; left out: as temperature, that of sampling."}
+    )
+    log_overlap: int | None = field(
+        default=None, metadata={"help": "Log how many of the so many likeliest tokens student and teacher share."}
+    )
     log_terms: bool = field(default=True, metadata={"help": "Log every term of the steered objective."})
     vocab_size: int | None = field(default=None, metadata={"help": "Leading vocabulary columns to use."})
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
@@ -117,6 +129,8 @@ class VGSOptions:
     freeze_vision: bool = field(default=False, metadata={"help": "Keep the student's vision tower."})
     freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the student's input embeddings."})
     teacher_offload: bool = field(default=False, metadata={"help": "Keep the teacher in host memory between phases."})
+    teacher_reload: bool = field(default=False, metadata={"help": "Read the teacher from disk for each phase."})
+    teacher_column: str | None = field(default=None, metadata={"help": "Column that names each row's teacher."})
     prior: str = field(default="live", metadata={"help": 'The prior of q*: "live", "frozen" or "ema".'})
     prior_decay: float = field(default=0.995, metadata={"help": "Of the averaged prior, per step."})
     control_kind: str | None = field(default=None, metadata={"help": '"black", "pixelated" or "noise".'})
@@ -133,6 +147,7 @@ class VGSOptions:
             if getattr(self, name) not in choices:
                 expected = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
+        checks.number("loss_temperature", self.loss_temperature, positive=True, optional=True)
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -143,6 +158,8 @@ class VGSOptions:
                 f"preset={self.preset!r} weighs the tokens of a response among themselves and needs "
                 f'loss_reduction="trajectory", got {self.loss_reduction!r}.'
             )
+        if self.teacher_reload and self.teacher_offload:
+            raise ConfigError("teacher_reload and teacher_offload exclude each other: from disk, or from host memory.")
         self._check_prior()
         self._check_budget()
         fixed_eta = self.fixed_eta
@@ -198,7 +215,12 @@ class VGSOptions:
         preset = find_preset(self.preset)
         if self.prior != "live":
             preset = anchored(preset)
-        return preset.configured(self.temperature, **self._divergence_changes())
+        return preset.configured(self.temperature_of_loss, **self._divergence_changes())
+
+    @property
+    def temperature_of_loss(self) -> float:
+        """What divides the logits in the loss."""
+        return self.temperature if self.loss_temperature is None else self.loss_temperature
 
     def _divergence_changes(self) -> dict[str, Any]:
         return dict(self.divergence or {})
@@ -228,7 +250,7 @@ class VGSOptions:
             lam=self.lam,
             vds_quantile=self.vds_quantile,
             eta=eta,
-            temperature=self.temperature,
+            temperature=self.temperature_of_loss,
             detach_prior=self.detach_prior,
             schedule=self.schedule,
             adaptive_quantile=self.adaptive_quantile,
@@ -245,6 +267,8 @@ class VGSConfig(VGSOptions, DistillationConfig):
     Args:
         beta: of the preset ``"gkd"``, 0.5 there if left out: 0 is the forward and 1 the reverse KL.
         eval_greedy: decode greedily during evaluation.
+        on_policy_fraction: share of the prompts, in [0, 1], that the student answers; to the others it learns from
+            recorded responses (a column ``responses``, or a teacher's cache), see ``vgs.trainers.off_policy``.
         num_generations: responses sampled to each prompt of a training batch. ``per_device_train_batch_size *
             gradient_accumulation_steps`` counts responses and must be a multiple of it.
 
@@ -255,9 +279,15 @@ class VGSConfig(VGSOptions, DistillationConfig):
     beta: float | None = field(default=None, metadata={"help": "Of the preset gkd: 0 forward KL, 1 reverse KL."})
     eval_greedy: bool = field(default=True, metadata={"help": "Decode greedily during evaluation."})
     num_generations: int = field(default=1, metadata={"help": "Responses sampled to each prompt."})
+    on_policy_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of prompts that the student answers; others have recorded responses."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ConfigError(f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}.")
         least = find_preset(self.preset).generations
         if self.num_generations < least:
             raise ConfigError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +14,15 @@ from torch import Tensor, nn
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
 
 from ..models.forward import score_with_anchor
-from ..models.groups import PromptGroup, response_lengths, trajectory_ids
-from ..models.heads import Head, head_parameters, read_head, token_logps, visual_dependency, whole_heads
-from ..models.wrappers import run_inside
+from ..models.groups import PromptGroup, response_lengths, select_responses, trajectory_ids
+from ..models.heads import Head, read_head, token_logps, visual_dependency, whole_heads
+from ..models.overlap import top_k_overlap
 from ..objectives.definitions import VIEWS, Preset, shared_limits
 from ..objectives.weighting import weigh
-from .batching import plan_passes, select_responses
-from .micro_batch import NO_VIEWS, MicroBatch, Views, joined, sampled_tokens
+from ..teachers.protocol import Teacher, TeacherRows
+from .batching import plan_passes
+from .micro_batch import NO_VIEWS, MicroBatch, Views, joined, response_names, sampled_tokens
 from .settings import VGSOptions
-from .teacher import Offload, TeacherRows
 
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -36,10 +34,10 @@ class StepScorer:
     Attributes:
         args: the run's settings: ``VGSOptions``, and a temperature and per_device_train_batch_size.
         accelerator: knows the processes.
-        teacher_model: as prepared by the accelerator.
+        teachers: name -> teacher; one alone has the name "". Each response has one of them.
         anchor: a prompt with a small image. On several processes it joins passes without images, so that all of them
             run the vision tower, in the backward too; with no weight in the loss. None without such a tower.
-        packs: whether both models' families run as packed rows.
+        packs: whether all models that run here have families that run as packed rows.
         prior_head: the output head that the prior's rows go with, given the student; None where the prior is the
             student's own.
         strict: whether a response that is longer than a pass may be is an error; in evaluation it has a pass of its
@@ -48,30 +46,11 @@ class StepScorer:
 
     args: VGSOptions
     accelerator: Accelerator
-    teacher_model: nn.Module
+    teachers: Mapping[str, Teacher]
     anchor: PromptGroup | None
     packs: bool
     prior_head: Callable[[nn.Module, torch.dtype], Head] | None = None
     strict: bool = True
-    _offload: Offload | None = None
-
-    def __post_init__(self) -> None:
-        self.teacher_model.eval()
-        if self.args.teacher_offload:
-            self._offload = Offload(self._teacher, head_parameters(self._teacher), self.accelerator.device)
-
-    @property
-    def _teacher(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.teacher_model)
-
-    @contextmanager
-    def _teacher_ready(self) -> Iterator[None]:
-        """The teacher can score inside."""
-        with self._offload.on_device() if self._offload else nullcontext():
-            yield
-
-    def _teacher_head(self, dtype: torch.dtype) -> Head:
-        return read_head(self._teacher, dtype)
 
     @property
     def preset(self) -> Preset:
@@ -91,7 +70,8 @@ class StepScorer:
 
     def _needs_vds(self, objective: VGSObjective) -> bool:
         """Whether scores are wanted before the student runs: where its loss depends on tokens of other passes."""
-        return self.preset.needs_vds(objective, split=self.args.max_tokens_per_pass is not None)
+        split = self.args.max_tokens_per_pass is not None or len(self.teachers) > 1
+        return self.preset.needs_vds(objective, split=split)
 
     @property
     def _loss_options(self) -> dict[str, Any]:
@@ -104,6 +84,20 @@ class StepScorer:
     def _plan(self, groups: Sequence[PromptGroup], text: bool) -> list[list[int]]:
         shared = self.args.share_prefix and self.packs
         return plan_passes(groups, self.args.max_tokens_per_pass, text=text, share_prefix=shared, strict=self.strict)
+
+    @staticmethod
+    def _by_teacher(names: Sequence[str], plan: Callable[[list[int]], list[list[int]]]) -> list[list[int]]:
+        """Passes in which all responses have the same teacher.
+
+        Args:
+            names: of every response's teacher.
+            plan: the passes of some responses, by their places among these.
+        """
+        passes = []
+        for name in dict.fromkeys(names):
+            own = [index for index, found in enumerate(names) if found == name]
+            passes += [[own[place] for place in chosen] for chosen in plan(own)]
+        return passes
 
     def _equal(self, passes: list[list[int]]) -> list[list[int]]:
         """As many passes on every rank, for what they do together. Those that are added are empty."""
@@ -130,7 +124,12 @@ class StepScorer:
 
     @torch.no_grad()
     def score_teacher(
-        self, groups: list[PromptGroup], objective: VGSObjective, text: bool, views: Views = NO_VIEWS
+        self,
+        groups: list[PromptGroup],
+        objective: VGSObjective,
+        text: bool,
+        views: Views = NO_VIEWS,
+        routes: Sequence[str] | None = None,
     ) -> list[TeacherRows]:
         """Hidden states of all responses, and what else the loss needs of them; one entry per response.
 
@@ -139,6 +138,7 @@ class StepScorer:
             objective: of the step that will use them.
             text: whether to score the text-only view.
             views: further views, with the responses of ``groups``.
+            routes: the name of each group's teacher; None where there is one alone.
 
         Raises:
             ValueError: the preset needs a view that is not in ``views``.
@@ -146,21 +146,27 @@ class StepScorer:
         wanted = [view for model, view in sorted(self.preset.rows) if model == "teacher" and view != "text"]
         if missing := sorted(set(wanted) - {"image", *views}):
             raise ValueError(f"views must have {missing[0]!r} for preset={self.preset.name!r}, got {sorted(views)}.")
-        found: list[dict[str, Tensor]] = [{} for _ in response_lengths(groups)]
-        with self._teacher_ready(), self.accelerator.autocast():
-            for view in wanted:
-                scored, both = (groups, text) if view == "image" else (views[view], False)
-                for chosen in self._teacher_passes(scored, both):
-                    part = select_responses(scored, chosen)
-                    task = partial(self._teacher_pass, part, view, objective, both)
-                    _, columns = run_inside(self.teacher_model, task)
-                    for name, values in columns.items():
-                        for index, piece in zip(chosen, values.split(response_lengths(part)), strict=True):
-                            found[index][name] = piece
+        names = response_names(groups, routes)
+        found: list[dict[str, Tensor]] = [{} for _ in names]
+        for name, teacher in self.teachers.items():
+            own = [index for index, other in enumerate(names) if other == name]
+            if not own and not teacher.sharded:
+                continue
+            with teacher.ready(), self.accelerator.autocast():
+                for view in wanted:
+                    scored, both = (groups, text) if view == "image" else (views[view], False)
+                    part = select_responses(scored, own)
+                    for places in self.rollout_passes(part, text=both, shared=teacher.sharded):
+                        chosen = [own[place] for place in places]
+                        columns = self._teacher_pass(teacher, select_responses(scored, chosen), view, objective, both)
+                        lengths = [len(x) for group in select_responses(scored, chosen) for x in group.responses]
+                        for column, values in columns.items():
+                            for index, piece in zip(chosen, values.split(lengths), strict=True):
+                                found[index][column] = piece
         factors = self._factors(groups, found)
         return [
-            TeacherRows({view: entry[view] for view in VIEWS if view in entry}, entry.get("vds"), factor)
-            for entry, factor in zip(found, factors, strict=True)
+            TeacherRows({view: entry[view] for view in VIEWS if view in entry}, entry.get("vds"), factor, name)
+            for entry, factor, name in zip(found, factors, names, strict=True)
         ]
 
     def _factors(self, groups: list[PromptGroup], found: list[dict[str, Tensor]]) -> list[Tensor | None]:
@@ -175,14 +181,6 @@ class StepScorer:
             image, control = ([entry[f"logps {view}"] for entry in own] for view in ("image", "control"))
             factors += weigh(weighting, image, control)
         return factors
-
-    @property
-    def _teacher_sharded(self) -> bool:
-        """The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank."""
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-    def _teacher_passes(self, groups: list[PromptGroup], text: bool) -> list[list[int]]:
-        return self.rollout_passes(groups, text=text, shared=self._teacher_sharded)
 
     def rollout_passes(self, groups: list[PromptGroup], *, text: bool = False, shared: bool = False) -> list[list[int]]:
         """Passes without gradient over a whole generation batch; as many on every rank if they are ``shared``."""
@@ -199,30 +197,31 @@ class StepScorer:
         return None, rows
 
     def _teacher_pass(
-        self, groups: list[PromptGroup], view: str, objective: VGSObjective, text: bool
-    ) -> tuple[None, dict[str, Tensor]]:
+        self, teacher: Teacher, groups: list[PromptGroup], view: str, objective: VGSObjective, text: bool
+    ) -> dict[str, Tensor]:
         """Columns of N tokens: hidden states by view, "vds", and log-probabilities "logps VIEW"."""
-        teacher = self._teacher
-        rows, _ = self._rows(teacher, groups, text, text_gradient=False, together=self._teacher_sharded)
-        # Hidden states of a view that only weighs tokens would wait for nothing.
-        columns = {
-            name: x
-            for name, x in zip((view, "text"), rows, strict=False)
-            if name == "text" or self.preset.targets(name)
-        }
         with_vds = self._needs_vds(objective) and view == "image"
         weighed = self.preset.weighting is not None and view in ("image", "control")
-        if not (with_vds or weighed):
-            return None, columns
-        with whole_heads(teacher):
-            head = self._teacher_head(rows[0].dtype)
-            if with_vds:
-                columns["vds"] = visual_dependency(rows, head, objective.temperature, **self._loss_options)
-            if weighed:
-                ids = sampled_tokens(groups, rows[0])
-                logps = token_logps(rows[0], ids, head, objective.temperature, **self._loss_options)
-                columns[f"logps {view}"] = logps
-        return None, columns
+
+        def look(rows: list[Tensor]) -> dict[str, Tensor]:
+            # Hidden states of a view that only weighs tokens would wait for nothing.
+            columns = {
+                name: x
+                for name, x in zip((view, "text"), rows, strict=False)
+                if name == "text" or self.preset.targets(name)
+            }
+            if not (with_vds or weighed):
+                return columns
+            with teacher.head(rows[0].dtype) as head:
+                if with_vds:
+                    columns["vds"] = visual_dependency(rows, head, objective.temperature, **self._loss_options)
+                if weighed:
+                    ids = sampled_tokens(groups, rows[0])
+                    logps = token_logps(rows[0], ids, head, objective.temperature, **self._loss_options)
+                    columns[f"logps {view}"] = logps
+            return columns
+
+        return teacher.states(groups, text, look)
 
     # ---- the student's passes
 
@@ -252,7 +251,9 @@ class StepScorer:
             limits, gated = self._gate(groups, teacher, objective)
         terms = self._terms(terms)
         text = terms or preset.needs_own_text(objective)
-        passes = self._plan(groups, text)
+        passes = self._by_teacher(
+            [entry.teacher for entry in teacher], lambda own: self._plan(select_responses(groups, own), text)
+        )
         if self.accelerator.num_processes > 1:
             passes = self._equal(passes)
         weights = [
@@ -284,32 +285,49 @@ class StepScorer:
         groups = select_responses(batch.groups, chosen)
         flags = [batch.text_gradient[index] for index in chosen]
         uniform = self.preset.needs_text_gradient(batch.objective) if self.sharded or not flags else flags
-        teacher, together = self._teacher, self.accelerator.num_processes > 1
+        together = self.accelerator.num_processes > 1
+        name = batch.teacher[chosen[0]].teacher if chosen else next(iter(self.teachers))
         with_ids = batch.policy is not None or self.preset.needs_ids
         # Also for a student that accelerate has not prepared, whose forward has no autocast of its own.
         with self.accelerator.autocast():
             rows, zero = self._rows(student, groups, batch.text, uniform, together)
             states = dict(zip(("image", "text"), rows, strict=False))
-            with whole_heads(student, teacher):
+            with whole_heads(student), self.teachers[name].head(rows[0].dtype) as teacher_head:
                 student_head = read_head(student, rows[0].dtype)
-                teacher_head = self._teacher_head(rows[0].dtype)
                 # With a model split over devices, the backbone can end elsewhere than the head.
                 states = {view: x.to(student_head.weight.device) for view, x in states.items()}
                 prior = {}
                 if self.prior_head is not None and batch.objective.gamma > 0:
                     prior["prior_head"] = self.prior_head(student, rows[0].dtype)
+                teacher = batch.teacher_rows(chosen, teacher_head, states["image"])
                 output = self.preset.loss(
                     states,
-                    batch.teacher_rows(chosen, teacher_head, states["image"]),
+                    teacher,
                     student_head,
                     teacher_head,
                     objective=batch.objective,
                     token_weights=joined([batch.weights[index] for index in chosen], states["image"]),
                     trajectory_ids=trajectory_ids(groups).to(student_head.weight.device),
                     return_terms=batch.terms,
-                    **(batch.sampled(chosen, states["image"]) if with_ids else {}),
+                    **(self._sampled(batch, chosen, states["image"]) if with_ids else {}),
                     **batch.steering(chosen, states["image"]),
                     **prior,
                     **self._loss_options,
                 )
+                output = self._with_policy(output, batch, chosen, states["image"], student_head)
+                if self.args.log_overlap is not None:
+                    options = self.args.log_overlap, self.args.vocab_size, self.args.loss_workspace_bytes
+                    likened = teacher[self.preset.taught_view]
+                    overlap = top_k_overlap(states["image"], student_head, likened, teacher_head, *options)
+                    batch.overlaps.append(overlap)
         return output.loss if zero is None else output.loss + zero, output
+
+    def _sampled(self, batch: MicroBatch, chosen: list[int], like: Tensor) -> dict[str, Any]:
+        """What the preset's loss is told of the sampled tokens."""
+        return batch.sampled(chosen, like)
+
+    def _with_policy(
+        self, output: VGSOutput | DivergenceOutput, batch: MicroBatch, chosen: list[int], rows: Tensor, head: Head
+    ) -> VGSOutput | DivergenceOutput:
+        """The preset's output with a policy term that it could not take along."""
+        return output

@@ -7,65 +7,37 @@ the teacher is loaded and placed here, as TRL does it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import ConfigError
+from ..models.vocabulary import head_rows
 from .host_hooks import create_model_from_path, prepare_deepspeed
 
-logger = logging.getLogger(__name__)
+
+def unknown_to_teachers(student: Any, rows: int) -> range:
+    """Ids that the student could sample and a teacher whose head has ``rows`` rows cannot read: padding of the
+    student's head alone."""
+    return range(rows, head_rows(student))
 
 
-def head_rows(config: Any) -> int:
-    """Rows of the output head of a transformers config."""
-    return int(config.get_text_config().vocab_size)
-
-
-def common_vocabulary(student: Any, teacher: Any, vocab_size: int | None) -> int | None:
-    """The number of leading vocabulary columns that a loss between two models uses; None: all.
-
-    Args:
-        student, teacher: their transformers configs.
-        vocab_size: as the user has set it; None: as many as both have, said in one line where that is not all.
-
-    Raises:
-        ConfigError: ``vocab_size`` is above what both have.
-    """
-    rows = head_rows(student), head_rows(teacher)
-    if vocab_size is not None and vocab_size > min(rows):
-        raise ConfigError(
-            f"vocab_size must be at most {min(rows)}, got {vocab_size}: the student's head has {rows[0]} rows, the "
-            f"teacher's {rows[1]}."
-        )
-    if vocab_size is not None or rows[0] == rows[1]:
-        return vocab_size
-    logger.warning(
-        "The student's head has %d rows, the teacher's %d: the loss uses the first %d columns (vocab_size).",
-        *(*rows, min(rows)),
-    )
-    return min(rows)
-
-
-def unknown_to_teacher(student: Any, teacher: Any) -> range:
-    """Ids that the student could sample and the teacher cannot read: padding of the student's head alone."""
-    return range(head_rows(teacher), head_rows(student))
-
-
-def load_teacher(teacher: str | nn.Module, args: Any, processes: int) -> nn.Module:
+def load_teacher(
+    teacher: str | nn.Module, args: Any, processes: int, own_options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A teacher that is given by its id, as TRL's distillation trainer loads it; one that is loaded already as it is.
 
     Args:
         teacher: the model or its id.
         args: with ``teacher_model_init_kwargs``.
         processes: of the run.
+        own_options: of ``from_pretrained``, in place of ``teacher_model_init_kwargs``.
 
     Raises:
         ConfigError: ``teacher_model_init_kwargs`` given for a loaded model.
     """
-    options: Mapping[str, Any] = args.teacher_model_init_kwargs or {}
+    options: Mapping[str, Any] = own_options or args.teacher_model_init_kwargs or {}
     if not isinstance(teacher, str):
         if options:
             raise ConfigError("teacher_model_init_kwargs must be left out for a teacher_model that is loaded already.")
@@ -78,17 +50,12 @@ def load_teacher(teacher: str | nn.Module, args: Any, processes: int) -> nn.Modu
 
 
 def place_teacher(trainer: Any, teacher: nn.Module) -> nn.Module:
-    """A loaded teacher where the run keeps it; the run's ``vocab_size`` becomes what both models have.
+    """A loaded teacher where the run keeps it.
 
     Args:
         trainer: its host has the student and the accelerator.
         teacher: of ``load_teacher``.
-
-    Raises:
-        ConfigError: as ``common_vocabulary``.
     """
-    args = trainer.args
-    args.vocab_size = common_vocabulary(trainer.model.config, teacher.config, args.vocab_size)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(teacher, trainer.accelerator)
     return trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
