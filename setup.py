@@ -50,5 +50,8 @@ setup(
         "demo": TRAIN + DEMO,
         "dev": TRAIN + QUANT + MATH + DEMO + DEV,
     },
-    entry_points={"console_scripts": ["vgs=vgs.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vgs=vgs.cli.main:main"],
+        "verl.plugins": ["vgs = vgs.integrations.verl"],
+    },
 )
