@@ -4,19 +4,22 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
+HOSTS := .venv-verl .venv-swift
 RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 NEWEST_TESTS := CONSTRAINTS=constraints.txt OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 # Python with stand-ins for CUDA's libraries, under the CUDA build of PyTorch; needs gcc.
 EMULATED := OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.device.build
+# Tests inside another trainer: on a CPU, and without the set-up of the others.
+HOST_TESTS := -m pytest -q -p no:cacheprovider --confcutdir tests/hosts
 # What meets the libraries: exactness on both backends, torch.compile, models, a trainer of each kind, the command.
 OLDEST_TESTS := tests/test_environment.py \
 	$(addprefix tests/kernels/test_,divergence_family.py integration_torch.py loss_gradients.py loss_values.py rows_triton.py) \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest test-verl test-swift test-hosts gate emulate gpu-session gpu-rehearsal lint bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -34,6 +37,15 @@ gate: $(INSTALLED)  # time and memory against eager PyTorch and the floor, withi
 
 test-oldest: $(OLDEST)/installed  # a short run on the oldest supported versions
 	CONSTRAINTS=constraints-oldest.txt OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
+
+test-verl: .venv-verl/installed  # inside verl 0.9.1, on one and two gloo ranks; some minutes
+	OMP_NUM_THREADS=1 .venv-verl/bin/python $(HOST_TESTS) tests/hosts/verl
+
+test-swift: .venv-swift/installed  # inside ms-swift 4.6.0, whole trainer; some minutes
+	OMP_NUM_THREADS=1 .venv-swift/bin/python $(HOST_TESTS) tests/hosts/swift
+
+test-hosts:  # once a week, not in CI: whether the core still installs beside each host; it asks the package index
+	$(PYTHON) tests/hosts/resolve.py
 
 mutations: $(INSTALLED)  # how sharp the tests are: 32 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
@@ -75,5 +87,13 @@ $(OLDEST)/installed: setup.py constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+# The host itself without what it names as its dependencies: its requirements file has what is needed here.
+$(HOSTS:=/installed): .venv-%/installed: setup.py tests/hosts/%/requirements.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r tests/hosts/$*/requirements.txt setuptools
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		$(if $(filter verl,$*),verl==0.9.1,ms-swift==4.6.0) -e .
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) runs build *.egg-info
+	rm -rf .venv $(OLDEST) $(HOSTS) runs build *.egg-info

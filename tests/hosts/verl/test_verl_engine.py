@@ -15,8 +15,21 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from verl_batches import plain_loss, rows_of, save_models
 
+ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).parent / "verl_engine.py"
-ON_ONE = ("all", "two", "one", "dynamic", "token", "apart", "opd", "hybrid", "plain", "lora", "half")
+ON_ONE = (
+    "all",
+    "two",
+    "one",
+    "dynamic",
+    "token",
+    "apart",
+    "opd",
+    "hybrid",
+    "lora",
+    "half",
+    "plain",
+)  # last: verl patches classes
 ON_TWO = ("all", "one", "token")
 TERMS = ("standard", "visual", "language", "vds", "gate")
 
@@ -114,6 +127,32 @@ def test_bfloat16_is_near(reports: Any, plain: Any) -> None:
     assert loss_of([found]) == pytest.approx(loss, rel=0.05)
     ours, expected = (torch.cat([x[name].flatten() for name in gradients]) for x in (found["gradients"], gradients))
     assert torch.cosine_similarity(ours, expected, dim=0) > 0.95
+
+
+def test_the_launch_script_has_settings_that_verl_takes(tmp_path: Path) -> None:
+    """verl composes its config from them, on two machines, and finds nothing wrong in it; nothing is started."""
+    script = ROOT / "configs" / "hosts" / "verl" / "train.sh"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "TRAIN": "x.parquet", "NODES": "2"}
+    command = ["bash", str(script), "--cfg", "job"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sentence, _, text = done.stdout.partition("\n")
+    assert sentence.startswith("verl trains with VGS: ")
+    (tmp_path / "job.yaml").write_text(text)
+    code = f"""
+from omegaconf import OmegaConf
+from verl.utils.config import validate_config
+config = OmegaConf.load({str(tmp_path / "job.yaml")!r})
+validate_config(config, use_reference_policy=False, use_critic=False)
+print(config.trainer.nnodes, config.actor_rollout_ref.rollout.agent.default_agent_loop)
+print(OmegaConf.to_container(config.ray_kwargs.ray_init.runtime_env.env_vars))
+"""
+    checked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    *_, nodes, variables = checked.stdout.splitlines()
+    assert nodes == "2 vgs_single_turn"
+    assert "'VERL_ENGINE_VENDOR': 'vgs'" in variables and "configs/hosts/verl/vgs.yaml" in variables
 
 
 def check(**variables: str) -> subprocess.CompletedProcess[str]:
