@@ -13,6 +13,7 @@ from vgs import ConfigError, encode_groups, placeholder_ids, vgs_step
 from vgs.integrations.models import check_models
 from vgs.integrations.options import HostOptions
 from vgs.integrations.rows import host_row
+from vgs.integrations.signatures import check_signatures
 from vgs.integrations.step import HostRows, HostStep, sums
 from vgs.models.groups import PromptGroup
 from vgs_kernels import VGSObjective
@@ -120,3 +121,11 @@ def test_a_teacher_of_other_image_tokens_is_refused(teacher: nn.Module) -> None:
 def test_a_tokenizer_alone_has_no_text_only_view(teacher: nn.Module) -> None:
     with pytest.raises(ConfigError, match="the student must be a vision-language model with a processor"):
         check_models(tiny_model(0), teacher, PROCESSOR.tokenizer, needs_images=True)
+
+
+def test_a_method_with_other_parameters_is_named() -> None:
+    def method(self: object, data: object) -> None: ...
+
+    check_signatures("torch", "2", {method: "self, data"})
+    with pytest.raises(ConfigError, match=r"method of torch .* has the parameters \(self, data\), but VGS knows"):
+        check_signatures("torch", "2", {method: "self"})

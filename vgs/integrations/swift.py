@@ -23,8 +23,18 @@ from ..models.families import placeholder_ids
 from .models import check_models
 from .options import read_options
 from .rows import host_row, with_token_types
+from .signatures import check_signatures
 from .step import HostRows, HostStep, Scored, sums
 
+#: What is overridden or called of ms-swift, as this version has it.
+KNOWN_VERSION = "4.6.0"
+SIGNATURES = {
+    GKDTrainer._prepare_batch_inputs: "self, samples",
+    GKDTrainer.compute_loss: "self, model, inputs, return_outputs, num_items_in_batch",
+    GKDTrainer.split_by_mini_batches: "self, samples",
+    GKDTrainer._template_context: "self, template, inputs, max_length, mode",
+    encode_sample: "sample, template, encode_prompt_only",
+}
 IGNORED = -100  # the label of tokens that are not the student's
 IMAGE_MARK = "<image>"  # in swift's messages
 
@@ -51,8 +61,10 @@ class VGSTrainer(GKDTrainer):
         """As swift's trainer.
 
         Raises:
-            ConfigError: a wrong option, a teacher behind a server or none, or a swift option that VGS does not go with.
+            ConfigError: a version of swift whose methods have other parameters, a wrong option, a teacher behind a
+                server or none, or a swift option that VGS does not go with.
         """
+        check_signatures("ms-swift", KNOWN_VERSION, SIGNATURES)
         options = read_options()
         if options.policy_coefficient or options.teacher:
             name = "teacher" if options.teacher else "policy_coefficient"

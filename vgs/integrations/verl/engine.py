@@ -23,6 +23,7 @@ from ...models.families import placeholder_ids
 from ...models.tokenizers import load_tokenizer
 from ..models import check_models
 from ..options import read_options
+from ..signatures import check_signatures
 from ..step import HostStep, sums
 from . import VENDOR
 from .batches import read_rows
@@ -31,6 +32,17 @@ from .teacher import load_teacher, on_device
 
 #: "fsdp" only to refuse it: unregistered, verl would take its own engine without a word.
 BACKENDS = ["fsdp", "fsdp2"]
+#: What is overridden or called of verl, as this version has it.
+KNOWN_VERSION = "0.9.1"
+SIGNATURES = {
+    FSDPEngineWithLMHead.initialize: "self",
+    FSDPEngineWithLMHead._build_module: "self",
+    FSDPEngineWithLMHead.forward_backward_batch: "self, data, loss_function, forward_only",
+    FSDPEngineWithLMHead.forward_step: "self, micro_batch, loss_function, forward_only",
+    prepare_micro_batches: (
+        "data, dp_group, num_batches_divided_by, same_micro_num_in_dp, min_num_micro_batch, use_dynamic_bsz_balance"
+    ),
+}
 ROW = "vgs_row"  # the column that says which row of the batch a row of a micro-batch is
 
 
@@ -46,8 +58,10 @@ class VGSEngine(FSDPEngineWithLMHead):
         """As verl's engine.
 
         Raises:
-            ConfigError: FSDP1, sequence parallelism, or a wrong option.
+            ConfigError: a version of verl whose methods have other parameters, FSDP1, sequence parallelism, or a wrong
+                option.
         """
+        check_signatures("verl", KNOWN_VERSION, SIGNATURES)
         super().__init__(*args, **kwargs)
         self._step: HostStep | None = None
         if self.engine_config.forward_only:
