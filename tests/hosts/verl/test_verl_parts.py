@@ -93,6 +93,7 @@ def test_the_agent_loop_is_registered() -> None:
     ("settings", "sentence"),
     [
         ({"strategy": "fsdp"}, "actor.strategy must be 'fsdp2' with VGS, got 'fsdp'."),
+        ({"offload_policy": True}, "actor.fsdp_config.offload_policy must be False with VGS"),
         ({"ranks": 2}, "actor.ulysses_sequence_parallel_size must be 1 with VGS, got 2"),
         ({"options": {"techer": "x"}}, "VGS_OPTIONS has the option 'techer'; expected some of teacher, objective"),
     ],
@@ -103,7 +104,8 @@ def test_what_cannot_be_run_is_refused_at_once(
     monkeypatch.setenv("VGS_OPTIONS", json.dumps(settings.get("options", {"teacher": "x"})))
 
     def init(self: Any) -> None:
-        self.engine_config = SimpleNamespace(forward_only=False, strategy=settings.get("strategy", "fsdp2"))
+        known = {"strategy": "fsdp2", "offload_policy": False, **settings}
+        self.engine_config = SimpleNamespace(forward_only=False, **known)
         self.ulysses_sequence_parallel_size = settings.get("ranks", 1)
 
     monkeypatch.setattr(VGSEngine.__mro__[1], "__init__", init)

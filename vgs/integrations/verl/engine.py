@@ -58,8 +58,8 @@ class VGSEngine(FSDPEngineWithLMHead):
         """As verl's engine.
 
         Raises:
-            ConfigError: a version of verl whose methods have other parameters, FSDP1, sequence parallelism, or a wrong
-                option.
+            ConfigError: a version of verl whose methods have other parameters, FSDP1, its own offloading of
+                parameters, sequence parallelism, or a wrong option.
         """
         check_signatures("verl", KNOWN_VERSION, SIGNATURES)
         super().__init__(*args, **kwargs)
@@ -68,6 +68,8 @@ class VGSEngine(FSDPEngineWithLMHead):
             return
         if self.engine_config.strategy != "fsdp2":
             raise ConfigError(f"actor.strategy must be 'fsdp2' with VGS, got {self.engine_config.strategy!r}.")
+        if self.engine_config.offload_policy:
+            raise ConfigError("actor.fsdp_config.offload_policy must be False with VGS; param_offload does the same.")
         if self.ulysses_sequence_parallel_size > 1:
             raise ConfigError(
                 "actor.ulysses_sequence_parallel_size must be 1 with VGS, got "
