@@ -98,7 +98,7 @@ def train(folder: Path, case: str) -> dict[str, Any]:
 
     def prepared(self: Any, samples: list[Any]) -> Any:
         batches = prepare(self, samples)
-        seen["responses"] = [*seen.get("responses", []), *(ids for x in samples for ids in x.response_token_ids)]
+        seen["responses"] = [*seen.get("responses", []), *(list(x.response_token_ids) for x in samples)]
         if "gaps" not in seen:
             seen["gaps"] = gaps(self, samples, batches[0]["vgs"].scored.batch)
             seen["trainer"] = type(self).__name__
