@@ -185,10 +185,12 @@ def test_the_agent_loop_renders_the_prompt_without_its_images(models: Path, monk
     from verl.workers.rollout.replica import TokenOutput
 
     processor = AutoProcessor.from_pretrained(models / "student")
-    image = tiny_image(0)
+    image, image_token = tiny_image(0), processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     async def generate(**options: Any) -> TokenOutput:
         assert options["image_data"] == [image]
+        assert options["sampling_params"]["logit_bias"][image_token] == -100
+        assert options["sampling_params"]["temperature"] == 0.7
         return TokenOutput(token_ids=[20, 1])
 
     async def of_messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def test_the_agent_loop_renders_the_prompt_without_its_images(models: Path, monk
         )
         monkeypatch.setattr(SingleTurnAgentLoop, "process_multi_modal_info", lambda self, x: of_messages(x))
         content = [{"type": "image", "image": image}, {"type": "text", "text": "red ?"}]
-        return await loop.run({}, raw_prompt=[{"role": "user", "content": content}])
+        return await loop.run({"temperature": 0.7}, raw_prompt=[{"role": "user", "content": content}])
 
     output = asyncio.run(turn())
     words = processor.apply_chat_template(
@@ -217,7 +219,6 @@ def test_the_agent_loop_renders_the_prompt_without_its_images(models: Path, monk
     )
     ids = words["input_ids"] if hasattr(words, "keys") else words
     assert output.extra_fields["text_prompt_ids"] == torch.as_tensor(ids).flatten().tolist()
-    image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert image_token in output.prompt_ids and image_token not in output.extra_fields["text_prompt_ids"]
 
 
