@@ -73,7 +73,10 @@ def main(names: list[str]) -> int:
                 versions = resolve(Path(folder) / "bin" / "python", host)
             except RuntimeError as error:
                 failed.append(name)
-                print(f"{name}: vgs[{host.extra}] does not install beside {', '.join(host.requirements)}:\n{error}")
+                print(
+                    f"{name}: vgs[{host.extra}] does not install beside {', '.join(host.requirements)}:\n{error}",
+                    flush=True,
+                )
                 continue
             found = ", ".join(f"{package} {versions[package]}" for package in host.shown if package in versions)
             print(f"{name}: fits, {found}", flush=True)
