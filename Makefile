@@ -6,19 +6,22 @@ INSTALLED := .venv/installed
 OLDEST := .venv-oldest
 EVAL := .venv-eval
 DOCS := .venv-docs
+HOSTS := .venv-verl .venv-swift
 RESULTS ?= benchmarks/results
 # Neighbouring tests stay in one process, which sets up once what they share.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 NEWEST_TESTS := CONSTRAINTS=constraints.txt OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 # Python with stand-ins for CUDA's libraries, under the CUDA build of PyTorch; needs gcc.
 EMULATED := OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.device.build
+# Tests inside another trainer: on a CPU, and without the set-up of the others.
+HOST_TESTS := -m pytest -q -p no:cacheprovider --confcutdir tests/hosts
 # What meets the libraries: exactness on both backends, torch.compile, models, a trainer of each kind, the command.
 OLDEST_TESTS := tests/test_environment.py \
 	$(addprefix tests/kernels/test_,divergence_family.py integration_torch.py loss_gradients.py loss_values.py rows_triton.py) \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval gate emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval test-verl test-swift test-hosts gate emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -41,6 +44,15 @@ lmms-eval: $(EVAL)/installed  # what `vgs eval RUN --benchmarks paper` runs in
 
 test-eval: $(EVAL)/installed  # the benchmarks' tasks in lmms-eval itself
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest -q --confcutdir tests/evaluation/lmms tests/evaluation/lmms
+
+test-verl: .venv-verl/installed  # inside verl 0.9.1, on one and two gloo ranks; some minutes
+	OMP_NUM_THREADS=1 .venv-verl/bin/python $(HOST_TESTS) tests/hosts/verl
+
+test-swift: .venv-swift/installed  # inside ms-swift 4.6.0, whole trainer; some minutes
+	OMP_NUM_THREADS=1 .venv-swift/bin/python $(HOST_TESTS) tests/hosts/swift
+
+test-hosts:  # once a week, not in CI: whether the core still installs beside each host; it asks the package index
+	$(PYTHON) tests/hosts/resolve.py
 
 mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
@@ -105,5 +117,13 @@ $(DOCS)/installed: docs/requirements.txt
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	touch $@
 
+# The host itself without what it names as its dependencies: its requirements file has what is needed here.
+$(HOSTS:=/installed): .venv-%/installed: setup.py tests/hosts/%/requirements.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r tests/hosts/$*/requirements.txt setuptools
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		$(if $(filter verl,$*),verl==0.9.1,ms-swift==4.6.0) -e .
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) $(EVAL) $(DOCS) runs site build *.egg-info
+	rm -rf .venv $(OLDEST) $(EVAL) $(DOCS) $(HOSTS) runs site build *.egg-info

@@ -14,6 +14,7 @@ import vgs
 ROOT = Path(__file__).parents[1]
 BLOCKED = ("trl", "peft", "accelerate", "datasets")
 CORE = ("models", "objectives", "one_step", "errors", "log", "data.prompts", "evaluation.token_terms")
+CORE += tuple(f"integrations.{name}" for name in ("options", "rows", "models", "step"))
 
 #: Before anything else: the blocked packages are as if they were not installed.
 BLOCK = f"""

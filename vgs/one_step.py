@@ -85,7 +85,7 @@ def vgs_step(
         ValueError, TypeError: naming the argument: an unknown name, responses that do not fit the samples or contain
             image tokens, heads of different devices or vocabularies.
     """
-    preset, objective = _resolve(objective)
+    preset, objective = resolve_objective(objective)
     p_model, q_model = unwrap(student), unwrap(teacher)
     check_routers("student", p_model.config)
 
@@ -146,8 +146,15 @@ def vgs_step(
     return replace(output, loss=loss)
 
 
-def _resolve(objective: VGSObjective | Preset | str) -> tuple[Preset, VGSObjective]:
-    """What is minimised, and its knobs (of a preset: those that it leaves open, as published)."""
+def resolve_objective(objective: VGSObjective | Preset | str) -> tuple[Preset, VGSObjective]:
+    """What is minimised, and its knobs (of a preset: those that it leaves open, as published).
+
+    Args:
+        objective: as of ``vgs_step``.
+
+    Raises:
+        ConfigError: an unknown name, or a preset that needs more than two views of a separate teacher.
+    """
     if isinstance(objective, VGSObjective):
         return PRESETS["vgs"], objective
     preset = find_preset(objective, "objective") if isinstance(objective, str) else objective

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import re
 import runpy
@@ -172,6 +173,8 @@ def _python(words: Sequence[str]) -> str | None:
         return _said(lambda: make_parser().parse_args(words[2:]))
     if words[:2] == ["-m", "pytest"]:
         return _pytest(words[2:])
+    if words[0] == "-m" and words[1].startswith("vgs.integrations.") and len(words) == 2:
+        return None if importlib.util.find_spec(words[1]) else f"no module {words[1]}"
     if words[0] == "-m":
         return f"python -m {words[1]} is not known here"
     return None if (ROOT / words[0]).exists() else f"no file {words[0]}"
@@ -189,11 +192,17 @@ def _pip(words: Sequence[str]) -> str | None:
     return f"no extra {missing.pop()}" if missing else None
 
 
-PROGRAMS = {"vgs": _vgs, "accelerate": _accelerate, "python": _python, "make": _make, "pip": _pip}
+def _bash(words: Sequence[str]) -> str | None:
+    return None if (ROOT / words[0]).exists() else f"no file {words[0]}"
+
+
+PROGRAMS = {"vgs": _vgs, "accelerate": _accelerate, "python": _python, "make": _make, "pip": _pip, "bash": _bash}
 
 
 def broken_command(words: Sequence[str]) -> str | None:
     """What is wrong with a command line, by the parser of the program itself; None if nothing is."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable of the environment
+        words = words[1:]
     if words[0] not in PROGRAMS:
         return f"{words[0]} is a program that no test knows"
     problem = PROGRAMS[words[0]](list(words[1:]))

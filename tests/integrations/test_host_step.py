@@ -1,0 +1,131 @@
+"""The step that all hosts share, without any of them: batches however cut, masks, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_processor, tiny_samples
+from torch import Tensor, nn
+
+from vgs import ConfigError, encode_groups, placeholder_ids, vgs_step
+from vgs.integrations.models import check_models
+from vgs.integrations.options import HostOptions
+from vgs.integrations.rows import host_row
+from vgs.integrations.signatures import check_signatures
+from vgs.integrations.step import HostRows, HostStep, sums
+from vgs.models.groups import PromptGroup
+from vgs_kernels import VGSObjective
+
+PROCESSOR, SAMPLES = tiny_processor(), tiny_samples(3)
+RESPONSES = [[[20, 1], [20]], [[21, 22, 23, 1], []], [[24, 9], [25, 26, 1]]]
+KNOBS = {"gamma": 1.5, "lam": 0.5, "eta": 0.7}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return tiny_model(1, hidden=48).eval()
+
+
+def rows_of(student: nn.Module) -> list[PromptGroup]:
+    groups = encode_groups(PROCESSOR, SAMPLES, RESPONSES, placeholder_ids(student.config))
+    return [single for group in groups for single in group.alone()]
+
+
+def run(
+    options: HostOptions, teacher: nn.Module, cuts: Sequence[Sequence[int]], live: list[Tensor] | None = None
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, gradients and summed terms of a batch that is cut into these passes."""
+    student, step = tiny_model(0), HostStep(options)
+    rows = rows_of(student)
+    live = live or [torch.ones(len(row.responses[0]), dtype=torch.bool) for row in rows]
+    batch = HostRows(rows, live, [number // 2 for number in range(len(rows))])
+    scored = step.score_teacher(teacher, batch, cuts)
+    items, total, terms = step.count(batch.lengths), 0.0, {}
+    for chosen in cuts:
+        loss, output = step.student_loss(student, scored, chosen, items)
+        loss.backward()
+        total += loss.item()
+        for name, value in sums(output).items():
+            terms[name] = terms.get(name, 0.0) + value
+    return total, {name: p.grad for name, p in student.named_parameters()}, terms
+
+
+@pytest.mark.parametrize("cuts", [[range(6)], [[0, 1], [2, 3], [4, 5]], [[4], [0], [3], [5], [2], [1]]])
+@pytest.mark.parametrize("options", [{"objective": KNOBS}, {"objective": {**KNOBS, "schedule": "adaptive"}}])
+def test_the_cut_changes_nothing(teacher: nn.Module, options: dict, cuts: list) -> None:
+    student = tiny_model(0)
+    objective = VGSObjective(**options["objective"])
+    expected = vgs_step(student, teacher, PROCESSOR, SAMPLES, RESPONSES, objective)
+    expected.loss.backward()
+    loss, gradients, terms = run(HostOptions(**options), teacher, [list(cut) for cut in cuts])
+    assert loss == pytest.approx(expected.loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        scale = parameter.grad.abs().max().clamp(min=1e-3)
+        assert (gradients[name] - parameter.grad).abs().max() < 1e-4 * scale, name
+    assert terms["visual"].item() == pytest.approx(expected.visual.sum().item(), rel=1e-5)
+    assert terms["gate"].item() == expected.gate.sum().item()
+
+
+@pytest.mark.parametrize("reduction", ["trajectory", "token"])
+def test_what_is_not_the_students_does_not_count(teacher: nn.Module, reduction: str) -> None:
+    """A response whose last tokens are another's: as if it had been without them."""
+    options = HostOptions(objective=KNOBS, loss_reduction=reduction)
+    lengths = [len(x) for answers in RESPONSES for x in answers]
+    live = [torch.arange(length) < max(length - 1, 1) for length in lengths]
+    found = run(options, teacher, [[0, 1, 2], [3, 4, 5]], live)
+    short = [[x[: max(len(x) - 1, 1)] for x in answers] for answers in RESPONSES]
+    student = tiny_model(0)
+    expected = vgs_step(student, teacher, PROCESSOR, SAMPLES, short, VGSObjective(**KNOBS), reduction=reduction)
+    assert found[0] == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_a_host_that_averages_passes_num_items(teacher: nn.Module) -> None:
+    step, student = HostStep(HostOptions(objective=KNOBS)), tiny_model(0)
+    rows = rows_of(student)
+    live = [torch.ones(len(row.responses[0]), dtype=torch.bool) for row in rows]
+    scored = step.score_teacher(teacher, HostRows(rows, live, list(range(6))), [list(range(6))])
+    one, other = (step.student_loss(student, scored, [0, 4], items)[0].item() for items in (5, 2.5))
+    assert other == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_a_mask_of_another_length_is_named() -> None:
+    rows = rows_of(tiny_model(0))
+    with pytest.raises(ConfigError, match="row 0 has 2 response tokens, but a mask of 3"):
+        HostRows(rows[:1], [torch.ones(3, dtype=torch.bool)], [0])
+
+
+def test_an_image_token_in_a_response_is_named() -> None:
+    student = tiny_model(0)
+    row, image = rows_of(student)[0], student.config.image_token_id
+    with pytest.raises(ConfigError, match=f"row 7: the response contains the image token {image}, expected none"):
+        host_row(
+            row.prompt_ids, row.text_prompt_ids, torch.tensor([image]), row.images, placeholder_ids(student.config),
+            name="row 7",
+        )  # fmt: skip
+
+
+def test_models_are_asked_how_they_run(teacher: nn.Module) -> None:
+    student = tiny_model(0)
+    assert check_models(student, teacher, PROCESSOR, needs_images=True) == ["packed", "packed"]
+
+
+def test_a_teacher_of_other_image_tokens_is_refused(teacher: nn.Module) -> None:
+    other = tiny_model(1)
+    other.config.image_token_id = 9
+    with pytest.raises(ConfigError, match="the teacher has image and video token ids"):
+        check_models(tiny_model(0), other, PROCESSOR, needs_images=True)
+
+
+def test_a_tokenizer_alone_has_no_text_only_view(teacher: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="the student must be a vision-language model with a processor"):
+        check_models(tiny_model(0), teacher, PROCESSOR.tokenizer, needs_images=True)
+
+
+def test_a_method_with_other_parameters_is_named() -> None:
+    def method(self: object, data: object) -> None: ...
+
+    check_signatures("torch", "2", {method: "self, data"})
+    with pytest.raises(ConfigError, match=r"method of torch .* has the parameters \(self, data\), but VGS knows"):
+        check_signatures("torch", "2", {method: "self"})
