@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -18,7 +19,7 @@ class FusedLinearDivergence(nn.Module):
         **options: keyword arguments of the function, looked at when it is called.
     """
 
-    function = staticmethod(fused_linear_divergence)
+    function: ClassVar[Callable[..., VGSOutput | DivergenceOutput]] = staticmethod(fused_linear_divergence)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -174,6 +174,7 @@ def linear(call: Call) -> Outcome:
     # host would wait for each tile's gated tokens, too few for a product of their own; and where gradients collect in
     # blocks, the first one would overwrite the term's part of the head's.
     here = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
+    here = here and shard.group is None  # a rank may hold no column at all
     at_once = language and loss.limits is not None and not prior and here
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None

@@ -91,8 +91,8 @@ class Columns:
 
     def names(self) -> list[str]:
         """The columns, each once."""
-        named = (self.question, self.answer, self.images, self.privileged_images, self.privileged_text)
-        named = (*named, self.responses, *self.kept)
+        of_questions = (self.question, self.answer, self.images, self.privileged_images, self.privileged_text)
+        named = (*of_questions, self.responses, *self.kept)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
