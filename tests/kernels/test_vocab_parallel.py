@@ -193,7 +193,7 @@ N, DIM = 300, 24
 #: summed (nearly equal rows, or all mass on one entry), and gradients of hidden states.
 VOLUMES = {
     "four rows": (Case(tokens=N), 17 * N + 7 * 90 + 4 * 4 + 2 * N * DIM),
-    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 4 * 4 + 2 * N * DIM),
+    "threshold known": (Case(tokens=N, options={"vds_threshold": 0.05}), 17 * N + 7 * 85 + 4 * 4 + 2 * N * DIM),
     "frozen text": (Case({"lam": 0.0}, tokens=N), 17 * N + N * DIM),
     "adaptive": (
         Case({"lam": 0.0, "schedule": "adaptive"}, tokens=N, requires_grad=("student_weight",)),

@@ -147,7 +147,7 @@ class VGSOptions:
             if getattr(self, name) not in choices:
                 expected = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
-        checks.number("loss_temperature", self.loss_temperature, positive=True, optional=True)
+        checks.number("loss_temperature", self.loss_temperature, "> 0", optional=True)
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
