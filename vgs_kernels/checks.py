@@ -28,7 +28,7 @@ def instance(name: str, value: Any, kind: type, *, optional: bool = False) -> No
     wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
     if wrong and not (optional and value is None):
         expected = f"{'torch.' if kind is Tensor else ''}{kind.__name__}{' or None' if optional else ''}"
-        raise TypeError(f"{name} must be a {expected}, got {type(value).__name__}.")
+        raise TypeError(f"{name} must be {'an' if kind is int else 'a'} {expected}, got {type(value).__name__}.")
 
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from grpo_runs import grpo_trainer
@@ -15,7 +16,8 @@ from trainers import make_trainer
 
 import vgs_kernels
 from vgs.cli.main import main
-from vgs.trainers.model_card import is_ours
+from vgs.teachers.sources import TeacherSource
+from vgs.trainers.model_card import is_ours, teachers_of
 
 BASE_CARD = "---\nlicense: apache-2.0\nbase_model: somebody/tiny-qwen\n---\n\n# A base\n"
 CONFIG = """
@@ -139,3 +141,17 @@ def test_a_student_that_taught_itself_says_so(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out/README.md")
     assert "a copy of its own weights (ema), which saw more, said of every token" in card.text
     assert "Objective `visual_opsd`" in card.text
+
+
+def test_teachers_elsewhere_are_named_without_their_address() -> None:
+    sources = {
+        "sums": TeacherSource("somebody/large"),
+        "charts": TeacherSource(url="http://10.0.0.7:8017"),
+        "maps": TeacherSource(cache="/data/kept"),
+    }
+    opened = {name: SimpleNamespace(source=source, model=None) for name, source in sources.items()}
+    said = teachers_of(SimpleNamespace(opened=opened))
+    assert said == (
+        "[somebody/large](https://huggingface.co/somebody/large) (`sums`) and a teacher behind a server (`charts`) and "
+        "a teacher whose hidden states were kept (`maps`), each for rows of its own,"
+    )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -206,11 +207,25 @@ def _how(trainer: Any, student: str) -> str:
         kind = getattr(args, "teacher", preset.teacher)
         teacher = f"a copy of its own weights ({kind}), which saw more,"
     else:
-        teacher = _Base(trainer.accelerator.unwrap_model(trainer.teacher_model).config).shown
-        teacher = teacher[0].lower() + teacher[1:]
+        teacher = teachers_of(trainer)
     said = f"it answered questions, and {teacher} said of every token what it would have expected."
     mixed = f", mixed with GRPO (`alpha` {alpha})" if alpha != 1 else ""
     return f"{student} was trained by on-policy distillation{mixed}: {said}"
+
+
+def teachers_of(trainer: Any) -> str:
+    """Who said what it would have expected. Addresses and folders of a run are nobody else's business."""
+    found = []
+    for name, opened in trainer.opened.items():
+        source = opened.source
+        if opened.model is not None:
+            shown = _Base(trainer.accelerator.unwrap_model(opened.model).config).shown
+        elif source.model is not None:  # read anew for each of its phases
+            shown = _Base(SimpleNamespace(_name_or_path=source.model)).shown
+        else:
+            shown = "A teacher behind a server" if source.url else "A teacher whose hidden states were kept"
+        found.append(shown[0].lower() + shown[1:] + (f" (`{name}`)" if name else ""))
+    return " and ".join(found) + (", each for rows of its own," if len(found) > 1 else "")
 
 
 def _minimised(args: Any, preset: Preset) -> str:
