@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     theme = [file for file in files if file not in ours]
     outside = {path.relative_to(ROOT) for pattern in OUTSIDE for path in ROOT.glob(pattern) if path.is_file()}
     paths = [f"docs/{file.src_uri}" for file in ours] + sorted(map(str, outside))
-    chosen = [path for path in paths if not path.endswith((".py", ".pyc"))]
+    chosen = [path for path in paths if not (path.startswith("docs/") and path.endswith((".py", ".pyc")))]
     return Files([*theme, *(File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in chosen)])
 
 
