@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+#: Terms with a mean over tokens, in the order of the output's fields.
+AVERAGED = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds", "policy")
+
 
 @dataclass
 class VGSOutput:
@@ -37,8 +40,8 @@ class VGSOutput:
     def metrics(self) -> dict[str, Tensor]:
         """Loss and unweighted means over the tokens that take part (0 for none), as detached 0-d tensors."""
         found = {"loss": self.loss.detach().sum()}
-        for name, x in vars(self).items():
-            if x is not None and name not in ("loss", "target_logps", "counted"):
+        for name in AVERAGED:
+            if (x := getattr(self, name)) is not None:
                 counted = x.new_ones(x.shape, dtype=bool) if self.counted is None else self.counted
                 found[name] = x.float().masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
         return found
