@@ -42,7 +42,8 @@ class Case(RandomCall):
                 taking_part = self.live if name in ("target_logps", "policy") else self.counted
                 found[name] = value.double().reshape(-1)[taking_part]
         if getattr(x.output, "gate", None) is not None:
-            found["gate"] = x.output.gate.double().reshape(-1)[self.counted]
+            # How many: two tokens whose scores agree to rounding may take each other's place at the threshold.
+            found["gate"] = x.output.gate.double().reshape(-1)[self.counted].sum().reshape(1)
         found["loss"] = x.loss.double().reshape(1)
         for name, gradient in x.gradients.items():
             like = getattr(self.clean, name)
