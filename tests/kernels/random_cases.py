@@ -5,7 +5,8 @@ take part (whose states may be NaN), and how far the models are apart, out to ro
 one entry is certain. A case is wrong if the loss, a term or a gradient is further from the reference than rounding
 explains: a bound from the size of the logits and, where that is exceeded, ten times the error of plain PyTorch in the
 same dtype, or how far the reference itself moves when the inputs move by some roundings (there a token may be gated or
-not, an entry be inside of a support or not). With ``--resume FILE`` what was done is kept, and gone on from.
+not, an entry be inside of a support or not). The gate has to be that of the call's own scores. With ``--resume FILE``
+what was done is kept, and gone on from.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from tests.kernels.random_calls import HEADS, STATES, RandomCall
 
+from oracle import gate_and_gamma  # isort: skip  (found by way of random_calls)
 from problems import Evaluation, Problem, largest_logit  # isort: skip  (found by way of random_calls)
 
 DRAWN_BY = (Path(__file__).with_name("random_calls.py"), Path(__file__))
@@ -41,9 +43,6 @@ class Case(RandomCall):
             if value is not None and not (name == "target_logps" and self.options.get("support") == "teacher_top_k"):
                 taking_part = self.live if name in ("target_logps", "policy") else self.counted
                 found[name] = value.double().reshape(-1)[taking_part]
-        if getattr(x.output, "gate", None) is not None:
-            # How many: two tokens whose scores agree to rounding may take each other's place at the threshold.
-            found["gate"] = x.output.gate.double().reshape(-1)[self.counted].sum().reshape(1)
         found["loss"] = x.loss.double().reshape(1)
         for name, gradient in x.gradients.items():
             like = getattr(self.clean, name)
@@ -55,7 +54,7 @@ class Case(RandomCall):
         """What of this case is further from the reference than rounding explains."""
         evaluation = self.ours()
         ours, exact = self._readings(evaluation), self._readings(self.exact(self.clean, torch.float64))
-        complaints = self._void(evaluation)
+        complaints = self._void(evaluation) + self._misgated(evaluation)
         if self.folded:  # another constant, and the terms that are formed
             exact = {name: x for name, x in exact.items() if name in ours and name != "loss"}
             exact.pop("gradient of student_text_hidden")
@@ -84,6 +83,19 @@ class Case(RandomCall):
             if rest is not None and (rest != 0).any():
                 found.append(f"gradient of {name} where there is none")
         return found
+
+    def _misgated(self, ours: Evaluation) -> list[str]:
+        """Whether the gate is another than that of the call's own scores, which are compared themselves.
+
+        The reference's own gate says less: of scores that agree to rounding, either may be the larger one.
+        """
+        gate = getattr(ours.output, "gate", None)
+        if gate is None:
+            return []
+        given = (self.options["objective"], self.options.get("vds_threshold"), self.options.get("trajectory_ids"))
+        right, _ = gate_and_gamma(ours.output.vds.reshape(-1), *given, counted=self.counted)
+        wrong = (gate.reshape(-1) != right).nonzero().flatten().tolist()
+        return [f"gate of tokens {wrong}"] if wrong else []
 
     def _rounding(self) -> float:
         """What rounding the logits may do to a logarithm of a probability."""
