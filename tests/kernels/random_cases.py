@@ -93,7 +93,7 @@ class Case(RandomCall):
         if gate is None:
             return []
         given = (self.options["objective"], self.options.get("vds_threshold"), self.options.get("trajectory_ids"))
-        right, _ = gate_and_gamma(ours.output.vds.reshape(-1), *given, counted=self.counted)
+        right, _ = gate_and_gamma(ours.output.vds.reshape(-1).double(), *given, counted=self.counted)
         wrong = (gate.reshape(-1) != right).nonzero().flatten().tolist()
         return [f"gate of tokens {wrong}"] if wrong else []
 
