@@ -211,6 +211,10 @@ def test_results_of_other_settings_are_kept_unless_asked(
     os.utime(run_folder / "config.json", (1, 1))  # trained again
     capsys.readouterr()
     assert "the model's files have changed" in error_of([*arguments, "--max-tokens", "5"], capsys)
+    written = run_folder / "eval/model/greedy/logicvista/samples.jsonl"
+    assert (
+        "no/python" in error_of([*arguments, "--overwrite", "--lmms-eval", "no/python"], capsys) and written.is_file()
+    )
 
 
 def test_a_model_on_the_hub_has_its_results_below_runs(fake: Any, tmp_path: Path) -> None:

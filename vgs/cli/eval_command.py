@@ -144,12 +144,12 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     work: list[tuple[EvalSettings, Path]] = [(settings, out / "model")]
     if baseline is not None:
         work.append((baseline, out / f"baseline-{_short(Path(baseline.model).name)}"))
-    for asked, folder in work:
-        evaluate.claim(folder, asked, options.overwrite)
     python = None
-    if any(evaluate.missing(folder, names, options.repeats) for _, folder in work):
+    if options.overwrite or any(evaluate.missing(folder, names, options.repeats) for _, folder in work):
         python = harness.find_python(options.lmms_eval)
         harness.environment(python, options.backend)
+    for asked, folder in work:  # --overwrite deletes, and so only once it is known that something can run
+        evaluate.claim(folder, asked, options.overwrite)
     try:
         scores = [
             evaluate.run_model(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, config_errors
 from . import harness, statistics
 from .paper import PAPER_MEANS
 from .results import TaskScores, read_scores
@@ -53,7 +53,7 @@ def claim(folder: Path, settings: EvalSettings, overwrite: bool) -> None:
         ConfigError: it holds results of other settings, or cannot be written.
     """
     path, record = folder / SETTINGS, written_down(settings)
-    try:
+    with config_errors(f"{str(folder)!r} cannot hold results", OSError, ValueError, KeyError):
         if overwrite and path.is_file():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,6 @@ def claim(folder: Path, settings: EvalSettings, overwrite: bool) -> None:
             if any(folder.iterdir()):
                 raise ConfigError(f"{str(folder)!r} must be empty or hold results of vgs eval, got other files.")
             path.write_text(json.dumps(record, indent=1) + "\n")
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{str(folder)!r} cannot hold results: {error}") from error
 
 
 def run_model(
@@ -167,10 +163,7 @@ def summarise(
         for metric, found in scores.items():
             for name, own in found.items():
                 parts[name][metric] = statistics.difference(own, before[metric][name])
-        means = {
-            metric: statistics.mean_of([part[metric] for part in parts.values()], "difference") for metric in scores
-        }
-        results["difference"] = {"benchmarks": parts, "mean": means}
+        results["difference"] = {"benchmarks": parts, "mean": _means(parts, "difference")}
     results["paper"] = [
         {"model": size, "method": method, "Acc@1": first, "Acc@16": many} for size, method, first, many in PAPER_MEANS
     ]

@@ -30,7 +30,7 @@ def accuracy_table(results: Mapping[str, Any], who: str) -> list[list[str]]:
     """A model's accuracy by benchmark, with its mean.
 
     Args:
-        results: of ``evaluate.evaluate``. who: ``model`` or ``baseline``.
+        results: of ``evaluate.summarise``. who: ``model`` or ``baseline``.
     """
     modes = list(results[who]["mean"])
     rows = [["benchmark", "questions", *modes, "cut off"]]
@@ -91,7 +91,7 @@ def report(results: Mapping[str, Any], markdown: bool) -> str:
     """All tables of an evaluation.
 
     Args:
-        results: of ``evaluate.evaluate``.
+        results: of ``evaluate.summarise``.
         markdown: for a file, else for a terminal.
     """
     draw, title = (as_markdown, "## {}") if markdown else (as_text, "{}")
