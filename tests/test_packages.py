@@ -124,7 +124,13 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    lines = ["torch>=2.11", "trl<2,>=1.14; extra == 'train'", 'pyyaml; extra == "train"', 'vllm; extra == "vllm"']
+    lines = [
+        "torch>=2.11",
+        "trl<2,>=1.14; extra == 'train'",
+        "trl>=1.15; extra == 'train'",
+        'pyyaml; extra == "train"',
+        'vllm; extra == "vllm"',
+    ]
     monkeypatch.setattr(start, "requires", lambda _: lines)
     there = {"torch": "2.14", "pyyaml": "6", "vgs-kernels": "0"}
     monkeypatch.setattr(start, "version", lambda name: there[name] if name in there else missing(name))

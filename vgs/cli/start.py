@@ -18,7 +18,8 @@ def missing_packages() -> list[str]:
         needed = requires(PACKAGE) or []
     except PackageNotFoundError:
         return []
-    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed if re.search(rf"extra == ['\"]{EXTRA}", line)]
+    lines = [line for line in needed if re.search(rf"extra == ['\"]{EXTRA}", line)]
+    names = dict.fromkeys(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines)  # some have two bounds
     return [name for name in names if _version(name) is None]
 
 
