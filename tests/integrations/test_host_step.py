@@ -21,6 +21,7 @@ from vgs_kernels import VGSObjective
 PROCESSOR, SAMPLES = tiny_processor(), tiny_samples(3)
 RESPONSES = [[[20, 1], [20]], [[21, 22, 23, 1], []], [[24, 9], [25, 26, 1]]]
 KNOBS = {"gamma": 1.5, "lam": 0.5, "eta": 0.7}
+ADAPTIVE, OWN = {"schedule": "adaptive"}, {"vds_scope": "trajectory"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def run(
 
 
 @pytest.mark.parametrize("cuts", [[range(6)], [[0, 1], [2, 3], [4, 5]], [[4], [0], [3], [5], [2], [1]]])
-@pytest.mark.parametrize("options", [{"objective": KNOBS}, {"objective": {**KNOBS, "schedule": "adaptive"}}])
+@pytest.mark.parametrize(
+    "options", [{"objective": {**KNOBS, **more}} for more in ({}, ADAPTIVE, OWN, {**OWN, **ADAPTIVE})]
+)
 def test_the_cut_changes_nothing(teacher: nn.Module, options: dict, cuts: list) -> None:
     student = tiny_model(0)
     objective = VGSObjective(**options["objective"])

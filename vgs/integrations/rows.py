@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..models.families import backbone
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
-from ..models.image_fields import IMAGE_FIELDS
+from ..models.image_fields import MULTIMODAL_FIELDS
 
 
 def host_row(
@@ -37,7 +37,7 @@ def host_row(
     Raises:
         ConfigError: a video or sound; placeholders without pixels; or an image token where there may be none.
     """
-    images = {key: value for key, value in fields.items() if key in IMAGE_FIELDS or key in PER_TOKEN_FIELDS}
+    images = {key: value for key, value in fields.items() if key in MULTIMODAL_FIELDS}
     if foreign := sorted(key for key in fields if "video" in key or "audio" in key or key == "input_features"):
         raise ConfigError(f"{name} has the field {foreign[0]!r}; only images are scored, no video and no sound.")
     for part, ids in (("the text-only prompt", text_prompt_ids), ("the response", response)):

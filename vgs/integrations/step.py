@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vgs_kernels import DivergenceOutput, VGSOutput
 
 from ..errors import ConfigError
 from ..models.forward import score_with_anchor
-from ..models.groups import PromptGroup, response_ids, response_lengths
+from ..models.groups import PromptGroup, response_ids, trajectory_ids
 from ..models.heads import Head, read_head, visual_dependency, whole_heads
 from ..models.wrappers import run_inside, unwrap
 from ..objectives.definitions import shared_limits
@@ -51,7 +52,7 @@ class HostRows:
                 tokens = len(row.responses[0])
                 raise ConfigError(f"row {number} has {tokens} response tokens, but a mask of {len(live)}.")
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Live tokens of every row."""
         return [int(live.sum()) for live in self.live]
@@ -85,8 +86,7 @@ class Pass:
     @property
     def trajectories(self) -> Tensor:
         """[N] int64: which of the pass's responses each live token belongs to."""
-        lengths = torch.tensor(response_lengths(self.groups), dtype=torch.int64)
-        return torch.arange(len(lengths)).repeat_interleave(lengths)[self.live]
+        return trajectory_ids(self.groups)[self.live]
 
 
 class HostStep:
@@ -107,6 +107,7 @@ class HostStep:
     ) -> None:
         self.options, self.anchor, self.autocast = options, anchor, autocast
         self.preset, self.objective = options.resolved()
+        self._gated = self.preset.needs_vds(self.objective, split=True)
 
     @property
     def _terms(self) -> bool:
@@ -146,14 +147,13 @@ class HostStep:
             passes: numbers of the rows that go together, each row once.
         """
         found: dict[int, TeacherRows] = {}
-        gated = self.preset.needs_vds(self.objective, split=True)
-        text = self._terms or gated or self.preset.needs_text(self.objective)
+        text = self._terms or self._gated or self.preset.needs_text(self.objective)
         model = unwrap(teacher)
 
         def task() -> tuple[None, tuple[list[Tensor], Tensor | None]]:
             with self.autocast():
                 states, _ = self._score(model, part, text, False)
-                if not gated:
+                if not self._gated:
                     return None, (states, None)
                 with whole_heads(model):
                     head = read_head(model, states[0].dtype)
@@ -163,13 +163,13 @@ class HostStep:
         for chosen in passes:
             part = self._pass(batch, chosen)
             _, (states, vds) = run_inside(teacher, task)
-            lengths = [int(batch.live[number].sum()) for number in part.order]
+            lengths = [batch.lengths[number] for number in part.order]
             views = {view: x.split(lengths) for view, x in zip(VIEWS, states, strict=False)}
             scores = [None] * len(lengths) if vds is None else vds.split(lengths)
             for place, number in enumerate(part.order):
                 found[number] = TeacherRows({view: x[place] for view, x in views.items()}, scores[place])
         head, rows = _kept_head(teacher), [found[number] for number in range(len(batch.rows))]
-        return Scored(batch, rows, head, self._shared_limits(batch, rows, head.weight) if gated else None)
+        return Scored(batch, rows, head, self._shared_limits(batch, rows, head.weight) if self._gated else None)
 
     def _shared_limits(self, batch: HostRows, teacher: Sequence[TeacherRows], like: Tensor) -> Tensor | None:
         """[K] thresholds of the whole batch, on all ranks; None where every response has its own."""
@@ -202,7 +202,7 @@ class HostStep:
         part, model = self._pass(scored.batch, chosen), unwrap(student)
         text = self._terms or self.preset.needs_own_text(self.objective)
         teacher = [scored.teacher[number] for number in part.order]
-        lengths = [int(scored.batch.live[number].sum()) for number in part.order]
+        lengths = [scored.batch.lengths[number] for number in part.order]
         weights = token_weights(lengths, self.options.reduction, max(num_items, 1e-9))
 
         def task() -> tuple[Tensor, VGSOutput | DivergenceOutput]:
@@ -219,9 +219,10 @@ class HostStep:
                     width = scored.head.weight.new_zeros(0, scored.head.weight.shape[1])
                     q = {v: placed([x.rows[v] for x in teacher], width).to(device, dtype) for v in views}
                     steering = {}
+                    if self._gated:
+                        steering["vds"] = placed([entry.vds for entry in teacher], torch.zeros(0)).to(device)
                     if scored.limits is not None:
-                        vds = placed([entry.vds for entry in teacher], scored.limits)
-                        steering = {"vds": vds, "vds_threshold": scored.limits.to(device)}
+                        steering["vds_threshold"] = scored.limits.to(device)
                     ids = response_ids(part.groups)[part.live].to(device) if self.preset.needs_ids else None
                     output = self.preset.loss(
                         views,

@@ -111,7 +111,9 @@ class VGSEngine(FSDPEngineWithLMHead):
                 processor,
                 needs_images=preset.needs_text(objective),
                 vocab_size=options.vocab_size,
-                teacher_tokenizer=load_tokenizer({"path": options.teacher}),
+                teacher_tokenizer=load_tokenizer(
+                    {"path": options.teacher, "trust_remote_code": config.trust_remote_code}
+                ),
                 template_options=options.template_options,
             )
         if options.policy_coefficient and config.enable_gradient_checkpointing and in_layers():

@@ -56,7 +56,7 @@ def in_layers() -> bool:
 @contextmanager
 def library_methods() -> Iterator[None]:
     """Inside, all methods are the library's own."""
-    theirs = {key: vars(key[0])[key[1]] for key in replaced()}
+    theirs = current()
     _set({key: _LIBRARY[key] for key in theirs})
     try:
         yield
