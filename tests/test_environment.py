@@ -41,6 +41,12 @@ def test_versions_are_the_pinned_ones() -> None:
     assert {name: installed(name) for name in pins} == pins
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    """The folders of tests are no packages: pytest refuses the second file of a name, but only in a run of all."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_both_sets_pin_the_same_packages() -> None:
     newest, oldest = (pinned(ROOT / name) for name in ("constraints.txt", "constraints-oldest.txt"))
     assert set(newest) - set(oldest) == {"ruff", "mypy"} and not set(oldest) - set(newest)

@@ -15,9 +15,10 @@ from .divergence_loss import DivergenceLoss, Outcome, settings
 from .driver import Loss, Tiles, sweep
 from .gradients import DenseSink
 from .objective import VGSObjective
+from .parallel import VocabularyShard
 from .plan import GradientView
 from .policy import unit_weights
-from .rows.layout import VGS_STATE, LogitTransform, RowCoefficients, RowTile, Statistics, scaled
+from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled
 from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
@@ -28,15 +29,15 @@ class VGSLoss(Loss):
     """standard + gamma * visual of four rows, the gate, and in the end loss and terms.
 
     Args:
-        call: the arguments.
+        call: the arguments. objective: of the call.
         gain: d logits / d projection of the student.
         ids: columns of this shard, or None.
         live_prior: whether p_x inside q* receives gradient.
     """
 
-    def __init__(self, call: Call, gain: float, ids: Tensor | None, live_prior: bool) -> None:
+    def __init__(self, call: Call, objective: VGSObjective, gain: float, ids: Tensor | None, live_prior: bool) -> None:
         super().__init__(ids)
-        self.objective = settings(VGSObjective, call)
+        self.objective, self._backend = objective, call.backend
         self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
@@ -111,6 +112,12 @@ class VGSLoss(Loss):
             losses = losses + scaled(self.policy.weights, terms[-1])
         return losses, torch.stack([term.to(self.dtype) for term in terms])
 
+    def preservation(self, weights: Tensor, shard: VocabularyShard) -> DivergenceLoss:
+        """The gradient of the language term, of a pair of text-only rows with these token weights [R]."""
+        return DivergenceLoss(
+            Divergence(), weights, self.gain, shard, self._backend, unit=self.unit, gradient_alone=True
+        )
+
     def gated_tokens(self) -> Tensor:
         """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
         else counting them synchronises a GPU once."""
@@ -134,7 +141,7 @@ def linear(call: Call) -> Outcome:
     gradients = StudentGradients(call, shard.columns, len(hidden))
     text_gradient = "student_text_hidden" in call.needs or gradients.needs_head
     prior = not objective.detach_prior and objective.gamma > 0 and text_gradient
-    loss = VGSLoss(call, transforms[0].gain, shard.local(call.get("ids")), prior)
+    loss = VGSLoss(call, objective, transforms[0].gain, shard.local(call.get("ids")), prior)
     teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text], call.live)
 
     # Scores first where gamma depends on them: KL(q_I || q_x) of every token, a pair of the teacher's rows.
@@ -159,23 +166,21 @@ def linear(call: Call) -> Outcome:
     language = objective.lam > 0 and text_gradient
 
     def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
-        pair = DivergenceLoss(
-            Divergence(), weights, loss.gain, shard, call.backend, unit=loss.unit, gradient_alone=True
-        )
+        pair = loss.preservation(weights, shard)
         sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
 
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
-        here = loss.gate_of(Statistics(state).kl("t_view_gap"), rows).nonzero().squeeze(1)
-        view = gradients.view("student_text_hidden", objective.lam, here + rows.start)
-        pair = TileSource(tile.pair_at(here, text=True), shard, state)
-        preserve(pair, view, loss.unit_weights[rows][here], (language_statistics(state[:, here]), None))
+        gated = loss.gate_of(Statistics(state).kl("t_view_gap"), rows).nonzero().squeeze(1)
+        view = gradients.view("student_text_hidden", objective.lam, gated + rows.start)
+        pair = TileSource(tile.pair_at(gated, text=True), shard, state)
+        preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
 
     # A gate that is known beforehand lets the term be formed while its rows are in memory. Elsewhere than on a CPU the
     # host would wait for each tile's gated tokens, too few for a product of their own; and where gradients collect in
     # blocks, the first one would overwrite the term's part of the head's.
-    here = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
-    here = here and shard.group is None  # a rank may hold no column at all
-    at_once = language and loss.limits is not None and not prior and here
+    in_memory = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
+    in_memory = in_memory and shard.group is None  # a rank may hold no column at all
+    at_once = language and loss.limits is not None and not prior and in_memory
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
     )
@@ -204,7 +209,7 @@ def dense(call: Call) -> Outcome:
     needs_text = "student_text_logits" in call.needs
     prior = not objective.detach_prior and objective.gamma > 0 and needs_text
     language = objective.lam > 0 and needs_text
-    loss = VGSLoss(call, transform.gain, call.get("ids"), prior)
+    loss = VGSLoss(call, objective, transform.gain, call.get("ids"), prior)
     n = len(call["student_logits"])
     whole = call.options["backend"] == "triton" and call.live is None
     tile_rows = max(n, 1) if whole else DENSE_ROWS
@@ -223,15 +228,12 @@ def dense(call: Call) -> Outcome:
         tile_rows = DENSE_ROWS if prior else tile_rows
         source = DenseSource([a, w], transform, vocab, tile_rows, call.dtype, live=call.live)
         known = language_statistics(found[0]), None
-        pair = DivergenceLoss(
-            Divergence(), weights, loss.gain, source.shard, call.backend, unit=loss.unit, gradient_alone=True
-        )
-        sweep(source, call.backend, pair, DenseSink([d_text], add=prior), known)
+        sweep(source, call.backend, loss.preservation(weights, source.shard), DenseSink([d_text], add=prior), known)
     return losses, terms, loss.unit, {"student_logits": d_student, "student_text_logits": d_text}
 
 
 def language_statistics(state: Tensor) -> Tensor:
     """What four rows know of the pair (a, w), as statistics of that pair, without entropy and forward KL."""
-    x = dict(zip(VGS_STATE, state, strict=True))
+    x = named(state)
     unknown = torch.zeros_like(state[0])
     return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], unknown, x["a_gap"], unknown])

@@ -58,6 +58,13 @@ def test_a_routed_run(config: dict, capsys: pytest.CaptureFixture) -> None:
     assert "2 such rows: 2, 3" in sentence
 
 
+def test_teachers_without_effect_are_named(config: dict, caplog: pytest.LogCaptureFixture) -> None:
+    config |= {"trainer": "grpo", "training": config["training"] | {"eta": 1.0, "alpha": 0, "rewards": ["exact_match"]}}
+    config["training"] |= {"num_generations": 2, "per_device_train_batch_size": 2}
+    assert command("check", config) == 0
+    assert "section teachers has no effect with alpha 0" in caplog.text
+
+
 def test_the_resolved_config_is_the_config(config: dict) -> None:
     checked = check_config(config)
     written = resolved(checked, training_arguments(checked))

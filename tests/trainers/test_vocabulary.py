@@ -52,6 +52,23 @@ def test_padding_of_the_teacher_changes_nothing(tmp_path: Path, caplog: pytest.L
         torch.testing.assert_close(own, other)
 
 
+def test_a_preset_cannot_look_at_more_tokens_than_both_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"likeliest tokens, but the vocabulary has {TOKENS}"):
+        VGSTrainer(
+            model=padded(0, PADDED),
+            teacher_model=tiny_model(1, hidden=48),
+            args=VGSConfig(
+                **trainer_options(tmp_path, preset="gkd", divergence={"support": "teacher_top_k", "top_k": TOKENS + 1})
+            ),
+            train_dataset=tiny_samples(8),
+            processing_class=tiny_processor(),
+        )
+
+
+def test_a_loaded_teacher_answers_in_eval_mode(tmp_path: Path) -> None:
+    assert not trained(tmp_path, tiny_model(1, hidden=48).train()).teacher_model.training
+
+
 def test_padding_of_the_student_is_never_sampled(tmp_path: Path) -> None:
     trainer = VGSTrainer(
         model=padded(0, PADDED),

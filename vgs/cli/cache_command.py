@@ -131,7 +131,8 @@ class Builder:
         if self.args.max_tokens_per_pass is None:
             passes = [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
         else:
-            passes = plan_passes(groups, self.args.max_tokens_per_pass, text=text, strict=False)
+            options = {"text": text, "share_prefix": self.args.share_prefix, "strict": False}
+            passes = plan_passes(groups, self.args.max_tokens_per_pass, **options)
         dtype = autocast_name(self.args)
         precision = torch.autocast(self.device.type, getattr(torch, dtype, None), enabled=dtype != "none")
         with torch.no_grad(), teacher.ready(), precision:
@@ -155,7 +156,8 @@ class Builder:
         if not places:
             raise ConfigError(f"no row of data.train has the teacher {name!r}.")
         teacher, weights = self.teacher(section)
-        views = list(VIEWS[: 1 + self._text()])
+        text = self.args.preset_in_force.scores_text(self.args.objective(1.0), self.args.log_terms)
+        views = list(VIEWS[: 1 + text])
         writer = CacheWriter(folder, *self._manifest(teacher, weights, places, views, rows_per_file, stored))
         with writer.building() as missing:
             for number in tqdm(missing, desc="teacher", disable=self.args.disable_tqdm):
@@ -163,10 +165,6 @@ class Builder:
                 writer.write(number, list(self.entries(teacher, own, number, views)))
         size = sum(path.stat().st_size for path in folder.glob("states-*.safetensors"))
         return f"{folder}: {len(places)} rows, {writer.manifest.files} files, {size / 2**30:.3f} GiB."
-
-    def _text(self) -> bool:
-        preset = self.args.preset_in_force
-        return preset.needs_text(self.args.objective(1.0)) or (self.args.log_terms and preset.has_terms)
 
     def _manifest(
         self,
@@ -189,7 +187,7 @@ class Builder:
                 weights=weights,
                 head=head_fingerprint(head),
                 rendering=rendering_fingerprint(self.processor, self.forbidden, **self.options),
-                data=self.checks.cached_data(),
+                data=self.checks.cached_data,
                 responses=f"column {recorded!r}"
                 if recorded is not None
                 else SAMPLED.format(path=self.config["student"]["path"], sampling=self.sampling, seed=self.args.seed),

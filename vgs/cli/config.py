@@ -220,13 +220,14 @@ def _check_effect(config: Mapping[str, Any], kind: str) -> None:
             hint = "with task: digits, which brings its own" if digits else "without task: digits"
             raise ConfigError(f"section {section!r} has no effect {hint}; leave it out.")
     preset, training = preset_of(config), config.get("training", {})
-    if kind == "self" and (given := [x for x in ("teacher", "teachers") if x in config]):
+    given = [section for section in ("teacher", "teachers") if section in config]
+    if kind == "self" and given:
         raise ConfigError(
             f"section {given[0]!r} has no effect with objective {preset.name!r}, whose teacher is the student itself; "
             "leave it out (training.teacher says how it follows the student)."
         )
-    if kind == "grpo" and training.get("alpha") == 0 and "teacher" in config:
-        warn_once(logger, "section teacher has no effect with alpha 0: nothing is distilled.")
+    if kind == "grpo" and training.get("alpha") == 0 and given:
+        warn_once(logger, f"section {given[0]} has no effect with alpha 0: nothing is distilled.")
     unread = [key for key in sorted(SETTINGS) if key in training and not preset.reads(key)]
     if kind != "grpo" and preset.name != "gkd" and training.get("beta") is not None:
         unread = ["beta", *unread]

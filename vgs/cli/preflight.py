@@ -25,7 +25,7 @@ from ..models.families import placeholder_ids
 from ..models.pictures import reads_pictures
 from ..models.routers import check_routers
 from ..models.self_check import way_of
-from ..models.vocabulary import common_rows
+from ..models.vocabulary import common_rows, head_rows
 from ..teachers.cache import StateCache
 from ..teachers.served import TeacherClient, check_served
 from ..teachers.server import read_token
@@ -70,6 +70,7 @@ class Preflight:
         samples: of ``"train"`` and ``"eval"``, where the config has them.
         building: caches of the teachers are to be made, and not to be read.
         caches: states of recorded responses, by ``"teacher"`` or ``"teachers.NAME"``.
+        cached_data: what a cache's manifest says of the data: a hash of the training rows, and which are too long.
         longest: tokens of the longest prompt. steps: of the run. scorer: None for the task's own.
     """
 
@@ -84,6 +85,7 @@ class Preflight:
     scorer: Any = None
     building: bool = False
     caches: dict[str, StateCache] = dataclasses.field(default_factory=dict)
+    cached_data: str = ""
 
     @property
     def digits(self) -> bool:
@@ -183,12 +185,11 @@ class Preflight:
             with config_errors(f"data.{part}", TypeError):
                 column = self.args.teacher_column
                 self.samples[part] = open_samples(DataSource(**section, kept=() if column is None else (column,)))
+        if self.caches or self.building:  # as opened: later, rows that cannot be used are gone
+            rows = data_fingerprint(self.samples["train"])
+            self.cached_data = f"{rows} up to {self.args.max_prompt_length} tokens"
         for cache in self.caches.values():
-            cache.check(data=self.cached_data())
-
-    def cached_data(self) -> str:
-        """What a cache's manifest says of the data: a hash of the training rows, and which of them are too long."""
-        return f"{data_fingerprint(self.samples['train'])} up to {self.args.max_prompt_length} tokens"
+            cache.check(data=self.cached_data)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each part of the data, as it was opened."""
@@ -222,7 +223,7 @@ class Preflight:
             raise ConfigError("data.train.responses has no effect with on_policy_fraction 1: the student samples all.")
         if values is not None:
             student = self.models["student"]
-            rows = self.args.vocab_size or student.get_text_config().vocab_size
+            rows = self.args.vocab_size or head_rows(student)
             options = {"forbidden": placeholder_ids(student), "vocabulary": rows, **self.template_options}
             check_recorded(self.samples["train"], "data.train", values, self.processor, self.args, **options)
 

@@ -129,6 +129,10 @@ class Preset:
         """Whether the loss needs the teacher's text-only view."""
         return "text" in self.views
 
+    def scores_text(self, objective: VGSObjective, terms: bool) -> bool:
+        """Whether the teacher's text-only view is scored: for the loss, or for its ``terms`` if these are wanted."""
+        return self.needs_text(objective) or (terms and self.has_terms)
+
     def needs_own_text(self, objective: VGSObjective) -> bool:
         """Whether the loss needs the student's text-only view."""
         return self.needs_text(objective)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models.groups import PromptGroup, select_responses
+from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.heads import Head
 from .cache import VIEWS, StateCache
 from .fingerprints import prompt_fingerprint
@@ -79,7 +79,7 @@ class CachedTeacher:
             self._live_is_ready = True
         part = select_responses(groups, missing)
         columns = self.live.states(part, text, lambda rows: dict(zip(VIEWS, rows, strict=False)))
-        lengths = [length for group in part for length in group.response_lengths]
+        lengths = response_lengths(part)
         pieces = {view: values.split(lengths) for view, values in columns.items()}
         return [{view: pieces[view][index] for view in pieces} for index in range(len(missing))]
 

@@ -13,13 +13,14 @@ from ..models.families import placeholder_ids
 from ..models.forward import score_with_anchor
 from ..models.groups import PromptGroup
 from ..models.heads import Head, head_parameters, read_head, whole_heads
+from ..models.vocabulary import head_rows
 from ..models.wrappers import run_inside, unwrap
 from .protocol import TeacherFacts, Then
 
 
 def facts_of(model: nn.Module, what: str = "teacher_model") -> TeacherFacts:
     """What a run must know of an unwrapped model."""
-    return TeacherFacts(what, model.config.get_text_config().vocab_size, placeholder_ids(model.config))
+    return TeacherFacts(what, head_rows(model.config), placeholder_ids(model.config))
 
 
 class Offload:

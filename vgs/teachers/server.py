@@ -30,10 +30,11 @@ from torch import nn
 
 from ..errors import ConfigError, in_one_line
 from ..models.attention import KERNELS
-from ..models.heads import read_head
+from ..models.families import device_of
+from ..models.heads import Head, read_head
 from .cache import VIEWS
 from .fingerprints import computing_versions, head_fingerprint, vocabulary_fingerprint, weights_fingerprint
-from .local import LocalTeacher
+from .local import LocalTeacher, facts_of
 from .wire import Malformed, pack, pack_head, unpack_groups
 
 logger = logging.getLogger(__name__)
@@ -104,25 +105,27 @@ class ServedModel:
             if (value := getattr(tokenizer, key, None)) is not None
         }
         self.name = name
-        self.facts = LocalTeacher(model).facts
-        self.device = model.get_input_embeddings().weight.device
+        self.facts, self.device = facts_of(model), device_of(model)
+
+    @property
+    def _head(self) -> Head:
+        return read_head(self.model, self.model.get_input_embeddings().weight.dtype)
 
     @cached_property
     def head(self) -> bytes:
         """The output head, as it is sent."""
-        return pack_head(read_head(self.model, self.model.get_input_embeddings().weight.dtype))
+        return pack_head(self._head)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What ``/fingerprint`` says."""
-        head = read_head(self.model, self.model.get_input_embeddings().weight.dtype)
         words = self.vocabulary
         return {
             "protocol": PROTOCOL,
             "name": self.name,
             "config": json.loads(self.model.config.to_json_string(use_diff=False)),
             "weights": weights_fingerprint(self.model),
-            "head": head_fingerprint(head),
+            "head": head_fingerprint(self._head),
             "head_rows": self.facts.head_rows,
             "placeholder_ids": self.facts.placeholder_ids,
             "vocabulary": None if words is None else vocabulary_fingerprint(words),

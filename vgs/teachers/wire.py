@@ -27,7 +27,7 @@ class Malformed(ValueError):
 
 def pack(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> bytes:
     """Named tensors of any shape and type, and notes (plain JSON), as bytes."""
-    whole = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
+    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     return save(whole, {"notes": json.dumps(notes)})
 
 

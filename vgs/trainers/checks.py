@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.messages import prompt_images
@@ -16,6 +15,7 @@ from ..errors import ConfigError
 from ..models.families import device_of, placeholder_ids
 from ..models.heads import read_head
 from ..models.states import final_states
+from ..models.wrappers import is_sharded
 from ..objectives.definitions import Preset
 from ..teachers.protocol import TeacherFacts
 from .settings import VGSOptions
@@ -163,7 +163,7 @@ def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
     Raises:
         ConfigError: other logits.
     """
-    if any(isinstance(x, DTensor) or hasattr(x, "ds_status") or x.is_meta for x in model.parameters()):
+    if is_sharded(model) or any(x.is_meta for x in model.parameters()):
         return
     inputs = {"input_ids": ids[None].to(device_of(model))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -80,6 +80,8 @@ class VGSGRPOConfig(VGSOptions, GRPOConfig):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha must lie in [0, 1], got {self.alpha}.")
+        if self.alpha == 0:
+            self.teacher_column = None  # nobody is asked
         check_rewards(["exact_match"] if self.rewards is None else self.rewards)
         self._check_policy()
         self._check_distillation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -179,6 +180,7 @@ class _Base:
             self.shown = f"[{path}](https://huggingface.co/{path}){revision}" if path else "A model without a name"
 
 
+@functools.cache  # a card is written with every checkpoint
 def _card_fields(path: str, revision: str | None) -> dict[str, Any]:
     """Metadata of a model's own card, in its folder or in the hub's cache; {} without one."""
     found = cached_file(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.prompts import encode_groups
 from ..data.recorded import SHOWN, bad_recordings, end_of_turn, recorded_ids
@@ -100,32 +102,33 @@ class Recorded:
         """
         trainer, column = self._trainer, self._trainer.args.teacher_column
         tokenizer, found = tokenizer_of(trainer.processing_class), []
-        for sample in samples:
-            options = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
-            device, given = trainer.accelerator.device, sample.get("responses")
-            answers = [] if given is None else recorded_ids(tokenizer, given, self._end)[:count]
-            encode = (trainer.processing_class, [sample])
+        options = {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        given = [sample.get("responses") for sample in samples]
+        answers = [() if x is None else recorded_ids(tokenizer, x, self._end)[:count] for x in given]
+        groups = encode_groups(
+            trainer.processing_class, samples, answers, trainer.placeholder_ids, trainer.accelerator.device, **options
+        )
+        for sample, recorded, group in zip(samples, given, groups, strict=True):
             cache = self._caches.get("" if column is None else sample[column])
-            if cache is not None and given is None:
-                (asked,) = encode_groups(*encode, [()], trainer.placeholder_ids, **options)
-                answers = cache.responses(prompt_fingerprint(asked))[:count]
-            (group,) = encode_groups(*encode, [answers], trainer.placeholder_ids, device, **options)
-            _check_group(group, cache, count)
+            key = None if cache is None else prompt_fingerprint(group)
+            if cache is not None and recorded is None:
+                responses = cache.responses(key)[:count]
+                group = replace(group, responses=tuple(torch.tensor(x, dtype=torch.int64) for x in responses))
+            _check_group(group, cache, key, count)
             found.append(group)
         if found:
             check_prompt_lengths([group.prompt_ids for group in found], trainer.args.max_prompt_length, True)
         return found
 
 
-def _check_group(group: PromptGroup, cache: StateCache | None, count: int) -> None:
-    """Stop at a prompt without its responses, or at a cache that was made of others."""
-    if cache is not None:
-        key = prompt_fingerprint(group)
-        if any(cache.find(key, response) is None for response in group.responses) or not group.responses:
-            raise ConfigError(
-                f"{cache.facts.what} has no states of a recorded response: it was made of other prompts or responses. "
-                "Make it anew by `vgs cache-teacher`."
-            )
+def _check_group(group: PromptGroup, cache: StateCache | None, key: str | None, count: int) -> None:
+    """Stop at a prompt without its responses, or at a cache (where the prompt has this key) that was made of others."""
+    kept = cache is None or all(cache.find(key, response) is not None for response in group.responses)
+    if not kept or (cache is not None and not group.responses):
+        raise ConfigError(
+            f"{cache.facts.what} has no states of a recorded response: it was made of other prompts or responses. "
+            "Make it anew by `vgs cache-teacher`."
+        )
     if len(group.responses) < count:
         raise ConfigError(f"a prompt has {len(group.responses)} recorded responses, expected num_generations={count}.")
 

@@ -16,6 +16,7 @@ from ..models.groups import PromptGroup
 from ..models.kernel_limits import check_kernel
 from ..models.routers import check_routers
 from ..models.self_check import packs
+from ..models.vocabulary import head_rows
 from ..teachers.fingerprints import autocast_name, computing_versions, rendering_fingerprint, weights_fingerprint
 from .checks import (
     check_columns_for,
@@ -47,7 +48,6 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     preset, accelerator, opened = args.preset_in_force, trainer.accelerator, trainer.opened
     trainer.placeholder_ids = placeholder_ids(trainer.model.config)
     check_teacher_kind(preset, kinds, type(trainer).__name__)
-    check_top_k(preset, args.vocab_size or student.config.get_text_config().vocab_size)
     # In GRPO alone the student is compared with itself.
     compares = trainer.teacher_model is not trainer.model and preset.needs_text(args.objective(1.0))
     check_columns_for(preset, trainer.train_dataset, compares)
@@ -68,7 +68,9 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     answers = [packs(student, prompts), *[_check_teacher(trainer, x, words, prompts) for x in opened.values()]]
     trainer.packs = all(answers)
     settle_vocabulary(args, student.config, opened)
-    check_overlap(args.log_overlap, args.vocab_size or student.config.get_text_config().vocab_size)
+    columns = args.vocab_size or head_rows(student.config)
+    check_top_k(preset, columns)
+    check_overlap(args.log_overlap, columns)
     unknown = unknown_to_teachers(student.config, min(found.facts.head_rows for found in opened.values()))
     forbid_tokens(trainer, [*trainer.placeholder_ids, *unknown])
     if trainer.use_vllm and trainer.vllm_mode == "colocate":
@@ -122,7 +124,7 @@ def check_cache(trainer: Any, found: OpenedTeacher, teacher: nn.Module | None) -
             f"num_generations={args.num_generations}."
         )
     views = {view for model, view in preset.rows if model == "teacher"} - {"text"}
-    text = preset.needs_text(args.objective(1.0)) or (args.log_terms and preset.has_terms)
+    text = preset.scores_text(args.objective(1.0), args.log_terms)
     wanted = sorted(views | ({"text"} if text else set()))
     if missing := [view for view in wanted if view not in found.cache.manifest.views]:
         raise ConfigError(

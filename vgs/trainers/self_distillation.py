@@ -91,8 +91,9 @@ class SelfDistillationConfig(VGSConfig):
             if getattr(self, name) not in choices:
                 expected = " or ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
-        if self.teacher_offload:
-            raise ConfigError("teacher_offload must be False: the teacher lives in the student's own modules.")
+        for name in ("teacher_offload", "teacher_reload"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} must be False: the teacher lives in the student's own modules.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
         super().__post_init__()

@@ -63,7 +63,7 @@ class StepScorer:
 
     def needs_text(self, objective: VGSObjective) -> bool:
         """Whether anything, the log included, needs the text-only view."""
-        return self.preset.needs_text(objective) or self._terms(self.args.log_terms)
+        return self.preset.scores_text(objective, self.args.log_terms)
 
     def _terms(self, wanted: bool) -> bool:
         return wanted and self.preset.has_terms
@@ -158,10 +158,9 @@ class StepScorer:
                     part = select_responses(scored, own)
                     for places in self.rollout_passes(part, text=both, shared=teacher.sharded):
                         chosen = [own[place] for place in places]
-                        columns = self._teacher_pass(teacher, select_responses(scored, chosen), view, objective, both)
-                        lengths = [len(x) for group in select_responses(scored, chosen) for x in group.responses]
-                        for column, values in columns.items():
-                            for index, piece in zip(chosen, values.split(lengths), strict=True):
+                        asked = select_responses(scored, chosen)
+                        for column, values in self._teacher_pass(teacher, asked, view, objective, both).items():
+                            for index, piece in zip(chosen, values.split(response_lengths(asked)), strict=True):
                                 found[index][column] = piece
         factors = self._factors(groups, found)
         return [

@@ -58,4 +58,4 @@ def place_teacher(trainer: Any, teacher: nn.Module) -> nn.Module:
     """
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(teacher, trainer.accelerator)
-    return trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+    return trainer.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)

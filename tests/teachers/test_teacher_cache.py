@@ -156,6 +156,18 @@ def test_a_cache_that_was_made_from_something_else(config: dict, tmp_path: Path,
     assert "is not finished: 1 of 2 files are missing" in refused(capsys, "train", cached)
 
 
+def test_a_cache_of_data_with_a_row_that_cannot_be_used(
+    config: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    rows.insert(1, {**rows[0], "images": ["photos/none.png"]})
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config["data"]["train"]["on_bad_row"] = "skip"
+    assert command("cache-teacher", config, "--out", str(tmp_path / "cache")) == 0
+    assert "4 rows" in capsys.readouterr().out
+    assert command("check", {**config, "teacher": {"cache": str(tmp_path / "cache")}}) == 0
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
