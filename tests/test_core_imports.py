@@ -64,6 +64,7 @@ def core_modules() -> list[str]:
     return [name.removesuffix(".__init__") for name in found]
 
 
+@pytest.mark.slow
 def test_the_core_works_without_what_trainers_need() -> None:
     imports = "\n".join(f"import {name}" for name in core_modules())
     done = python(f"{BLOCK}\n{imports}\n{STEP}\nassert not {set(BLOCKED)} & set(sys.modules)\n{BLOCKS}")

@@ -235,6 +235,7 @@ def drift(reports: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.inside and not case.half])
+@pytest.mark.slow
 def test_ranks_are_one_process(name: str, reports: dict[str, list[dict[str, Any]]]) -> None:
     before, expected = single(name)
     sharded = "FSDPPeftModel" if CASES[name].lora else "FSDPQwen3VLForConditionalGeneration"

@@ -187,6 +187,7 @@ COMPILED = [(name, job) for name in METHODS if METHODS[name].compiles for job in
     ("name", "job"),  # each compiles on its first call, which takes long: one job each by default
     [pytest.param(name, job, marks=() if job == "jsd" else pytest.mark.slow) for name, job in COMPILED],
 )
+@pytest.mark.slow
 def test_compiled_peers_agree_with_float64(problem, job, name):
     row = measured(problem, job, (name,))[1]
     assert row["status"] == "ok" and max(row["gradient_errors"].values()) < 1e-3
@@ -311,6 +312,7 @@ def results(tmp_path_factory) -> Results:
     return results
 
 
+@pytest.mark.slow
 def test_results_come_back(results):
     again = Results.load(results.path)
     assert again.rows == results.rows

@@ -59,6 +59,7 @@ def test_methods_take_the_same_gradient(small, monkeypatch, names, changed):
 
 
 @pytest.mark.parametrize("pair", ["small-qwen3.5", "small-gemma4"])
+@pytest.mark.slow
 def test_stacks_of_several_kinds_of_layers_take_the_same_step(pair):
     (cell,) = step.PLANS[pair]
     entries = step.measure_cell(step.make_step(cell, "cpu", torch.float32), cell.methods, 1, 1e-4)
@@ -319,6 +320,7 @@ def test_counts_say_that_nothing_was_measured(command):
     assert "does not fit" in text
 
 
+@pytest.mark.slow
 def test_small_command_and_report(tmp_path, command):
     path = tmp_path / "r.json"
     text = command("step", "--small", "--rounds", "1", "--out", str(path), "--plots", str(tmp_path)).out

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from covering import slow_beyond
 from real_checkpoints import REAL_FAMILIES, photos
 from tiny import trainer_options
 
 from vgs.cli import main as cli
 
-USUAL = ("internvl", "gemma4", "qwen2_5_vl")
+USUAL = ("internvl",)
 
 
-@pytest.mark.parametrize(
-    "family", [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in REAL_FAMILIES]
-)
+@pytest.mark.parametrize("family", slow_beyond(USUAL, REAL_FAMILIES))
 def test_train_then_eval(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     paths = photos(tmp_path / "photos")
     rows = [

@@ -74,6 +74,7 @@ def stopped(*arguments: str) -> int:
     return process.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_from_init_to_eval(folder: Path, capsys: pytest.CaptureFixture) -> None:
     models = ["--student", "student", "--teacher", "teacher"]
     assert cli.main(["init", *models, "--data", "questions.jsonl", "--out", "my.yaml"]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from covering import slow_beyond
 from PIL import Image
 from real_checkpoints import REAL_FAMILIES
 from transformers import AutoProcessor
@@ -15,6 +16,9 @@ from transformers import AutoProcessor
 from vgs.data.lengths import drop_long_prompts, prompt_length, prompt_lengths
 from vgs.data.sources import DataSource, Samples, load_samples
 from vgs.errors import ConfigError
+
+#: Rules of several kinds for what a picture takes; the others are asked by the slow tests.
+USUAL = ("qwen3_vl", "internvl", "llava_next", "llava_pixtral", "gemma4", "smolvlm")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return load_samples(DataSource(str(folder / "data.jsonl")))
 
 
-@pytest.mark.parametrize("family", REAL_FAMILIES)
+@pytest.mark.parametrize("family", slow_beyond(USUAL, REAL_FAMILIES))
 def test_lengths_are_those_of_the_encodings(family: str, checkpoint: Callable[..., Path], samples: Samples) -> None:
     processor = AutoProcessor.from_pretrained(checkpoint(family))
     expected = [prompt_length(processor, sample) for sample in samples]

@@ -44,6 +44,7 @@ def test_quick_demo_writes_results_and_pictures(quick):
             assert min(picture.size) > 200 and len(picture.convert("L").resize((64, 64)).getcolors()) > 10
 
 
+@pytest.mark.slow
 def test_quick_demo_is_reproducible_and_uses_the_cache(quick, monkeypatch):
     folder, results = quick
     monkeypatch.setattr("vgs.digits.pretraining.train_supervised", None)  # calling it again would fail

@@ -15,6 +15,7 @@ from vgs.digits import short_runs
 from vgs.digits.studies import grpo
 
 
+@pytest.mark.slow
 def test_the_quick_study_writes_results_and_a_picture(tmp_path) -> None:
     results = grpo.run_study(tmp_path / "out", cache=tmp_path / "cache", quick=True)
     stored = json.loads((tmp_path / "out" / "results.json").read_text())

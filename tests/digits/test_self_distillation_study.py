@@ -91,6 +91,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, json.loads((folder / "out" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_quick_study_writes_results_and_a_picture(quick: tuple[Path, dict]) -> None:
     folder, results = quick
     assert [run["arm"] for run in results["runs"]] == list(study.ARMS)
@@ -106,6 +107,7 @@ def test_the_quick_study_writes_results_and_a_picture(quick: tuple[Path, dict]) 
         assert min(picture.size) > 400 and len(picture.convert("L").resize((64, 64)).getcolors()) > 10
 
 
+@pytest.mark.slow
 def test_the_config_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vgs.digits import privileged as digits_privileged
 

@@ -44,6 +44,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return emulated(tmp_path_factory, "calls")
 
 
+@pytest.mark.slow
 def test_compiled_kernels_compute_what_pytorch_does(calls):
     rows = calls["rows"]
     assert {(row["target"], row["seed"]) for row in rows} == {(80, None), (90, None), (80, 1), (90, 1)}
@@ -64,6 +65,7 @@ def test_every_kernel_and_every_option_was_executed(calls):
     assert any(launch["grid"][1] > 1 for launch in calls["launches"] if launch["kernel"].startswith("statistics"))
 
 
+@pytest.mark.slow
 def test_planted_faults_are_noticed(tmp_path_factory):
     rows = emulated(tmp_path_factory, "faults", "--sure", "--each", "2")
     kinds = {(row["kernel"], row["kind"]) for row in rows}

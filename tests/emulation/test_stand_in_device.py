@@ -47,6 +47,7 @@ def test_the_log_is_read():
     assert found.waits == ["wait stream", "copy device host 8 wait"] and found.copies == 2
 
 
+@pytest.mark.slow
 def test_what_a_call_asks_for_is_counted(probe):
     counted = probe["counted"]
     assert not any(counted["nothing"].values())

@@ -70,6 +70,7 @@ def test_the_commands_of_the_page_run(words: list[str], inside: Path) -> None:
         assert any(not torch.equal(x, before[key]) for key, x in student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_own_data_is_checked_and_trained(inside: Path) -> None:
     from vgs.cli.main import main
 

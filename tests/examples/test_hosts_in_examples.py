@@ -19,6 +19,7 @@ LENGTH = {
 
 
 @pytest.mark.parametrize("name", LENGTH)
+@pytest.mark.slow
 def test_accumulated_steps_of_a_host_are_steps_on_the_whole_batch(name: str, inside: Path, recorder: Recorder) -> None:
     names = run_example(name, *LENGTH[name], *TRAIN)
     assert len(recorder.calls) == 4

@@ -35,6 +35,7 @@ def assert_lean(rows: list[dict[str, Any]]) -> None:
             assert row["wide_loads"] >= (4 if row["options"].get("FOUR") else 2), row
 
 
+@pytest.mark.slow
 def test_every_pair_of_options_compiles_without_spills():
     rows = compiled(str(SUPPORT / "compile_kernels.py"))
     assert {(row["kernel"], row["target"]) for row in rows} == {(k, target) for k in KERNELS for target in TARGETS}

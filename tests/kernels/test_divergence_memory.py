@@ -54,6 +54,7 @@ def test_stays_within_its_workspace(kind):
     assert meter.peak <= bound(tokens, workspace, KINDS[kind].get("top_k", 0))
 
 
+@pytest.mark.slow
 def test_rows_of_one_head_are_combined_tile_by_tile():
     """And not before, for all tokens at once."""
     tokens, workspace = 4096, 2**17

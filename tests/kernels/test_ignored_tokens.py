@@ -188,6 +188,7 @@ def test_none_left(name, reduction):
 
 
 @pytest.mark.parametrize("name", ["gated", "adaptive trajectories", "jsd", "sampled"])
+@pytest.mark.slow
 def test_inside_a_compiled_caller(name):
     """The same as outside, where a look at the ids would cost nothing and here is not possible."""
     torch._dynamo.reset()

@@ -195,6 +195,7 @@ class TestCompile:
         ids=["plausible", "student top-k", "sampled"],
     )
     @pytest.mark.parametrize("hidden", [True, False], ids=["hidden states", "logits"])
+    @pytest.mark.slow
     def test_options_of_a_divergence(self, options, hidden):
         """What the public function does with its arguments can be traced, in every version that is supported."""
         problem = make_problem(7, 57, bias=True)

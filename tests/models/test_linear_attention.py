@@ -141,6 +141,7 @@ def test_outside_a_packed_row_nothing_changes(case: Case) -> None:
     assert all(map(torch.equal, case.separate(), case.rows))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_no_obstacle(case: Case) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=r".*\.(in_proj\w*|q_proj)", r=2, init_lora_weights=False)
@@ -190,6 +191,7 @@ def pictured(
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.slow
 def test_rows_with_pictures_equal_separate_passes(pictured: Case, share_prefix: bool) -> None:
     assert carries_state(pictured.model) and handles_state(pictured.model)
     pictured.check(score_groups(pictured.model, pictured.groups, share_prefix=share_prefix))

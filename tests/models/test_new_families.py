@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from covering import slow_beyond
 from families import assert_same_gradients, gradients_of, separate, shaken
 from real_checkpoints import REAL_FAMILIES, photo_samples
 from torch import nn
@@ -35,7 +36,7 @@ RESPONSES = [[[70, 71, 72], [80, 81, 82, 83, 84]], [[90, 91], [73, 74, 75, 76]],
 USUAL = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "ovis2", "granite4_vision", "mistral4", "gemma4_small", "gemma4_moe")
 #: Those whose layers carry a state from token to token.
 CARRYING = ("qwen3_5",)
-PACKED = [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in REAL_FAMILIES if x not in CARRYING]
+PACKED = slow_beyond(USUAL, (x for x in REAL_FAMILIES if x not in CARRYING))
 
 
 def loaded(folder: Path) -> nn.Module:
@@ -126,7 +127,7 @@ def test_attention_that_sdpa_has_not(config: PreTrainedConfig) -> None:
     assert (separate(plain, groups)[0] - oracle[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", [x for x in REAL_FAMILIES if x != "gemma4_unified"])
+@pytest.mark.parametrize("family", slow_beyond(USUAL, (x for x in REAL_FAMILIES if x != "gemma4_unified")))
 def test_the_tower_is_frozen_and_the_text_model_not(family: str, checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint(family))
     freeze(model, vision=True)
@@ -145,7 +146,7 @@ def test_a_family_without_a_tower_says_so(checkpoint: Checkpoint) -> None:
         freeze(loaded(checkpoint("gemma4_unified")), vision=True)
 
 
-@pytest.mark.parametrize("family", REAL_FAMILIES)
+@pytest.mark.parametrize("family", slow_beyond(USUAL, REAL_FAMILIES))
 def test_every_table_of_tokens_is_frozen(family: str, checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint(family, teacher=True))
     freeze(model, embeddings=True)

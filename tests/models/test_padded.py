@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import slow_beyond
 from real_checkpoints import FIELD_FAMILIES, REAL_FAMILIES, photo_samples
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -28,7 +29,7 @@ TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision")
 #: One family for each form in which features come, and for each rule of joining fields; the others are slow.
 FORMS = {"qwen3_vl", "internvl", "llava_next", "mistral3", "gemma4", "smolvlm"}
 FORMS |= {"minicpmv4_7", "molmo2", "step3p7", "nemotron_h_omni"}
-FAMILIES = [pytest.param(x, marks=() if x in FORMS else pytest.mark.slow) for x in (*REAL_FAMILIES, *FIELD_FAMILIES)]
+FAMILIES = slow_beyond(FORMS, (*REAL_FAMILIES, *FIELD_FAMILIES))
 
 
 def prepared(folder: Path, samples: Path) -> tuple[nn.Module, list[PromptGroup]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from covering import slow_beyond
 from families import FAMILIES
 from real_checkpoints import REAL_FAMILIES
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ from vgs.models.shallow import shallow_copy
 from vgs.models.states import plain_states
 from vgs.models.survey_models import SURVEYED, text_groups, tiny_config
 
+#: Families of several kinds of layers and positions; the others are asked by the slow tests.
+USUAL = ("qwen3_vl", "qwen2_5_vl", "internvl", "mistral3", "gemma4", "qwen3_5")
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., Path]
 
@@ -49,7 +52,7 @@ def asked(folder: Path) -> tuple[type, PreTrainedConfig, list[PromptGroup]]:
     return model_class, config, check_groups(check_prompts(processor, placeholder_ids(config)))
 
 
-@pytest.mark.parametrize("family", REAL_FAMILIES)
+@pytest.mark.parametrize("family", slow_beyond(USUAL, REAL_FAMILIES))
 def test_every_real_family_runs_packed(family: str, checkpoint: Checkpoint) -> None:
     model_class, config, groups = asked(checkpoint(family))
     found = examine(model_class, config, groups, CPU)

@@ -289,6 +289,7 @@ SEPARATE = [name for name, preset in PRESETS.items() if preset.teacher == "separ
 
 
 @pytest.mark.parametrize("name", SEPARATE)
+@pytest.mark.slow
 def test_each_preset_trains(tmp_path: Path, name: str) -> None:
     options = {"max_steps": 2, "eta": 0.5, "lam": 0.1, "max_tokens_per_pass": 500}
     if PRESETS[name].generations > 1:

@@ -8,7 +8,7 @@ every other one. The rest is marked slow.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -26,6 +26,11 @@ def covering(cases: Sequence[Case], factors: Callable[[Case], Mapping[str, Hasha
         chosen.add(best)
         missing -= pairs[best]
     return [case for i, case in enumerate(cases) if i in chosen]
+
+
+def slow_beyond(quick: Collection[Hashable], cases: Iterable[Hashable]) -> list[Any]:
+    """Parameters of a test, in their order; those that are not ``quick`` are marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:

@@ -78,6 +78,7 @@ def test_each_row_has_the_states_and_the_head_of_its_teacher(
 
 
 @pytest.mark.parametrize("option", [pytest.param("teacher_offload", marks=pytest.mark.slow), "teacher_reload"])
+@pytest.mark.slow
 def test_one_teacher_at_a_time_says_the_same(
     checkpoint: Checkpoint,
     tmp_path: Path,

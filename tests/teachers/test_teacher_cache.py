@@ -92,6 +92,7 @@ MOMENTS = (1, 3, 5, 1, 3)
 
 
 @pytest.mark.parametrize("moments", [MOMENTS[2:3], pytest.param(MOMENTS, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_build_that_is_killed_goes_on(config: dict, tmp_path: Path, moments: tuple[int, ...]) -> None:
     """Responses are sampled, so the bytes also show that each file draws its own random numbers."""
     config["data"]["train"].pop("responses")
@@ -113,6 +114,7 @@ def test_a_build_that_is_killed_goes_on(config: dict, tmp_path: Path, moments: t
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_made_from_something_else(config: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "cache"
     assert command("cache-teacher", config, "--out", str(folder), "--rows-per-file", "3") == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import slow_beyond
 from real_checkpoints import FIELD_FAMILIES, REAL_FAMILIES, photo_samples
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -19,7 +20,7 @@ from vgs.teachers.server import ServedModel
 from vgs.teachers.wire import pack_groups, pack_head, unpack, unpack_groups, unpack_head
 
 USUAL = ("gemma4",)
-FAMILIES = [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in (*REAL_FAMILIES, *FIELD_FAMILIES)]
+FAMILIES = slow_beyond(USUAL, (*REAL_FAMILIES, *FIELD_FAMILIES))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

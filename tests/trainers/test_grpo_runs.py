@@ -138,6 +138,7 @@ def test_an_adapter_learns(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.slow
 def test_a_resumed_run_is_the_whole_run(tmp_path, alpha: float) -> None:
     changes = {
         "alpha": alpha,
@@ -172,6 +173,7 @@ def test_scripted_responses_differ_and_some_never_end() -> None:
     assert len({tuple(x) for x in responses}) >= 5 and {x[-1] == 1 for x in responses} == {True, False}
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_by_reward(tmp_path, capsys) -> None:
     import datasets
 

@@ -143,6 +143,7 @@ def test_a_student_that_taught_itself_says_so(tmp_path: Path) -> None:
     assert "Objective `visual_opsd`" in card.text
 
 
+@pytest.mark.slow
 def test_teachers_elsewhere_are_named_without_their_address() -> None:
     sources = {
         "sums": TeacherSource("somebody/large"),

@@ -123,6 +123,7 @@ def run(folder: Path, prior: str, resume: str | None = None, **options) -> VGSTr
 
 
 @pytest.mark.parametrize("prior", ["frozen", "ema"])
+@pytest.mark.slow
 def test_a_run_and_its_resumption(tmp_path: Path, prior: str) -> None:
     whole, live = run(tmp_path, prior), run(tmp_path / "live", "live")
     again = run(tmp_path, prior, resume=str(tmp_path / "checkpoint-2"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from covering import slow_beyond
 from grpo_runs import RUNS as GRPO_RUNS
 from grpo_runs import grpo_trainer, weights
 from launch import SUPPORT, launch_once, torchrun, wanted
@@ -30,11 +31,6 @@ ENGINES = {
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 RUNNABLE = [name for name, case in CASES.items() if case.engine != "zero" or HAS_DEEPSPEED]
-
-
-def cases(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test; those beyond ``QUICK`` are slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def ranks_of(name: str) -> int:
@@ -77,7 +73,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Any]:
     return get
 
 
-@pytest.mark.parametrize("name", cases(name for name in RUNNABLE if not CASES[name].half))
+@pytest.mark.parametrize("name", slow_beyond(QUICK, (name for name in RUNNABLE if not CASES[name].half)))
 def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
     case = CASES[name]
     ranks, one = reports(name), single(case)
@@ -101,7 +97,7 @@ def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
         assert {key: theirs[key] for key in logged} == pytest.approx({key: ours[key] for key in logged}, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", cases(RUNNABLE))
+@pytest.mark.parametrize("name", slow_beyond(QUICK, RUNNABLE))
 def test_cases_are_what_they_say(name: str, reports: Any) -> None:
     """The ranks differ in what the case is about."""
     case = CASES[name]

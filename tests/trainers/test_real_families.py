@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import slow_beyond
 from real_checkpoints import REAL_FAMILIES, pair, photo_samples
 from tiny import trainer_options
 
@@ -17,7 +18,7 @@ from vgs.trainers.grpo_settings import VGSGRPOConfig
 
 #: Those that run every time: each has a way of its own to hold pictures.
 USUAL = ("qwen2_5_vl", "internvl", "llava_pixtral", "gemma4", "smolvlm")
-FAMILIES = [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in REAL_FAMILIES]
+FAMILIES = slow_beyond(USUAL, REAL_FAMILIES)
 Checkpoint = Callable[..., Path]
 
 

@@ -50,6 +50,7 @@ def killed_runs(folder: Path, processes: int, kills: int, *saving: str) -> list[
 
 
 @pytest.mark.parametrize("kills", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_where_the_whole_run_ends(tmp_path: Path, kills: int) -> None:
     """Once while a checkpoint is written, once before it is renamed, and at random moments."""
     events = killed_runs(tmp_path, 1, kills, "write", "rename")
@@ -92,6 +93,7 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("evaluation", [1, 2])
+@pytest.mark.slow
 def test_an_epoch_that_ends_with_a_checkpoint_is_still_evaluated(tmp_path: Path, evaluation: int) -> None:
     """Killed in the evaluation after the last step of an epoch, of the first one or of the whole run."""
     options = {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 3, "max_steps": 6}

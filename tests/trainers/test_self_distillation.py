@@ -269,6 +269,7 @@ def test_the_teacher_runs_in_the_engine_that_the_student_gets(
 @pytest.mark.parametrize(
     ("teacher", "lora"), [pytest.param("ema", False, marks=pytest.mark.slow), ("frozen", False), ("ema", True)]
 )
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path: Path, teacher: str, lora: bool) -> None:
     """Bit for bit, with the teacher that the run had and not the resumed student."""
     options = {
