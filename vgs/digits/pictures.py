@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 CELL = 16  # pixels: every digit has a square cell of its own, so a picture is 32x16 or 48x16
+NOISE = 0.05  # standard deviation of the pictures' noise, where black is 0 and white 1
 SPLITS = ("train", "validation", "test")
 NUMBERS = [
     "zero",
@@ -80,7 +81,7 @@ class Example:
         question: what is asked. answer: the number word that counts. target: a full answer, in one phrasing.
         kind: a key of `KINDS`, or "caption". read: the digits that the answer reads, left to right.
         source: indices of the picture's handwritten digits among the 1,797, left to right.
-        seed: of the picture's jitter and noise.
+        seed: of the picture's jitter and noise. noise: how strong the noise is.
     """
 
     question: str
@@ -90,11 +91,12 @@ class Example:
     read: tuple[int, ...]
     source: tuple[int, ...]
     seed: int
+    noise: float = NOISE
 
     @functools.cached_property
     def image(self) -> Image.Image:
         """The picture, drawn when first needed."""
-        return draw_picture(handwritten()[0][list(self.source)], np.random.default_rng(self.seed))
+        return draw_picture(handwritten()[0][list(self.source)], np.random.default_rng(self.seed), self.noise)
 
     def prompt(self) -> list[dict[str, str]]:
         """The question as one user message."""
@@ -144,7 +146,7 @@ def split_indices(split: str) -> np.ndarray:
     return np.sort(parts[split])
 
 
-def draw_picture(digits: np.ndarray, rng: np.random.Generator, noise: float = 0.05) -> Image.Image:
+def draw_picture(digits: np.ndarray, rng: np.random.Generator, noise: float = NOISE) -> Image.Image:
     """Places two or three digits [n, 8, 8] (0..1) side by side, each jittered, stretched and dimmed, with noise."""
     canvas = np.zeros((CELL, CELL * len(digits)), dtype=np.float32)
     for position, digit in enumerate(digits):
@@ -173,7 +175,7 @@ def phrase(kind: str, places: Sequence[str], read: Sequence[int], reading: int, 
     return f"{seen} " + CONCLUSIONS[conclusion].format(noun=KINDS[kind][1], z=NUMBERS[conclude(kind, read)])
 
 
-def examples(split: str, seed: int, habits: Habits = Habits()) -> Iterator[Example]:
+def examples(split: str, seed: int, habits: Habits = Habits(), noise: float = NOISE) -> Iterator[Example]:
     """An endless, reproducible stream of examples whose digits all belong to `split`."""
     pool, labels = split_indices(split), handwritten()[1]
     rng = np.random.default_rng([seed, SPLITS.index(split)])
@@ -194,6 +196,7 @@ def examples(split: str, seed: int, habits: Habits = Habits()) -> Iterator[Examp
             read=read,
             source=source,
             seed=int(rng.integers(2**31)),
+            noise=noise,
         )
 
 
@@ -206,7 +209,7 @@ def caption(example: Example) -> Example:
     )
 
 
-def take(split: str, size: int, seed: int, habits: Habits = Habits()) -> list[Example]:
+def take(split: str, size: int, seed: int, habits: Habits = Habits(), noise: float = NOISE) -> list[Example]:
     """The first `size` examples of the stream.
 
     Args:
@@ -214,11 +217,12 @@ def take(split: str, size: int, seed: int, habits: Habits = Habits()) -> list[Ex
         size: how many.
         seed: which ones; the same seed gives the same.
         habits: of the speaker who answers.
+        noise: of the pictures.
 
     Raises:
         ValueError: another split.
     """
-    return list(itertools.islice(examples(split, seed, habits), size))
+    return list(itertools.islice(examples(split, seed, habits, noise), size))
 
 
 def vocabulary() -> list[str]:

@@ -15,7 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from ..data.messages import fill_images
 from .cache import key, trained_once
 from .models import DigitsProcessor, Shape, build_model, build_processor
-from .pictures import Example, Habits, caption, examples
+from .pictures import NOISE, Example, Habits, caption, examples
 
 IGNORED = -100
 
@@ -50,6 +50,7 @@ class Recipe:
     shape: Shape
     phases: tuple[Phase, ...]
     habits: Habits
+    noise: float = NOISE
 
 
 CAPTIONS, TEXT = {"text_only": 0.0, "captions": True}, {"text_only": 1.0}
@@ -96,15 +97,16 @@ def encode(processor: DigitsProcessor, batch: Sequence[Lesson]) -> dict[str, tor
     return {**inputs, "labels": labels}
 
 
-def lessons(phase: Phase, habits: Habits, seed: int) -> Iterator[list[Lesson]]:
+def lessons(phase: Phase, habits: Habits, seed: int, noise: float = NOISE) -> Iterator[list[Lesson]]:
     """Endless batches of a phase; the first of each batch have no picture.
 
     Args:
         phase: sizes and kinds of its batches.
         habits: of the speaker who answers.
         seed: of the questions.
+        noise: of the pictures.
     """
-    stream, blind = examples("train", seed, habits), round(phase.text_only * phase.batch_size)
+    stream, blind = examples("train", seed, habits, noise), round(phase.text_only * phase.batch_size)
     while True:
         batch = [next(stream) for _ in range(phase.batch_size)]
         if phase.captions:
@@ -187,7 +189,7 @@ def train_supervised(
     losses: list[float] = []
     with progress_bar(sum(phase.steps for phase in recipe.phases), description, line) as bar:
         for number, phase in enumerate(recipe.phases):
-            stream = lessons(phase, recipe.habits, 1000 * (seed + 1) + number)
+            stream = lessons(phase, recipe.habits, 1000 * (seed + 1) + number, recipe.noise)
             losses += fit(model, processor, stream, phase.steps, phase.learning_rate, phase.rate, bar)
     return losses
 

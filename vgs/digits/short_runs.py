@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 
-def short_run_options(settings: Any, out: Path, arm: str, seed: int) -> dict[str, Any]:
+def short_run_options(
+    settings: Any, out: Path, arm: str, seed: int, learning_rate: float | None = None
+) -> dict[str, Any]:
     """Arguments of a trainer for minutes on a CPU, every step logged.
 
     Args:
         settings: a budget: steps, learning_rate, validation_size, validate_every.
         out: folder of all runs.
         arm, seed: of this one.
+        learning_rate: of this one; None: the budget's.
     """
     return {
         "output_dir": str(out / "runs" / f"{arm}-{seed}"),
         "seed": seed,
         "max_steps": settings.steps,
         "per_device_eval_batch_size": settings.validation_size,
-        "learning_rate": settings.learning_rate,
+        "learning_rate": settings.learning_rate if learning_rate is None else learning_rate,
         "warmup_steps": min(5, settings.steps - 1),
         "max_completion_length": 32,
         "logging_steps": 1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .pictures import scorer, take
+from .pictures import NOISE, scorer, take
 from .pretraining import pretrained
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["build", "pretrained", "scorer"]
 
 
-def build(split: str, size: int, seed: int = 0) -> Dataset:
+def build(split: str, size: int, seed: int = 0, noise: float = NOISE) -> Dataset:
     """Questions as a dataset with the columns that ``VGSTrainer`` consumes.
 
     Args:
         split: "train", "validation" or "test"; no handwritten digit is in two of them.
         size: number of questions.
         seed: which questions; the same seed gives the same dataset.
+        noise: standard deviation of the pictures' noise (black is 0, white 1).
 
     Returns:
         ``prompt`` (one user message), ``images`` (one RGB picture of 32x16 or 48x16 pixels), ``answer`` (a number
@@ -39,5 +40,5 @@ def build(split: str, size: int, seed: int = 0) -> Dataset:
             "answer": Value("string"),
         }
     )
-    records = [example.record() for example in take(split, size, seed)]
+    records = [example.record() for example in take(split, size, seed, noise=noise)]
     return Dataset.from_list(records, features=features)
