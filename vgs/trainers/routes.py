@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from ..models.vocabulary import common_rows
-from ..models.wrappers import unwrap
+from ..models.wrappers import to_device, unwrap
 from ..teachers.cache import StateCache
 from ..teachers.cached import CachedTeacher
 from ..teachers.local import KeptHead, LocalTeacher, ReloadedTeacher, facts_of
@@ -164,7 +164,8 @@ def place_teachers(trainer: Any, opened: Mapping[str, OpenedTeacher]) -> None:
 def _loader(source: TeacherSource, args: Any, device: torch.device) -> Callable[[], nn.Module]:
     def load() -> nn.Module:
         gc.collect()  # a model is a cycle of references, and the one before must be gone
-        return load_teacher(source.model, args, args.world_size, source.options).to(device).eval()
+        model = load_teacher(source.model, args, args.world_size, source.options)
+        return to_device(model, device).eval()
 
     return load
 
