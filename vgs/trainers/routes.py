@@ -112,7 +112,8 @@ def open_teachers(teacher_model: Any, args: Any) -> dict[str, OpenedTeacher]:
     for name, source in sources.items():
         what = f"teacher {name!r}" if name else "teacher_model"
         found = opened[name] = OpenedTeacher(source, what)
-        found.cache = None if source.cache is None else StateCache(source.cache)
+        if source.cache is not None:
+            found.cache = source.cache if isinstance(source.cache, StateCache) else StateCache(source.cache)
         if source.url is not None:
             options = args.share_prefix, args.packed_attention
             found.remote = connect(source.url, source.token_file, args.device, *options)
