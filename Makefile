@@ -51,7 +51,7 @@ test-verl: .venv-verl/installed  # inside verl 0.9.1, on one and two gloo ranks;
 test-swift: .venv-swift/installed  # inside ms-swift 4.6.0, whole trainer; some minutes
 	OMP_NUM_THREADS=1 .venv-swift/bin/python $(HOST_TESTS) tests/hosts/swift
 
-test-hosts:  # once a week, not in CI: whether the core still installs beside each host; it asks the package index
+test-hosts:  # a minute, once a week, not in CI, for it asks the package index: what of vgs installs beside each host
 	$(PYTHON) tests/hosts/resolve.py
 
 mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time

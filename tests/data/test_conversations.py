@@ -14,7 +14,7 @@ import pytest
 from tiny import UNKNOWN, tiny_image, tiny_processor
 
 from vgs.data.conversations import BadRow, read_answer, read_question
-from vgs.data.prompts import encode_prompts, text_only_prompts
+from vgs.data.prompts import encode_groups, encode_prompts
 from vgs.data.sources import DataSource, Samples, load_samples
 from vgs.errors import ConfigError
 
@@ -76,8 +76,8 @@ def test_rendered_prompts_have_the_pictures_where_the_marks_stand(folder: Path) 
     assert words[2:-3] == ["red", *picture, UNKNOWN, *picture, "blue", "?"]
     alone = encode_prompts(processor, [{**samples[0], "prompt": samples[0]["prompt"]}])[2]
     assert alone["pixel_values"].equal(fields["pixel_values"])
-    (plain,) = text_only_prompts(processor, [samples[0]["prompt"]], [3, 4, 5, 6])
-    assert processor.tokenizer.decode(plain).split()[2:-3] == ["red", UNKNOWN, "blue", "?"]
+    (group,) = encode_groups(processor, [samples[0]], [[]], [3, 4, 5, 6])
+    assert processor.tokenizer.decode(group.text_prompt_ids).split()[2:-3] == ["red", UNKNOWN, "blue", "?"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from tiny import SPECIAL, VISION_START, tiny_image, tiny_model, tiny_processor, tiny_samples
 
 from vgs.data.messages import fill_images, remove_images
-from vgs.data.prompts import anchor_group, encode_groups, text_only_prompts
+from vgs.data.prompts import anchor_group, encode_groups
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import response_lengths, trajectory_ids
 from vgs.models.padding import pad_groups
@@ -25,7 +25,8 @@ def test_placeholders_of_a_config() -> None:
 def test_text_only_prompt_is_rendered_without_the_image_item() -> None:
     block = [{"type": "image", "image": tiny_image(0)}, {"type": "text", "text": "red ?"}]
     prompts = [[{"role": "user", "content": block}], [{"role": "user", "content": "red ?"}]]
-    with_blocks, plain = text_only_prompts(PROCESSOR, prompts, FORBIDDEN)
+    samples = [{"prompt": prompt, "images": []} for prompt in prompts]
+    with_blocks, plain = (x.text_prompt_ids.tolist() for x in encode_groups(PROCESSOR, samples, [[], []], FORBIDDEN))
     assert with_blocks == plain
     assert PROCESSOR.tokenizer.decode(plain).split()[-5:] == ["red", "?", "<|im_end|>", "<|im_start|>", "assistant"]
     assert block[0]["type"] == "image", "the sample itself must not change"
@@ -41,9 +42,10 @@ def test_system_messages_survive() -> None:
 
 def test_placeholder_left_in_the_text_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"^sample 1: the prompt has the image placeholder <\|vision_start\|> in"):
-        text_only_prompts(
+        encode_groups(
             PROCESSOR,
-            [[{"role": "user", "content": "red ?"}], [{"role": "user", "content": f"red {VISION_START} ?"}]],
+            [{"prompt": [{"role": "user", "content": f"red {x}?"}], "images": []} for x in ("", f"{VISION_START} ")],
+            [[], []],
             FORBIDDEN,
         )
 

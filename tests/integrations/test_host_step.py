@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny_model, tiny_processor, tiny_samples
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vgs import ConfigError, encode_groups, placeholder_ids, vgs_step
 from vgs.integrations.models import check_models
@@ -91,6 +96,30 @@ def test_a_host_that_averages_passes_num_items(teacher: nn.Module) -> None:
     scored = step.score_teacher(teacher, HostRows(rows, live, list(range(6))), [list(range(6))])
     one, other = (step.student_loss(student, scored, [0, 4], items)[0].item() for items in (5, 2.5))
     assert other == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_a_sharded_teachers_head_is_gathered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many passes the host cuts its batch into; and the scores are those of the whole model."""
+    step, rows, cuts = HostStep(HostOptions(objective=KNOBS)), rows_of(tiny_model(0)), [[0], [1, 2], [3, 4, 5]]
+    live = [torch.ones(len(row.responses[0]), dtype=torch.bool) for row in rows]
+    batch = HostRows(rows, live, list(range(6)))
+    plain, sharded = (tiny_model(1, hidden=48, tie=False).eval().requires_grad_(False) for _ in range(2))
+    expected = step.score_teacher(plain, batch, cuts)
+    gathered, full_tensor = [], DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda x, **given: gathered.append(x.shape) or full_tensor(x, **given))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for part in (*sharded.model.language_model.layers, sharded.lm_head, sharded):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        found = step.score_teacher(sharded, batch, cuts)
+        assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters()), "nothing stays gathered"
+    finally:
+        dist.destroy_process_group()
+    assert gathered == [expected.head.weight.shape]
+    torch.testing.assert_close(found.limits, expected.limits)
+    for one, other in zip(found.teacher, expected.teacher, strict=True):
+        torch.testing.assert_close(one.vds, other.vds)
+        torch.testing.assert_close(dict(one.rows), dict(other.rows))
 
 
 def test_a_mask_of_another_length_is_named() -> None:

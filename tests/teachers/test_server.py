@@ -277,7 +277,8 @@ def test_the_head_is_sent_exactly(model: ServedModel) -> None:
         (["nowhere", "--teacher", "math"], "belongs to a config with several teachers"),
         (["nowhere.yaml"], "config 'nowhere.yaml' cannot be read"),
         (["nowhere", "--device", "tpu9"], "--device 'tpu9'"),
-        (["nowhere", "--port", "70000"], "expected a port from 0 to 65535"),
+        (["nowhere", "--port", "70000"], "expected a port from 0 to 65535, got '70000'"),
+        (["nowhere", "--max-request", "0"], "expected a whole number above 0, got '0'"),
     ],
 )
 def test_a_command_that_cannot_serve(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -158,6 +158,16 @@ def test_a_cache_that_was_made_from_something_else(config: dict, tmp_path: Path,
     assert "is not finished: 1 of 2 files are missing" in refused(capsys, "train", cached)
 
 
+def test_a_run_reads_each_file_of_its_cache_once_before_it_starts(
+    config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = built(config, tmp_path / "cache"), []
+    original = StateCache._index
+    monkeypatch.setattr(StateCache, "_index", lambda self, number: read.append(number) or original(self, number))
+    assert command("train", {**config, "teacher": {"cache": str(folder)}}) == 0
+    assert read == [0, 1]
+
+
 def test_a_cache_of_data_with_a_row_that_cannot_be_used(
     config: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import yaml
 from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_checkpoint, tiny_image, trainer_options
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, modeling_utils
 
 from vgs.cli import main as cli
 from vgs.cli import resolved
@@ -87,6 +87,16 @@ def test_training_with_an_8_bit_teacher(config: Path) -> None:
     assert all(0 < loss < 100 for loss in losses)
     before, after = (AutoModelForImageTextToText.from_pretrained(config.parent / x) for x in ("student", "run"))
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_a_reloaded_8_bit_teacher_stays_where_it_was_read(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes before 0.48 moves no such weights."""
+    monkeypatch.setattr(modeling_utils, "is_bitsandbytes_available", lambda *_: False)
+    path = config.parent / "teacher"
+    with pytest.raises(ValueError, match=r"bitsandbytes>=0\.48"):
+        load(path, load_in_8bit=True).to("cpu")
+    trainer = cli.train(cli.load_config(config, ["--teacher_reload", "true", "--max_steps", "1"]))
+    assert trainer.state.global_step == 1
 
 
 def test_8_bit_weights_cannot_be_moved(config: Path) -> None:

@@ -17,6 +17,7 @@ from ..evaluation.sampling import Sampling, sample_responses
 from ..models.families import placeholder_ids
 from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.tokenizers import tokenizer_of
+from ..models.wrappers import to_device
 from ..teachers.cache import VIEWS, CacheWriter, Entry, Manifest
 from ..teachers.fingerprints import (
     autocast_name,
@@ -80,8 +81,8 @@ class Builder:
             raise ConfigError("cache-teacher needs the teacher's path or url: a cache alone computes nothing.")
         with config_errors(f"teacher.path {section['path']!r} cannot be loaded", *LOADING):
             model = load_teacher(section["path"], self.args, 1, model_options(section))
-        model = model if section.get("load_in_8bit") else model.to(self.device)
-        return LocalTeacher(model.eval(), **options), weights_fingerprint(model)
+        model = to_device(model, self.device).eval()
+        return LocalTeacher(model, **options), weights_fingerprint(model)
 
     def rows(self, name: str) -> list[int]:
         """The places of the samples whose teacher has this name."""

@@ -6,11 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .numbers import count, positive, whole
 from .output import check_folder
 
 ABOUT = (
@@ -34,28 +35,11 @@ DEFAULTS = {
 }
 
 
-def _positive(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return found
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def add_options(command: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+def add_options(command: argparse.ArgumentParser) -> None:
     """The options of ``vgs eval``.
 
     Args:
         command: its parser.
-        count: reads a whole number above 0.
     """
     command.add_argument("config", metavar="CONFIG.yaml|RUN", help="a config; of --benchmarks: a run, or any model")
     command.add_argument("--model", help="evaluate this model instead of the config's student")
@@ -74,8 +58,8 @@ def add_options(command: argparse.ArgumentParser, count: Callable[[str], int]) -
     )
     group.add_argument("--system-prompt", metavar="TEXT", help="system message (the run's)")
     group.add_argument("--max-tokens", type=count, help="longest response (2048, or the run's if that is longer)")
-    group.add_argument("--temperature", type=_positive, help="of the sampled responses (the run's, else 1)")
-    group.add_argument("--seed", type=_whole, help="of sampling (0)")
+    group.add_argument("--temperature", type=positive, help="of the sampled responses (the run's, else 1)")
+    group.add_argument("--seed", type=whole, help="of sampling (0)")
     group.add_argument("--limit", type=count, help="ask the first so many questions of each benchmark: a trial")
     group.add_argument("--overwrite", action="store_true", help="delete what is in the folder of results")
     command.set_defaults(**DEFAULTS)

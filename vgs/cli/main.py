@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..log import log_to_stderr
 from . import eval_command
 from .config import load_config
+from .numbers import count, port, positive
 from .output import check_file, check_folder
 from .runs import evaluate, train
 from .start import version_line
@@ -29,31 +30,6 @@ OVERRIDES = (
 WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
-
-
-def _count(text: str) -> int:
-    """A whole number above 0, as an option's value."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    """A port, as an option's value."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
-    return int(text)
-
-
-def _memory(text: str) -> float:
-    """GiB above 0, as an option's value."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected GiB above 0, got {text!r}")
-    return found
 
 
 class _Say(argparse.Action):
@@ -108,28 +84,30 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "eval", help=eval_command.ABOUT[0], description=f"{eval_command.ABOUT[1]} {OVERRIDES}", allow_abbrev=False
     )
-    eval_command.add_options(command, _count)
+    eval_command.add_options(command)
 
     command = with_config("plan", "predicted memory of a training run, by part")
-    command.add_argument("--gpu-memory", type=_memory, metavar="GiB", help="memory of one GPU (this machine's, if any)")
-    command.add_argument("--gpus", type=_count, default=1)
+    command.add_argument(
+        "--gpu-memory", type=positive, metavar="GiB", help="memory of one GPU (this machine's, if any)"
+    )
+    command.add_argument("--gpus", type=count, default=1)
     command.add_argument("--sharding", choices=("ddp", "fsdp2"), default="ddp", help="how the student is spread (ddp)")
-    command.add_argument("--response-tokens", type=_count, help="longest response (max_completion_length)")
-    command.add_argument("--prompt-tokens", type=_count, default=200, help="text tokens of a prompt")
-    command.add_argument("--image-tokens", type=_count, default=1000, help="image tokens of a prompt")
+    command.add_argument("--response-tokens", type=count, help="longest response (max_completion_length)")
+    command.add_argument("--prompt-tokens", type=count, default=200, help="text tokens of a prompt")
+    command.add_argument("--image-tokens", type=count, default=1000, help="image tokens of a prompt")
     command.add_argument("--json", action="store_true", help="for machines: bytes")
 
     command = with_config("kl-gap", "what privileged context changes in a model, in nats per token")
     command.add_argument("--model", help="the model before (the config's student)")
     command.add_argument("--after", help="the same after training")
     command.add_argument("--control", choices=("noise",), help="show the model noise instead of privileged images")
-    command.add_argument("--samples", type=_count, help="measure on the first so many samples")
-    command.add_argument("--batch-size", type=_count, default=8)
+    command.add_argument("--samples", type=count, help="measure on the first so many samples")
+    command.add_argument("--batch-size", type=count, default=8)
     command.add_argument("--out", type=Path, help="write the result to this JSON file")
 
     command = with_config("cache-teacher", "hidden states of the teacher on recorded responses, computed once and kept")
     command.add_argument("--out", type=Path, metavar="DIR", help="the folder (teacher.cache, else runs/teacher-cache)")
-    command.add_argument("--rows-per-file", type=_count, default=32, help="rows that a kill can cost (32)")
+    command.add_argument("--rows-per-file", type=count, default=32, help="rows that a kill can cost (32)")
     command.add_argument("--stored", choices=("bfloat16", "float16", "float32"), help="type in the files (as computed)")
 
     about = "send a teacher's hidden states to trainers on other GPUs or machines"
@@ -138,11 +116,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="CONFIG.yaml|MODEL", help="a config with a teacher, or a model")
     command.add_argument("--teacher", metavar="NAME", help="one of a config's several teachers")
     command.add_argument("--host", default="127.0.0.1", help="address to bind; beyond this machine it needs a token")
-    command.add_argument("--port", type=_port, default=8017, help="8017; 0 takes any that is free")
+    command.add_argument("--port", type=port, default=8017, help="8017; 0 takes any that is free")
     command.add_argument("--device", help="cuda, cuda:1, cpu (cuda where there is one)")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights (as saved)")
     command.add_argument("--token-file", metavar="FILE", help="with the token")
-    command.add_argument("--max-request", type=_count, default=2**30, metavar="BYTES", help="of one request (1 GiB)")
+    command.add_argument("--max-request", type=count, default=2**30, metavar="BYTES", help="of one request (1 GiB)")
 
     command = commands.add_parser("keys", help="list the keys of a config, with type, default and meaning")
     command.add_argument("pattern", nargs="?", default="", help="only keys that have this in name or meaning")

@@ -69,7 +69,7 @@ class Preflight:
             configs.
         samples: of ``"train"`` and ``"eval"``, where the config has them.
         building: caches of the teachers are to be made, and not to be read.
-        caches: states of recorded responses, by ``"teacher"`` or ``"teachers.NAME"``.
+        caches: states of recorded responses, by the teacher's name; of one alone "".
         cached_data: what a cache's manifest says of the data: a hash of the training rows, and which are too long.
         longest: tokens of the longest prompt. steps: of the run. scorer: None for the task's own.
     """
@@ -153,13 +153,13 @@ class Preflight:
         """One of the teachers; vocabulary columns that it has in common with the student, None for all."""
         student, where = self.models["student"], f"teachers.{name}" if name else "teacher"
         if "cache" in section and not self.building:
-            self.caches[where] = StateCache(section["cache"])
+            self.caches[name] = StateCache(section["cache"])
         vocab_size = self.config.get("training", {}).get("vocab_size")
         if "url" in section:
             client = TeacherClient(section["url"], read_token(section.get("token_file")), attempts=1)
             return check_served(client, client.fingerprint(), self.processor, student, vocab_size)
         if "path" not in section:
-            facts = self.caches[where].facts
+            facts = self.caches[name].facts
             return common_rows(student, facts.head_rows, vocab_size, facts.what)
         size = pair.check_pair(self.config, self.processor, student, section, where)
         self.models[where] = pair.model_config(section, where, reads_pictures(student))

@@ -30,21 +30,25 @@ def model_options(section: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def teacher_sources(config: Mapping[str, Any]) -> Any:
+def teacher_sources(config: Mapping[str, Any], caches: Mapping[str, Any] | None = None) -> Any:
     """The ``teacher_model`` of a config's trainer: where one teacher is from, or several by name; None for none.
 
     Args:
         config: of ``load_config``.
+        caches: those that are open already, by the teacher's name.
     """
     from ..teachers.sources import TeacherSource
 
-    def source(section: Mapping[str, Any], options: Mapping[str, Any]) -> TeacherSource:
-        return TeacherSource(section.get("path"), options, *(section.get(x) for x in ("url", "token_file", "cache")))
+    opened = caches or {}
+
+    def source(name: str, section: Mapping[str, Any], options: Mapping[str, Any]) -> TeacherSource:
+        cache = opened.get(name, section.get("cache"))
+        return TeacherSource(section.get("path"), options, section.get("url"), section.get("token_file"), cache)
 
     sections = teacher_sections(config)
     if "" in sections:  # its options are among the trainer's settings
-        return source(sections[""], {})
-    return {name: source(x, model_options(x) if "path" in x else {}) for name, x in sections.items()} or None
+        return source("", sections[""], {})
+    return {name: source(name, x, model_options(x) if "path" in x else {}) for name, x in sections.items()} or None
 
 
 def training_arguments(config: Mapping[str, Any], **overrides: Any) -> Any:

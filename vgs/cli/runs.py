@@ -138,7 +138,7 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
     if checks.digits:
         run = _digits_run(config)
     else:
-        teacher = teacher_sources(config)
+        teacher = teacher_sources(config, checks.caches)  # each is read once
         samples = checks.samples
         held_out = eval_parts(samples)
         held_out = held_out.get("", held_out) or None  # one set, several by name, or none

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from ..errors import ConfigError, config_errors
 from ..models.pictures import reads_pictures
 from ..models.tokenizers import load_tokenizer
+from ..models.wrappers import to_device
 from ..teachers.server import ServedModel, TeacherServer, check_address, read_token
 from ..trainers.kinds import teacher_sections
 from .config import load_config
@@ -63,9 +64,7 @@ def load_served(section: Mapping[str, Any], device: torch.device) -> ServedModel
         # As a trainer loads it: in the type in which it was saved, unless one is named.
         options = {"dtype": "auto", **model_options(section)}
         model = auto_class(not reads_pictures(config)).from_pretrained(path, **options)
-        if not section.get("load_in_8bit"):
-            model = model.to(device)
-        return ServedModel(model.eval(), load_tokenizer(section), path)
+        return ServedModel(to_device(model, device).eval(), load_tokenizer(section), path)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -159,26 +159,6 @@ def _text_only(
     return ids, fields
 
 
-def text_only_prompts(
-    processor: Any, prompts: Sequence[Messages | str], forbidden: Sequence[int], **template_options: Any
-) -> list[list[int]]:
-    """Token ids of each prompt rendered without its images.
-
-    Args:
-        processor, template_options: as in ``encode_prompt``.
-        prompts: conversations, with or without image items.
-        forbidden: placeholder ids (``placeholder_ids``) that a text-only prompt must not contain.
-
-    Raises:
-        ConfigError: an image placeholder in a prompt's text, or in its rendering; the sample is named.
-    """
-    marks, rendered = placeholder_texts(processor, forbidden), []
-    for index, prompt in enumerate(prompts):
-        with _named(index):
-            rendered.append(_text_only(processor, prompt, forbidden, marks, **template_options)[0].tolist())
-    return rendered
-
-
 def encode_prompts(
     processor: Any,
     samples: Sequence[Mapping[str, Any]],

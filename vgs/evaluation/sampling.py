@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -19,18 +19,8 @@ from ..data.responses import cut_responses
 from ..models.families import placeholder_ids
 from ..models.tokenizers import tokenizer_of
 from ..models.wrappers import is_sharded, run_inside, unwrap
+from .generation import Generation, generation_settings
 
-#: Field of the trainers' settings -> field of ``Sampling``.
-SETTINGS = {
-    "max_completion_length": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "generation_kwargs": "generation_kwargs",
-    "chat_template_kwargs": "template_options",
-}
 #: Fields of ``GenerationConfig`` for greedy decoding; generation would warn of what only sampling reads.
 GREEDY: Mapping[str, Any] = MappingProxyType(
     {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))}
@@ -38,39 +28,24 @@ GREEDY: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a model is asked.
+class Sampling(Generation):
+    """How a model is asked here: see ``Generation``.
 
     Attributes:
         greedy: take the likeliest token, and nothing of ``temperature``, ``top_p``, ``top_k`` and ``min_p``.
-        max_new_tokens: longest response, in tokens.
-        temperature, top_p, top_k, min_p, repetition_penalty: of ``transformers.GenerationConfig``. The checkpoint's own
-            settings do not count.
-        generation_kwargs: further fields of ``GenerationConfig``.
-        template_options: passed to ``apply_chat_template``, such as ``{"enable_thinking": False}``.
     """
 
     greedy: bool = True
-    max_new_tokens: int = 2048
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, settings: Any, *, greedy: bool) -> Sampling:
         """As a trainer with these settings samples (or, greedily, evaluates).
 
         Args:
-            settings: a ``VGSConfig`` or another trainer's settings, or a mapping of some of its fields.
+            settings: see ``generation_settings``.
             greedy: see the class.
         """
-        given = settings if isinstance(settings, Mapping) else vars(settings)
-        values = {own: given[name] for name, own in SETTINGS.items() if given.get(name) is not None}
-        return cls(greedy=greedy, **values)
+        return cls(greedy=greedy, **generation_settings(settings))
 
     def generation_config(self, model: nn.Module, tokenizer: Any) -> GenerationConfig:
         """What ``generate`` is given.

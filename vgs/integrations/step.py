@@ -148,16 +148,15 @@ class HostStep:
         """
         found: dict[int, TeacherRows] = {}
         text = self._terms or self._gated or self.preset.needs_text(self.objective)
-        model = unwrap(teacher)
+        model, head = unwrap(teacher), _kept_head(teacher)
 
         def task() -> tuple[None, tuple[list[Tensor], Tensor | None]]:
             with self.autocast():
                 states, _ = self._score(model, part, text, False)
                 if not self._gated:
                     return None, (states, None)
-                with whole_heads(model):
-                    head = read_head(model, states[0].dtype)
-                    vds = visual_dependency(states, head, self.objective.temperature, **self.options.loss_options)
+                cast = _cast_head(head, states[0].device, states[0].dtype)
+                vds = visual_dependency(states, cast, self.objective.temperature, **self.options.loss_options)
                 return None, (states, vds)
 
         for chosen in passes:
@@ -168,7 +167,8 @@ class HostStep:
             scores = [None] * len(lengths) if vds is None else vds.split(lengths)
             for place, number in enumerate(part.order):
                 found[number] = TeacherRows({view: x[place] for view, x in views.items()}, scores[place])
-        head, rows = _kept_head(teacher), [found[number] for number in range(len(batch.rows))]
+        _reshard(teacher)
+        rows = [found[number] for number in range(len(batch.rows))]
         return Scored(batch, rows, head, self._shared_limits(batch, rows, head.weight) if self._gated else None)
 
     def _shared_limits(self, batch: HostRows, teacher: Sequence[TeacherRows], like: Tensor) -> Tensor | None:
@@ -242,11 +242,16 @@ class HostStep:
         return run_inside(student, task)
 
 
-def _kept_head(teacher: nn.Module) -> Head:
-    """The teacher's whole head, which stays where it is when its model is sharded again or leaves the device."""
-    model = unwrap(teacher)
+def _reshard(teacher: nn.Module) -> None:
+    """What the forward of an FSDP2 model has gathered and kept is given back."""
     if isinstance(teacher, FSDPModule):
-        teacher.reshard()  # what its forward gathered is lent
+        teacher.reshard()
+
+
+def _kept_head(teacher: nn.Module) -> Head:
+    """The teacher's whole head, gathered here once, which stays when its model is sharded or leaves the device."""
+    model = unwrap(teacher)
+    _reshard(teacher)  # a weight that a forward has gathered is lent
     with whole_heads(model):
         head = read_head(model, next(model.parameters()).dtype)
         return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())

@@ -20,6 +20,7 @@ from transformers import ProcessorMixin
 from ..data.prompts import anchor_group
 from ..errors import ConfigError
 from ..models.families import placeholder_ids
+from ..models.tokenizers import load_tokenizer
 from .models import check_models
 from .options import read_options
 from .rows import host_row, with_token_types
@@ -62,7 +63,7 @@ class VGSTrainer(GKDTrainer):
 
         Raises:
             ConfigError: a version of swift whose methods have other parameters, a wrong option, a teacher behind a
-                server or none, or a swift option that VGS does not go with.
+                server, none, or one of other tokens, or a swift option that VGS does not go with.
         """
         check_signatures("ms-swift", KNOWN_VERSION, SIGNATURES)
         options = read_options()
@@ -80,7 +81,8 @@ class VGSTrainer(GKDTrainer):
             if wrong:
                 raise ConfigError(f"{name} must be left out with VGS, which packs its own rows and has its own loss.")
         self.model_accepts_loss_kwargs = False  # the host divides by its accumulation steps, whatever the model takes
-        student, processor = self.accelerator.unwrap_model(self.model), self.template.processor
+        student, teacher = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
+        processor = self.template.processor
         self.placeholders = placeholder_ids(student.config)
         _forbid(student, self.placeholders)
         preset, objective = options.resolved()
@@ -90,6 +92,8 @@ class VGSTrainer(GKDTrainer):
             processor,
             needs_images=preset.needs_text(objective),
             vocab_size=options.vocab_size,
+            # swift has loaded the model's own code from this folder already, where there is some.
+            teacher_tokenizer=load_tokenizer({"path": teacher.model_dir, "trust_remote_code": True}),
             template_options=options.template_options,
         )
         anchor = None

@@ -25,6 +25,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; weights in 8 bits stay where bitsandbytes has put them, for not every version moves them.
+
+    Args:
+        model: of transformers, unwrapped.
+        device: where to.
+    """
+    return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are gathered layer by layer (FSDP2, ZeRO-3), so that every rank must run the same forwards.
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from .cache import StateCache
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TeacherSource:
         options: of ``from_pretrained``, for an id.
         url: of a server that ``vgs serve-teacher`` runs, such as ``"http://127.0.0.1:8017"``.
         token_file: with the server's token; None: it is in the environment, see ``vgs.teachers.served``.
-        cache: a folder of ``vgs cache-teacher``, for responses that are recorded.
+        cache: a folder of ``vgs cache-teacher``, for responses that are recorded; or that folder as it was opened.
 
     Raises:
         ConfigError: none of them, a model and a url, or options without a model's id.
@@ -30,7 +31,7 @@ class TeacherSource:
     options: Mapping[str, Any] = field(default_factory=dict)
     url: str | None = None
     token_file: str | None = None
-    cache: str | None = None
+    cache: str | StateCache | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.url is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.groups import PromptGroup
 from ..models.vocabulary import common_rows
-from ..models.wrappers import unwrap
+from ..models.wrappers import to_device, unwrap
 from ..teachers.cache import StateCache
 from ..teachers.cached import CachedTeacher
 from ..teachers.local import KeptHead, LocalTeacher, ReloadedTeacher, facts_of
@@ -112,7 +112,8 @@ def open_teachers(teacher_model: Any, args: Any) -> dict[str, OpenedTeacher]:
     for name, source in sources.items():
         what = f"teacher {name!r}" if name else "teacher_model"
         found = opened[name] = OpenedTeacher(source, what)
-        found.cache = None if source.cache is None else StateCache(source.cache)
+        if source.cache is not None:
+            found.cache = source.cache if isinstance(source.cache, StateCache) else StateCache(source.cache)
         if source.url is not None:
             options = args.share_prefix, args.packed_attention
             found.remote = connect(source.url, source.token_file, args.device, *options)
@@ -164,7 +165,8 @@ def place_teachers(trainer: Any, opened: Mapping[str, OpenedTeacher]) -> None:
 def _loader(source: TeacherSource, args: Any, device: torch.device) -> Callable[[], nn.Module]:
     def load() -> nn.Module:
         gc.collect()  # a model is a cycle of references, and the one before must be gone
-        return load_teacher(source.model, args, args.world_size, source.options).to(device).eval()
+        model = load_teacher(source.model, args, args.world_size, source.options)
+        return to_device(model, device).eval()
 
     return load
 

@@ -36,7 +36,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(run: Path, *more: str) -> int:
     parser = argparse.ArgumentParser()
-    eval_command.add_options(parser, int)
+    eval_command.add_options(parser)
     options = [str(run), "--lmms-eval", sys.executable, "--max-tokens", "6", "--batch-size", "4", *more]
     return eval_command.run(parser.parse_args(options), [])
 

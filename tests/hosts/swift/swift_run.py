@@ -16,7 +16,7 @@ os.environ |= {"USE_HF": "1", "HF_HUB_OFFLINE": "1", "MODELSCOPE_OFFLINE": "1", 
 os.environ["IMAGE_MIN_TOKEN_NUM"] = "1"
 
 import torch  # noqa: E402
-from tiny import SPECIAL, save_tiny_checkpoint, tiny_image  # noqa: E402
+from tiny import SPECIAL, WORDS, save_tiny_checkpoint, tiny_image, tiny_tokenizer  # noqa: E402
 
 #: Of each case, what differs: sampled on policy; given responses in two micro-batches, or in one; a loss without gate.
 CASES: dict[str, dict[str, Any]] = {
@@ -32,6 +32,9 @@ def save(folder: Path) -> None:
     """Models, their processor, pictures and rows, of which responses have different lengths."""
     save_tiny_checkpoint(folder / "student", seed=0)
     save_tiny_checkpoint(folder / "teacher", seed=1, hidden=48)
+    save_tiny_checkpoint(folder / "other_tokens", seed=1, hidden=48)
+    swapped = [{"red": "blue", "blue": "red"}.get(word, word) for word in WORDS]
+    tiny_tokenizer(swapped).save_pretrained(folder / "other_tokens")
     with open(folder / "data.jsonl", "w") as file:
         for number in range(12):
             tiny_image(number, width=32 * (1 + number % 2)).save(folder / f"{number}.png")
@@ -63,7 +66,7 @@ def train(folder: Path, case: str) -> dict[str, Any]:
     arguments = RLHFArguments(
         rlhf_type="gkd",
         model=str(folder / "student"),
-        teacher_model=str(folder / "teacher"),
+        teacher_model=str(folder / os.environ.get("VGS_TEST_TEACHER", "teacher")),
         model_type="qwen3_vl",
         teacher_model_type="qwen3_vl",
         template="qwen3_vl",

@@ -7,6 +7,7 @@ and sample image placeholders. Imported in lmms-eval's environment alone, throug
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...data.images import to_rgb
 from ...data.responses import response_texts
+from ..generation import Generation
 from ..sampling import Sampling, sample_responses
 from .questions import eval_settings
 from .settings import EvalSettings
@@ -59,13 +61,9 @@ class VGSModel(lmms):
         return found
 
     def _answers(self, requests: Sequence[Any], generation: Mapping[str, Any]) -> list[GenerationResult]:
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        sampling = Sampling(
-            greedy=not generation.get("temperature"),
-            **{name: generation[name] for name in names if generation.get(name) is not None},
-            generation_kwargs=dict(self.settings.generation_kwargs),
-            template_options=dict(self.settings.template_options),
-        )
+        asked = {field.name: getattr(self.settings, field.name) for field in fields(Generation)}
+        asked |= {name: generation[name] for name in asked if generation.get(name) is not None}
+        sampling = Sampling(greedy=not generation.get("temperature"), **asked)
         samples = _Samples(requests, self.task_dict)
         half = self.settings.bf16 and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):

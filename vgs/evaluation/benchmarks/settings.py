@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, config_errors
+from ..generation import MAX_NEW_TOKENS, Generation, generation_settings
 
-MAX_NEW_TOKENS = 2048  # the paper's longest response
 RECORD = "run.json"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-#: Settings of a run's rollouts that its evaluation keeps.
-ROLLOUT = ("top_p", "top_k", "min_p", "repetition_penalty")
 BACKENDS = ("hf", "vllm")
 
 
-@dataclass(frozen=True)
-class EvalSettings:
-    """Everything that decides what a model answers.
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Generation):
+    """Everything that decides what a model answers; ``temperature`` and the like are of the sampled responses (Acc@k),
+    for Acc@1 is greedy.
 
     Attributes:
         model: its folder, or its name on the hub. revision: of a model on the hub.
@@ -35,11 +34,6 @@ class EvalSettings:
         attn_implementation, trust_remote_code: of transformers.
         processor: settings of the processor, such as ``max_pixels``.
         system_prompt: text of a system message before every question; None: none.
-        template_options: passed to ``apply_chat_template``.
-        max_new_tokens: longest response, in tokens.
-        temperature: of the sampled responses (Acc@k); Acc@1 is greedy.
-        top_p, top_k, min_p, repetition_penalty: of sampling, as ``transformers.GenerationConfig`` has them.
-        generation_kwargs: further fields of ``GenerationConfig``.
         seed: of sampling.
         limit: ask only the first so many questions of each benchmark; None: all.
     """
@@ -53,14 +47,6 @@ class EvalSettings:
     trust_remote_code: bool = False
     processor: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    max_new_tokens: int = MAX_NEW_TOKENS
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     limit: int | None = None
 
@@ -143,20 +129,17 @@ def settings_of(model: str, **given: Any) -> EvalSettings:
 
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     student, training = config.get("student") or {}, config.get("training") or {}
-    found = {name: training[name] for name in ROLLOUT if training.get(name) is not None}
+    asked = generation_settings(training)
     half = training.get("fp16") or False
     return {
-        **found,
+        **asked,
+        "max_new_tokens": max(MAX_NEW_TOKENS, asked.get("max_new_tokens", 0)),
         "dtype": student.get("dtype") or "float32",
         "bf16": (not half) if training.get("bf16") is None else bool(training["bf16"]),
         "attn_implementation": student.get("attn_implementation"),
         "trust_remote_code": bool(student.get("trust_remote_code")),
         "processor": dict(config.get("processor") or {}),
         "system_prompt": (config.get("data", {}).get("train") or {}).get("system_prompt"),
-        "template_options": dict(training.get("chat_template_kwargs") or {}),
-        "max_new_tokens": max(MAX_NEW_TOKENS, training.get("max_completion_length") or 0),
-        "temperature": 1.0 if training.get("temperature") is None else training["temperature"],
-        "generation_kwargs": dict(training.get("generation_kwargs") or {}),
     }
 
 
