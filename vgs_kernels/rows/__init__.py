@@ -20,6 +20,10 @@ class Backend(NamedTuple):
 
 def backend(name: str) -> Backend:
     """The backend that a resolved name, ``"torch"`` or ``"triton"``, stands for."""
+    if name == "loops":
+        from . import rows_loops as rows
+
+        return Backend(rows.statistics, rows.gradient, rows.totals)
     if name == "torch":
         from . import entries_torch as entries
         from . import rows_torch as rows
