@@ -1,17 +1,18 @@
-/* The row loops of CPUs, for float32 logits without a soft-cap: rows_torch.py and entries_torch.py, one token at a time.
+/* The row loops of CPUs, for float32 logits: rows_torch.py and entries_torch.py, one token at a time.
  *
  * Those files specify what is computed; layout.py has the notation. A token's columns are one stretch of memory. Sums are
- * taken in float32 over BLOCK columns, then in double. Threads take one token after the other, so that a busy core delays
- * its own token alone. */
+ * taken in float32 over BLOCK columns, then in double. Threads take one token after the other from a common counter, so
+ * that a busy core delays its own token alone; they are the caller's, and this file needs no OpenMP library. */
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 1024 /* four rows of a block lie in the first-level cache */
 #define INLINE static inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
-#define TOKENS PRAGMA(omp parallel for num_threads(threads) schedule(dynamic, 1)) for (int64_t i = 0; i < n; i++)
+#define TOKENS for (int64_t i; (i = __atomic_fetch_add(job->next, 1, __ATOMIC_RELAXED)) < job->n;)
+#define BLOCKS(start, width) \
+    for (int64_t start = 0, width; start < columns && (width = columns - start < BLOCK ? columns - start : BLOCK); start += BLOCK)
 
 enum { REVERSE_KL, FORWARD_KL, JSD, SAMPLED };
 
@@ -69,30 +70,76 @@ INLINE float log1p_f32(float y) {
     return f + rest + (float)e * 0.693359375f;
 }
 
+INLINE float tanh_f32(float x) {
+    float size = __builtin_fabsf(x), z = x * x, y = -5.70498872745e-3f;
+    y = __builtin_fmaf(y, z, 2.06390887954e-2f);
+    y = __builtin_fmaf(y, z, -5.37397155531e-2f);
+    y = __builtin_fmaf(y, z, 1.33314422036e-1f);
+    y = __builtin_fmaf(y, z, -3.33332819422e-1f);
+    float small = __builtin_fmaf(y * z, x, x), e = exp_f32(-2.0f * size);
+    return size < 0.625f ? small : __builtin_copysignf((1.0f - e) / (1.0f + e), x);
+}
+
+/* logits = x * gain, or, with a cap > 0, cap * tanh(x * inner). */
+typedef struct { float gain, inner, cap; } Transform;
+
+/* The rows of n tokens in the order s t a w, and who takes which: ``next`` is shared by all threads. */
+typedef struct {
+    int64_t *next, n, columns;
+    const float *rows[4];
+    int64_t strides[4]; /* elements from one token to the next */
+    Transform student, target;
+    int64_t masked;
+} Job;
+
+INLINE float capped(float x, Transform of) { return x == -INFINITY ? x : of.cap * tanh_f32(x * of.inner); }
+
+INLINE float transformed(float x, Transform of) { return of.cap > 0 ? capped(x, of) : x * of.gain; }
+
+/* Where a block's logits are: as they lie in the tile, still to be multiplied with gain_of(), or capped in ``memory``. */
+INLINE const float *load(const float *x, int64_t width, Transform of, float *memory) {
+    if (!(of.cap > 0)) return x;
+    PRAGMA(omp simd)
+    for (int64_t k = 0; k < width; k++) memory[k] = capped(x[k], of);
+    return memory;
+}
+
+INLINE float gain_of(Transform of) { return of.cap > 0 ? 1.0f : of.gain; }
+
+/* What a logit has to be multiplied with to be y, where 1 - y^2 is the soft-cap's derivative. */
+INLINE float unit_of(Transform of) { return of.cap > 0 ? 1.0f / of.cap : 0.0f; }
+
+INLINE float derivative(float unit) {
+    float slope = 1.0f - unit * unit;
+    return slope < 0.0f ? 0.0f : slope;
+}
+
 INLINE float anchor(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-INLINE float row_maximum(const float *x, int64_t columns) {
+INLINE float row_maximum(const float *x, int64_t columns, Transform of) {
     float maximum = -INFINITY;
     PRAGMA(omp simd reduction(max : maximum))
     for (int64_t j = 0; j < columns; j++) maximum = x[j] > maximum ? x[j] : maximum;
-    return maximum;
+    return transformed(maximum, of); /* which keeps the order; a NaN is met in the sums */
 }
 
 /* A weighted gap; 0 * inf is 0. */
 #define PART(weight, gap) (masked && (weight) == 0.0f ? 0.0f : (weight) * (gap))
 
 /* out: PAIR_STATE of layout.py */
-INLINE void pair_token(const float *s, const float *t, int64_t columns, float s_gain, float t_gain, int masked,
-                       double *out) {
-    float s_max = row_maximum(s, columns) * s_gain, t_max = row_maximum(t, columns) * t_gain;
+INLINE void pair_token(const Job *job, const float *s, const float *t, int masked, double *out) {
+    int64_t columns = job->columns;
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[2][BLOCK];
+    float s_max = row_maximum(s, columns, job->student), t_max = row_maximum(t, columns, job->target);
     float s_at = anchor(s_max), t_at = anchor(t_max);
     double s_sum = 0, t_sum = 0, s_logit = 0, s_gap = 0, t_gap = 0;
-    for (int64_t start = 0; start < columns; start += BLOCK) {
-        int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
+    BLOCKS(start, width) {
+        const float *sx = load(s + start, width, job->student, memory[0]);
+        const float *tx = load(t + start, width, job->target, memory[1]);
         float es = 0, et = 0, sl = 0, sg = 0, tg = 0;
         PRAGMA(omp simd reduction(+ : es, et, sl, sg, tg))
-        for (int64_t j = start; j < stop; j++) {
-            float sc = s[j] * s_gain - s_at, tc = t[j] * t_gain - t_at, ps = exp_f32(sc), pt = exp_f32(tc);
+        for (int64_t k = 0; k < width; k++) {
+            float sc = sx[k] * s_gain - s_at, tc = tx[k] * t_gain - t_at, ps = exp_f32(sc), pt = exp_f32(tc);
             es += ps, et += pt;
             sl += PART(ps, sc), sg += PART(ps, sc - tc), tg += PART(pt, tc - sc);
         }
@@ -103,22 +150,25 @@ INLINE void pair_token(const float *s, const float *t, int64_t columns, float s_
 }
 
 /* out: VGS_STATE of layout.py */
-INLINE void four_token(const float *s, const float *t, const float *a, const float *w, int64_t columns, float s_gain,
-                       float t_gain, int masked, double *out) {
-    float s_max = row_maximum(s, columns) * s_gain, t_max = row_maximum(t, columns) * t_gain;
-    float a_max = row_maximum(a, columns) * s_gain, w_max = row_maximum(w, columns) * t_gain;
-    float s_at = anchor(s_max), t_at = anchor(t_max), a_at = anchor(a_max), w_at = anchor(w_max);
-    float steered[BLOCK], q_max = -INFINITY;
+INLINE void four_token(const Job *job, const float *s, const float *t, const float *a, const float *w, int masked,
+                       double *out) {
+    int64_t columns = job->columns;
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[4][BLOCK], steered[BLOCK];
+    float s_max = row_maximum(s, columns, job->student), t_max = row_maximum(t, columns, job->target);
+    float a_max = row_maximum(a, columns, job->student), w_max = row_maximum(w, columns, job->target);
+    float s_at = anchor(s_max), t_at = anchor(t_max), a_at = anchor(a_max), w_at = anchor(w_max), q_max = -INFINITY;
     double s_sum = 0, t_sum = 0, a_sum = 0, w_sum = 0, q_sum = 0;
     double s_logit = 0, s_gap = 0, s_prior_gap = 0, s_view_gap = 0, t_view_gap = 0, a_gap = 0;
-    for (int64_t start = 0; start < columns; start += BLOCK) {
-        int64_t width = start + BLOCK < columns ? BLOCK : columns - start;
+    BLOCKS(start, width) {
+        const float *sx = load(s + start, width, job->student, memory[0]);
+        const float *tx = load(t + start, width, job->target, memory[1]);
+        const float *ax = load(a + start, width, job->student, memory[2]);
+        const float *wx = load(w + start, width, job->target, memory[3]);
         float es = 0, et = 0, ea = 0, ew = 0, sl = 0, sg = 0, sp = 0, sv = 0, tv = 0, ag = 0, top = -INFINITY, eq = 0;
         PRAGMA(omp simd reduction(+ : es, et, ea, ew, sl, sg, sp, sv, tv, ag) reduction(max : top))
         for (int64_t k = 0; k < width; k++) {
-            int64_t j = start + k;
-            float sc = s[j] * s_gain - s_at, tc = t[j] * t_gain - t_at;
-            float ac = a[j] * s_gain - a_at, wc = w[j] * t_gain - w_at;
+            float sc = sx[k] * s_gain - s_at, tc = tx[k] * t_gain - t_at;
+            float ac = ax[k] * s_gain - a_at, wc = wx[k] * t_gain - w_at;
             float ps = exp_f32(sc), pt = exp_f32(tc), pa = exp_f32(ac), prior = ac - wc, q = ac + (tc - wc);
             if (masked) { /* outside the support of the steered target, where its logarithm is -inf */
                 prior = wc == -INFINITY ? -INFINITY : prior;
@@ -146,71 +196,86 @@ INLINE void four_token(const float *s, const float *t, const float *a, const flo
     memcpy(out, found, sizeof found);
 }
 
-/* rows: the two or four rows of n tokens in the order s t a w; strides: elements from one token to the next of each. */
-void pair_statistics(const float **rows, const int64_t *strides, int64_t n, int64_t columns, const float *gains,
-                     int masked, int threads, double *out) {
+#define ROW(index) (job->rows[index] + i * job->strides[index])
+
+void pair_statistics(const Job *job, double *out) {
     TOKENS {
-        const float *s = rows[0] + i * strides[0], *t = rows[1] + i * strides[1];
-        if (masked) pair_token(s, t, columns, gains[0], gains[1], 1, out + 7 * i);
-        else pair_token(s, t, columns, gains[0], gains[1], 0, out + 7 * i);
+        if (job->masked) pair_token(job, ROW(0), ROW(1), 1, out + 7 * i);
+        else pair_token(job, ROW(0), ROW(1), 0, out + 7 * i);
     }
 }
 
-void four_statistics(const float **rows, const int64_t *strides, int64_t n, int64_t columns, const float *gains,
-                     int masked, int threads, double *out) {
+void four_statistics(const Job *job, double *out) {
     TOKENS {
-        const float *s = rows[0] + i * strides[0], *t = rows[1] + i * strides[1];
-        const float *a = rows[2] + i * strides[2], *w = rows[3] + i * strides[3];
-        if (masked) four_token(s, t, a, w, columns, gains[0], gains[1], 1, out + 16 * i);
-        else four_token(s, t, a, w, columns, gains[0], gains[1], 0, out + 16 * i);
+        if (job->masked) four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 1, out + 16 * i);
+        else four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 0, out + 16 * i);
     }
 }
 
-/* Whether a column of a policy term lies in the tile and is not masked. */
-INLINE int is_picked(const float *s, int64_t column, int64_t columns) {
-    return column >= 0 && column < columns && s[column] != -INFINITY;
+/* Where gradients go, which may be the tiles of s and a themselves; ``text`` is NULL without a live prior. */
+typedef struct {
+    float *out, *text;
+    int64_t stride, text_stride;
+    const int64_t *chosen; /* columns of a policy term, which may lie outside; or NULL */
+} Target;
+
+/* What a policy term adds at its column: 0 outside and where that is masked. To be asked before ``s`` is overwritten. */
+INLINE float pull(const Job *job, const float *s, const Target *to, int64_t i, float policy) {
+    int64_t j = to->chosen ? to->chosen[i] : -1;
+    if (j < 0 || j >= job->columns || s[j] == -INFINITY) return 0.0f;
+    return policy * derivative(transformed(s[j], job->student) * unit_of(job->student));
+}
+
+INLINE void add_pull(float *out, const Target *to, int64_t i, float amount) {
+    if (amount != 0.0f) out[to->chosen[i]] += amount;
 }
 
 typedef struct { float s_at, t_at, a_at, w_at, q_at, s_scale, q_scale, weight, mean, gamma, policy; } FourScalars;
 
-INLINE void four_gradient_token(const float *s, const float *t, const float *a, const float *w, int64_t columns,
-                                const float *gains, FourScalars x, int masked, int live, float *out, float *out_text) {
-    float s_gain = gains[0], t_gain = gains[1], text_weight = x.weight * x.gamma;
-    PRAGMA(omp simd)
-    for (int64_t j = 0; j < columns; j++) {
-        float sc = s[j] * s_gain - x.s_at, tc = t[j] * t_gain - x.t_at;
-        float ac = a[j] * s_gain - x.a_at, wc = w[j] * t_gain - x.w_at;
-        float p = exp_f32(sc) * x.s_scale, prior = ac - wc, weighted = p * x.weight;
-        if (live) {
-            float q = ac + (tc - wc);
-            if (masked) q = wc == -INFINITY ? -INFINITY : q;
-            float d_a = (exp_f32(q - x.q_at) * x.q_scale - p) * text_weight;
-            if (masked) d_a = text_weight == 0.0f || ac == -INFINITY ? 0.0f : d_a;
-            out_text[j] = d_a;
+INLINE void four_gradient_token(const Job *job, const float *s, const float *t, const float *a, const float *w,
+                                FourScalars x, int masked, int live, float *out, float *out_text) {
+    int64_t columns = job->columns;
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), s_unit = unit_of(job->student);
+    float text_weight = x.weight * x.gamma, memory[4][BLOCK];
+    BLOCKS(start, width) {
+        const float *sx = load(s + start, width, job->student, memory[0]);
+        const float *tx = load(t + start, width, job->target, memory[1]);
+        const float *ax = load(a + start, width, job->student, memory[2]);
+        const float *wx = load(w + start, width, job->target, memory[3]);
+        float *d_student = out + start, *d_text = live ? out_text + start : NULL;
+        PRAGMA(omp simd)
+        for (int64_t k = 0; k < width; k++) {
+            float sl = sx[k] * s_gain, al = ax[k] * s_gain, sc = sl - x.s_at, tc = tx[k] * t_gain - x.t_at;
+            float ac = al - x.a_at, wc = wx[k] * t_gain - x.w_at;
+            float p = exp_f32(sc) * x.s_scale, prior = ac - wc, weighted = p * x.weight;
+            if (live) {
+                float q = ac + (tc - wc);
+                if (masked) q = wc == -INFINITY ? -INFINITY : q;
+                float d_a = (exp_f32(q - x.q_at) * x.q_scale - p) * text_weight * derivative(al * s_unit);
+                if (masked) d_a = text_weight == 0.0f || ac == -INFINITY ? 0.0f : d_a;
+                d_text[k] = d_a;
+            }
+            if (masked) prior = x.gamma == 0.0f ? 0.0f : prior;
+            float d_s = ((sc - tc) * (1.0f + x.gamma) - prior * x.gamma - x.mean) * weighted;
+            if (masked) d_s = weighted == 0.0f ? 0.0f : d_s;
+            d_s = (d_s - x.policy * p) * derivative(sl * s_unit);
+            if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
+            d_student[k] = d_s;
         }
-        if (masked) prior = x.gamma == 0.0f ? 0.0f : prior;
-        float d_s = ((sc - tc) * (1.0f + x.gamma) - prior * x.gamma - x.mean) * weighted;
-        if (masked) d_s = weighted == 0.0f ? 0.0f : d_s;
-        d_s -= x.policy * p;
-        if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
-        out[j] = d_s;
     }
 }
 
-/* out and out_text may be the tiles s and a themselves; out_text is NULL without a live prior. */
-void four_gradient(const float **rows, const int64_t *strides, int64_t n, int64_t columns, const float *gains,
-                   int masked, int threads, const FourScalars *scalars, const int64_t *chosen, float **outs,
-                   const int64_t *out_strides) {
+void four_gradient(const Job *job, const FourScalars *scalars, const Target *to) {
     TOKENS {
-        const float *s = rows[0] + i * strides[0], *t = rows[1] + i * strides[1];
-        const float *a = rows[2] + i * strides[2], *w = rows[3] + i * strides[3];
-        float *out = outs[0] + i * out_strides[0], *text = outs[1] ? outs[1] + i * out_strides[1] : NULL;
-        int picked = is_picked(s, chosen ? chosen[i] : -1, columns);
-        if (text && masked) four_gradient_token(s, t, a, w, columns, gains, scalars[i], 1, 1, out, text);
-        else if (text) four_gradient_token(s, t, a, w, columns, gains, scalars[i], 0, 1, out, text);
-        else if (masked) four_gradient_token(s, t, a, w, columns, gains, scalars[i], 1, 0, out, text);
-        else four_gradient_token(s, t, a, w, columns, gains, scalars[i], 0, 0, out, text);
-        if (picked) out[chosen[i]] += scalars[i].policy;
+        FourScalars x = scalars[i];
+        const float *s = ROW(0), *t = ROW(1), *a = ROW(2), *w = ROW(3);
+        float *out = to->out + i * to->stride, *text = to->text ? to->text + i * to->text_stride : NULL;
+        float amount = pull(job, s, to, i, x.policy);
+        if (text && job->masked) four_gradient_token(job, s, t, a, w, x, 1, 1, out, text);
+        else if (text) four_gradient_token(job, s, t, a, w, x, 0, 1, out, text);
+        else if (job->masked) four_gradient_token(job, s, t, a, w, x, 1, 0, out, text);
+        else four_gradient_token(job, s, t, a, w, x, 0, 0, out, text);
+        add_pull(out, to, i, amount);
     }
 }
 
@@ -240,16 +305,18 @@ INLINE Entry entry(float p, float q, float r, int kind, float beta, int masked) 
 typedef struct { float s_at, t_at, s_scale, t_scale, shift, weight, mean, top, policy, saturated; } PairScalars;
 
 /* out: SUMS of entries_torch.py */
-INLINE void pair_totals_token(const float *s, const float *t, int64_t columns, const float *gains, PairScalars x,
-                              int kind, float beta, int masked, double *out) {
-    float s_gain = gains[0], t_gain = gains[1];
+INLINE void pair_totals_token(const Job *job, const float *s, const float *t, PairScalars x, int kind, float beta,
+                              int masked, double *out) {
+    int64_t columns = job->columns;
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[2][BLOCK];
     double value = 0, slope = 0, rest = 0, top = 0;
-    for (int64_t start = 0; start < columns; start += BLOCK) {
-        int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
+    BLOCKS(start, width) {
+        const float *sx = load(s + start, width, job->student, memory[0]);
+        const float *tx = load(t + start, width, job->target, memory[1]);
         float v = 0, sl = 0, re = 0, to = 0;
         PRAGMA(omp simd reduction(+ : v, sl, re, to))
-        for (int64_t j = start; j < stop; j++) {
-            float sc = s[j] * s_gain - x.s_at, tc = t[j] * t_gain - x.t_at;
+        for (int64_t k = 0; k < width; k++) {
+            float sc = sx[k] * s_gain - x.s_at, tc = tx[k] * t_gain - x.t_at;
             float p = exp_f32(sc) * x.s_scale, q = exp_f32(tc) * x.t_scale;
             Entry found = entry(p, q, sc - tc - x.shift, kind, beta, masked);
             int large = p > x.saturated;
@@ -261,24 +328,31 @@ INLINE void pair_totals_token(const float *s, const float *t, int64_t columns, c
     memcpy(out, found, sizeof found);
 }
 
-INLINE void pair_gradient_token(const float *s, const float *t, int64_t columns, const float *gains, PairScalars x,
-                                int kind, float beta, int masked, float *out) {
-    float s_gain = gains[0], t_gain = gains[1];
-    PRAGMA(omp simd)
-    for (int64_t j = 0; j < columns; j++) {
-        float sc = s[j] * s_gain - x.s_at, tc = t[j] * t_gain - x.t_at;
-        float p = exp_f32(sc) * x.s_scale, q = kind == REVERSE_KL || kind == JSD ? 0.0f : exp_f32(tc) * x.t_scale;
-        float slope = entry(p, q, sc - tc - x.shift, kind, beta, masked).slope;
-        float d_s = (p > x.saturated ? x.top : slope - p * x.mean) * x.weight;
-        if (masked) d_s = x.weight == 0.0f ? 0.0f : d_s;
-        d_s -= x.policy * p;
-        if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
-        out[j] = d_s;
+INLINE void pair_gradient_token(const Job *job, const float *s, const float *t, PairScalars x, int kind, float beta,
+                                int masked, float *out) {
+    int64_t columns = job->columns;
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), s_unit = unit_of(job->student);
+    float memory[2][BLOCK];
+    BLOCKS(start, width) {
+        const float *sx = load(s + start, width, job->student, memory[0]);
+        const float *tx = load(t + start, width, job->target, memory[1]);
+        float *here = out + start;
+        PRAGMA(omp simd)
+        for (int64_t k = 0; k < width; k++) {
+            float sl = sx[k] * s_gain, sc = sl - x.s_at, tc = tx[k] * t_gain - x.t_at, p = exp_f32(sc) * x.s_scale;
+            float q = kind == REVERSE_KL || kind == JSD ? 0.0f : exp_f32(tc) * x.t_scale;
+            float slope = entry(p, q, sc - tc - x.shift, kind, beta, masked).slope;
+            float d_s = (p > x.saturated ? x.top : slope - p * x.mean) * x.weight;
+            if (masked) d_s = x.weight == 0.0f ? 0.0f : d_s;
+            d_s = (d_s - x.policy * p) * derivative(sl * s_unit);
+            if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
+            here[k] = d_s;
+        }
     }
 }
 
 #define OF_KIND(call)                                                      \
-    switch (2 * kind + (masked != 0)) {                                    \
+    switch (2 * kind + (job->masked != 0)) {                               \
     case 2 * REVERSE_KL: call(REVERSE_KL, 0); break;                       \
     case 2 * REVERSE_KL + 1: call(REVERSE_KL, 1); break;                   \
     case 2 * FORWARD_KL: call(FORWARD_KL, 0); break;                       \
@@ -289,26 +363,30 @@ INLINE void pair_gradient_token(const float *s, const float *t, int64_t columns,
     case 2 * SAMPLED + 1: call(SAMPLED, 1); break;                         \
     }
 
-void pair_totals(const float **rows, const int64_t *strides, int64_t n, int64_t columns, const float *gains, int masked,
-                 int threads, const PairScalars *scalars, int kind, float beta, double *out) {
+void pair_totals(const Job *job, const PairScalars *scalars, int64_t kind, float beta, double *out) {
     TOKENS {
-        const float *s = rows[0] + i * strides[0], *t = rows[1] + i * strides[1];
-#define CALL(k, m) pair_totals_token(s, t, columns, gains, scalars[i], k, beta, m, out + 4 * i)
+        const float *s = ROW(0), *t = ROW(1);
+#define CALL(k, m) pair_totals_token(job, s, t, scalars[i], k, beta, m, out + 4 * i)
         OF_KIND(CALL)
 #undef CALL
     }
 }
 
-void pair_gradient(const float **rows, const int64_t *strides, int64_t n, int64_t columns, const float *gains, int masked,
-                   int threads, const PairScalars *scalars, const int64_t *chosen, int kind, float beta, float **outs,
-                   const int64_t *out_strides) {
+void pair_gradient(const Job *job, const PairScalars *scalars, int64_t kind, float beta, const Target *to) {
     TOKENS {
-        const float *s = rows[0] + i * strides[0], *t = rows[1] + i * strides[1];
-        float *out = outs[0] + i * out_strides[0];
-        int picked = is_picked(s, chosen ? chosen[i] : -1, columns);
-#define CALL(k, m) pair_gradient_token(s, t, columns, gains, scalars[i], k, beta, m, out)
+        const float *s = ROW(0), *t = ROW(1);
+        float *out = to->out + i * to->stride, amount = pull(job, s, to, i, scalars[i].policy);
+#define CALL(k, m) pair_gradient_token(job, s, t, scalars[i], k, beta, m, out)
         OF_KIND(CALL)
 #undef CALL
-        if (picked) out[chosen[i]] += scalars[i].policy;
+        add_pull(out, to, i, amount);
+    }
+}
+
+/* For tests: each function at n numbers. */
+void functions(const float *x, int64_t n, float *exps, float *rests, float *expm1s, float *log1ps, float *tanhs) {
+    for (int64_t i = 0; i < n; i++) {
+        exps[i] = exp_f32(x[i]), rests[i] = exp_rest(x[i]), expm1s[i] = expm1_f32(x[i]);
+        log1ps[i] = log1p_f32(x[i]), tanhs[i] = tanh_f32(x[i]);
     }
 }
