@@ -14,11 +14,15 @@ from typing import NamedTuple
 
 
 class Backend(NamedTuple):
-    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries."""
+    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries.
+
+    ``rests``: whether statistics include the ``RESTS`` of layout.py.
+    """
 
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     totals: Callable[..., None]
+    rests: bool = False
 
 
 def backend(name: str) -> Backend:
@@ -45,7 +49,7 @@ def backend(name: str) -> Backend:
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
-    return Backend(rows.statistics, entries.gradient, entries.totals)
+    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
 
 
 @functools.cache
@@ -56,8 +60,8 @@ def _of_cpu() -> str:
         library()
     except CannotCompile as error:
         warnings.warn(
-            f"vgs_kernels: losses on this CPU run in PyTorch's operators, which are slower, for the loops in C could not "
-            f"be compiled ({error}). A C compiler named by CC helps; backend='torch' says that none is wanted.",
+            "vgs_kernels: losses on this CPU run in PyTorch's operators, which are slower: the loops in C could not be "
+            f"compiled ({error}). A C compiler named by CC helps; backend='torch' says that none is wanted.",
             stacklevel=2,
         )
         return "torch"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("loops.c")
 #: No OpenMP library is needed: its ``simd`` is a matter of the compiler alone.
-_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off -shared -fPIC".split()
+_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC"]
 #: For this very processor, in the words of GCC and of Clang on ARM; the last choice is any of its kind.
 _PROCESSOR_FLAGS = (["-march=native"], ["-mcpu=native"], [])
 

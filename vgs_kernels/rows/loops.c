@@ -1,18 +1,24 @@
 /* The row loops of CPUs, for float32 logits: rows_torch.py and entries_torch.py, one token at a time.
  *
- * Those files specify what is computed; layout.py has the notation. A token's columns are one stretch of memory. Sums are
- * taken in float32 over BLOCK columns, then in double. Threads take one token after the other from a common counter, so
- * that a busy core delays its own token alone; they are the caller's, and this file needs no OpenMP library. */
+ * Those files specify what is computed; layout.py has the notation. A token's columns are one stretch of memory. Sums
+ * are taken in float32 over BLOCK columns, then in double. Threads take one token after the other from a common counter,
+ * so that a busy core delays its own token alone; they are the caller's, and this file needs no OpenMP library. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define BLOCK 1024 /* four rows of a block lie in the first-level cache */
+#if defined(__FMA__) || defined(__aarch64__) || defined(FP_FAST_FMAF)
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else /* a call for each; nothing below needs the better rounding */
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)
 #define TOKENS for (int64_t i; (i = __atomic_fetch_add(job->next, 1, __ATOMIC_RELAXED)) < job->n;)
-#define BLOCKS(start, width) \
-    for (int64_t start = 0, width; start < columns && (width = columns - start < BLOCK ? columns - start : BLOCK); start += BLOCK)
+#define BLOCKS(start, width)                                                                                  \
+    for (int64_t start = 0, width; width = columns - start < BLOCK ? columns - start : BLOCK, start < columns; \
+         start += BLOCK)
 
 enum { REVERSE_KL, FORWARD_KL, JSD, SAMPLED };
 
@@ -22,33 +28,24 @@ typedef union { float f; int32_t i; } Bits;
 INLINE float exp_f32(float x) {
     float bounded = x < -87.0f ? -87.0f : x;
     float n = __builtin_rintf(bounded * 1.44269504f);
-    float r = __builtin_fmaf(n, -0.693359375f, bounded);
-    r = __builtin_fmaf(n, 2.12194440e-4f, r);
+    float r = FMA(n, -0.693359375f, bounded);
+    r = FMA(n, 2.12194440e-4f, r);
     float y = 1.9875691500e-4f;
-    y = __builtin_fmaf(y, r, 1.3981999507e-3f);
-    y = __builtin_fmaf(y, r, 8.3334519073e-3f);
-    y = __builtin_fmaf(y, r, 4.1665795894e-2f);
-    y = __builtin_fmaf(y, r, 1.6666665459e-1f);
-    y = __builtin_fmaf(y, r, 5.0000001201e-1f);
-    y = __builtin_fmaf(y, r * r, r) + 1.0f;
+    y = FMA(y, r, 1.3981999507e-3f), y = FMA(y, r, 8.3334519073e-3f);
+    y = FMA(y, r, 4.1665795894e-2f), y = FMA(y, r, 1.6666665459e-1f);
+    y = FMA(y, r, 5.0000001201e-1f);
+    y = FMA(y, r * r, r) + 1.0f;
     Bits power = {.i = ((int32_t)n + 127) << 23};
     return x < -87.0f ? 0.0f : y * power.f;
 }
 
-/* e^x - 1 - x for |x| <= 0.35, without cancellation. */
-INLINE float exp_rest(float x) {
-    float y = 2.4801587e-5f;
-    y = __builtin_fmaf(y, x, 1.9841270e-4f);
-    y = __builtin_fmaf(y, x, 1.3888889e-3f);
-    y = __builtin_fmaf(y, x, 8.3333333e-3f);
-    y = __builtin_fmaf(y, x, 4.1666667e-2f);
-    y = __builtin_fmaf(y, x, 1.6666667e-1f);
-    return __builtin_fmaf(y, x, 0.5f) * x * x;
-}
-
 /* e^x - 1 of x <= 0. */
 INLINE float expm1_f32(float x) {
-    float small = exp_rest(x < -0.35f ? -0.35f : x) + x;
+    float y = 2.4801587e-5f;
+    y = FMA(y, x, 1.9841270e-4f), y = FMA(y, x, 1.3888889e-3f);
+    y = FMA(y, x, 8.3333333e-3f), y = FMA(y, x, 4.1666667e-2f);
+    y = FMA(y, x, 1.6666667e-1f);
+    float small = FMA(FMA(y, x, 0.5f), x * x, x);
     return x > -0.35f ? small : exp_f32(x) - 1.0f;
 }
 
@@ -58,25 +55,19 @@ INLINE float log1p_f32(float y) {
     int32_t e = (u.i - 0x3f3504f3) >> 23;
     Bits m = {.i = u.i - e * (1 << 23)};
     float f = e == 0 ? y : m.f - 1.0f, z = f * f, p = 7.0376836292e-2f;
-    p = __builtin_fmaf(p, f, -1.1514610310e-1f);
-    p = __builtin_fmaf(p, f, 1.1676998740e-1f);
-    p = __builtin_fmaf(p, f, -1.2420140846e-1f);
-    p = __builtin_fmaf(p, f, 1.4249322787e-1f);
-    p = __builtin_fmaf(p, f, -1.6668057665e-1f);
-    p = __builtin_fmaf(p, f, 2.0000714765e-1f);
-    p = __builtin_fmaf(p, f, -2.4999993993e-1f);
-    p = __builtin_fmaf(p, f, 3.3333331174e-1f);
-    float rest = __builtin_fmaf(-0.5f, z, __builtin_fmaf((float)e, -2.12194440e-4f, f * z * p));
+    p = FMA(p, f, -1.1514610310e-1f), p = FMA(p, f, 1.1676998740e-1f);
+    p = FMA(p, f, -1.2420140846e-1f), p = FMA(p, f, 1.4249322787e-1f);
+    p = FMA(p, f, -1.6668057665e-1f), p = FMA(p, f, 2.0000714765e-1f);
+    p = FMA(p, f, -2.4999993993e-1f), p = FMA(p, f, 3.3333331174e-1f);
+    float rest = FMA(-0.5f, z, FMA((float)e, -2.12194440e-4f, f * z * p));
     return f + rest + (float)e * 0.693359375f;
 }
 
 INLINE float tanh_f32(float x) {
     float size = __builtin_fabsf(x), z = x * x, y = -5.70498872745e-3f;
-    y = __builtin_fmaf(y, z, 2.06390887954e-2f);
-    y = __builtin_fmaf(y, z, -5.37397155531e-2f);
-    y = __builtin_fmaf(y, z, 1.33314422036e-1f);
-    y = __builtin_fmaf(y, z, -3.33332819422e-1f);
-    float small = __builtin_fmaf(y * z, x, x), e = exp_f32(-2.0f * size);
+    y = FMA(y, z, 2.06390887954e-2f), y = FMA(y, z, -5.37397155531e-2f);
+    y = FMA(y, z, 1.33314422036e-1f), y = FMA(y, z, -3.33332819422e-1f);
+    float small = FMA(y * z, x, x), e = exp_f32(-2.0f * size);
     return size < 0.625f ? small : __builtin_copysignf((1.0f - e) / (1.0f + e), x);
 }
 
@@ -96,7 +87,7 @@ INLINE float capped(float x, Transform of) { return x == -INFINITY ? x : of.cap 
 
 INLINE float transformed(float x, Transform of) { return of.cap > 0 ? capped(x, of) : x * of.gain; }
 
-/* Where a block's logits are: as they lie in the tile, still to be multiplied with gain_of(), or capped in ``memory``. */
+/* Where a block's logits are: in the tile, still to be multiplied with gain_of(), or capped, in ``memory``. */
 INLINE const float *load(const float *x, int64_t width, Transform of, float *memory) {
     if (!(of.cap > 0)) return x;
     PRAGMA(omp simd)
@@ -106,12 +97,14 @@ INLINE const float *load(const float *x, int64_t width, Transform of, float *mem
 
 INLINE float gain_of(Transform of) { return of.cap > 0 ? 1.0f : of.gain; }
 
-/* What a logit has to be multiplied with to be y, where 1 - y^2 is the soft-cap's derivative. */
-INLINE float unit_of(Transform of) { return of.cap > 0 ? 1.0f / of.cap : 0.0f; }
-
-INLINE float derivative(float unit) {
-    float slope = 1.0f - unit * unit;
-    return slope < 0.0f ? 0.0f : slope;
+/* Multiply a gradient by the soft-cap's derivative, 1 - tanh^2, at the logits that load() capped. */
+INLINE void chain(float *gradient, const float *logits, int64_t width, Transform of) {
+    if (!(of.cap > 0)) return;
+    PRAGMA(omp simd)
+    for (int64_t k = 0; k < width; k++) {
+        float tanh = logits[k] / of.cap, slope = 1.0f - tanh * tanh;
+        gradient[k] *= slope < 0.0f ? 0.0f : slope;
+    }
 }
 
 INLINE float anchor(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
@@ -126,73 +119,95 @@ INLINE float row_maximum(const float *x, int64_t columns, Transform of) {
 /* A weighted gap; 0 * inf is 0. */
 #define PART(weight, gap) (masked && (weight) == 0.0f ? 0.0f : (weight) * (gap))
 
-/* out: PAIR_STATE of layout.py */
+/* p * (e^-gap - 1 + gap) of q = p * e^-gap: never negative, and of second order where the gap is small. */
+INLINE float rest(float p, float q, float gap, int masked) {
+    float y = FMA(-8.3333333e-3f, gap, 4.1666667e-2f), plain = PART(p, gap) - p + q;
+    y = FMA(FMA(y, gap, -1.6666667e-1f), gap, 0.5f);
+    return __builtin_fabsf(gap) < 0.1f ? p * gap * gap * y : plain;
+}
+
+/* a' + (t' - w'), and -inf outside the support of w, where its logarithm is -inf. */
+INLINE float steered(float a, float t, float w, int masked) {
+    float q = a + (t - w);
+    return masked && w == -INFINITY ? -INFINITY : q;
+}
+
+/* out: PAIR_STATE and its RESTS of layout.py */
 INLINE void pair_token(const Job *job, const float *s, const float *t, int masked, double *out) {
     int64_t columns = job->columns;
     float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[2][BLOCK];
     float s_max = row_maximum(s, columns, job->student), t_max = row_maximum(t, columns, job->target);
     float s_at = anchor(s_max), t_at = anchor(t_max);
-    double s_sum = 0, t_sum = 0, s_logit = 0, s_gap = 0, t_gap = 0;
+    double s_sum = 0, t_sum = 0, s_logit = 0, s_gap = 0, t_gap = 0, s_rest = 0, t_rest = 0;
     BLOCKS(start, width) {
         const float *sx = load(s + start, width, job->student, memory[0]);
         const float *tx = load(t + start, width, job->target, memory[1]);
-        float es = 0, et = 0, sl = 0, sg = 0, tg = 0;
-        PRAGMA(omp simd reduction(+ : es, et, sl, sg, tg))
+        float es = 0, et = 0, sl = 0, sg = 0, tg = 0, sr = 0, tr = 0;
+        PRAGMA(omp simd reduction(+ : es, et, sl, sg, tg, sr, tr))
         for (int64_t k = 0; k < width; k++) {
             float sc = sx[k] * s_gain - s_at, tc = tx[k] * t_gain - t_at, ps = exp_f32(sc), pt = exp_f32(tc);
             es += ps, et += pt;
             sl += PART(ps, sc), sg += PART(ps, sc - tc), tg += PART(pt, tc - sc);
+            sr += rest(ps, pt, sc - tc, masked), tr += rest(pt, ps, tc - sc, masked);
         }
-        s_sum += es, t_sum += et, s_logit += sl, s_gap += sg, t_gap += tg;
+        s_sum += es, t_sum += et, s_logit += sl, s_gap += sg, t_gap += tg, s_rest += sr, t_rest += tr;
     }
-    double found[] = {s_max, s_sum, t_max, t_sum, s_logit, s_gap, t_gap};
+    double found[] = {s_max, s_sum, t_max, t_sum, s_logit, s_gap, t_gap, s_rest, t_rest};
     memcpy(out, found, sizeof found);
 }
 
-/* out: VGS_STATE of layout.py */
+/* out: VGS_STATE and its RESTS of layout.py */
 INLINE void four_token(const Job *job, const float *s, const float *t, const float *a, const float *w, int masked,
                        double *out) {
     int64_t columns = job->columns;
-    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[4][BLOCK], steered[BLOCK];
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[4][BLOCK];
     float s_max = row_maximum(s, columns, job->student), t_max = row_maximum(t, columns, job->target);
     float a_max = row_maximum(a, columns, job->student), w_max = row_maximum(w, columns, job->target);
     float s_at = anchor(s_max), t_at = anchor(t_max), a_at = anchor(a_max), w_at = anchor(w_max), q_max = -INFINITY;
     double s_sum = 0, t_sum = 0, a_sum = 0, w_sum = 0, q_sum = 0;
     double s_logit = 0, s_gap = 0, s_prior_gap = 0, s_view_gap = 0, t_view_gap = 0, a_gap = 0;
+    double s_rest = 0, s_view_rest = 0, t_view_rest = 0, a_rest = 0, q_rest = 0;
+#define LOADED                                                                    \
+    const float *tx = load(t + start, width, job->target, memory[1]);            \
+    const float *ax = load(a + start, width, job->student, memory[2]);           \
+    const float *wx = load(w + start, width, job->target, memory[3]);
+    BLOCKS(start, width) {
+        LOADED
+        float top = q_max;
+        PRAGMA(omp simd reduction(max : top))
+        for (int64_t k = 0; k < width; k++) {
+            float q = steered(ax[k] * s_gain - a_at, tx[k] * t_gain - t_at, wx[k] * t_gain - w_at, masked);
+            top = q > top ? q : top;
+        }
+        q_max = top;
+    }
+    float q_at = anchor(q_max);
     BLOCKS(start, width) {
         const float *sx = load(s + start, width, job->student, memory[0]);
-        const float *tx = load(t + start, width, job->target, memory[1]);
-        const float *ax = load(a + start, width, job->student, memory[2]);
-        const float *wx = load(w + start, width, job->target, memory[3]);
-        float es = 0, et = 0, ea = 0, ew = 0, sl = 0, sg = 0, sp = 0, sv = 0, tv = 0, ag = 0, top = -INFINITY, eq = 0;
-        PRAGMA(omp simd reduction(+ : es, et, ea, ew, sl, sg, sp, sv, tv, ag) reduction(max : top))
+        LOADED
+        float es = 0, et = 0, ea = 0, ew = 0, eq = 0, sl = 0, sg = 0, sp = 0, sv = 0, tv = 0, ag = 0;
+        float sr = 0, svr = 0, tvr = 0, ar = 0, qr = 0;
+        PRAGMA(omp simd reduction(+ : es, et, ea, ew, eq, sl, sg, sp, sv, tv, ag, sr, svr, tvr, ar, qr))
         for (int64_t k = 0; k < width; k++) {
             float sc = sx[k] * s_gain - s_at, tc = tx[k] * t_gain - t_at;
             float ac = ax[k] * s_gain - a_at, wc = wx[k] * t_gain - w_at;
-            float ps = exp_f32(sc), pt = exp_f32(tc), pa = exp_f32(ac), prior = ac - wc, q = ac + (tc - wc);
-            if (masked) { /* outside the support of the steered target, where its logarithm is -inf */
-                prior = wc == -INFINITY ? -INFINITY : prior;
-                q = wc == -INFINITY ? -INFINITY : q;
-            }
-            steered[k] = q;
-            top = q > top ? q : top;
-            es += ps, et += pt, ea += pa, ew += exp_f32(wc);
+            float qc = steered(ac, tc, wc, masked) - q_at, prior = masked && wc == -INFINITY ? -INFINITY : ac - wc;
+            float ps = exp_f32(sc), pt = exp_f32(tc), pa = exp_f32(ac), pw = exp_f32(wc), pq = exp_f32(qc);
+            es += ps, et += pt, ea += pa, ew += pw, eq += pq;
             sl += PART(ps, sc), sg += PART(ps, sc - tc), sp += PART(ps, prior);
             sv += PART(ps, sc - ac), tv += PART(pt, tc - wc), ag += PART(pa, ac - wc);
+            sr += rest(ps, pt, sc - tc, masked), svr += rest(ps, pa, sc - ac, masked);
+            tvr += rest(pt, pw, tc - wc, masked), ar += rest(pa, pw, ac - wc, masked);
+            qr += rest(ps, pq, sc - qc, masked);
         }
-        s_sum += es, t_sum += et, a_sum += ea, w_sum += ew;
+        s_sum += es, t_sum += et, a_sum += ea, w_sum += ew, q_sum += eq;
         s_logit += sl, s_gap += sg, s_prior_gap += sp, s_view_gap += sv, t_view_gap += tv, a_gap += ag;
-        if (top > q_max) {
-            q_sum = q_sum == 0 ? 0 : q_sum * exp((double)q_max - top);
-            q_max = top;
-        }
-        float at = anchor(q_max);
-        PRAGMA(omp simd reduction(+ : eq))
-        for (int64_t k = 0; k < width; k++) eq += exp_f32(steered[k] - at);
-        q_sum += eq;
+        s_rest += sr, s_view_rest += svr, t_view_rest += tvr, a_rest += ar, q_rest += qr;
     }
+#undef LOADED
     double found[] = {s_max, s_sum, t_max, t_sum, a_max, a_sum, w_max, w_sum, q_max, q_sum,
-                      s_logit, s_gap, s_prior_gap, s_view_gap, t_view_gap, a_gap};
+                      s_logit, s_gap, s_prior_gap, s_view_gap, t_view_gap, a_gap,
+                      s_rest, s_view_rest, t_view_rest, a_rest, q_rest};
     memcpy(out, found, sizeof found);
 }
 
@@ -200,15 +215,15 @@ INLINE void four_token(const Job *job, const float *s, const float *t, const flo
 
 void pair_statistics(const Job *job, double *out) {
     TOKENS {
-        if (job->masked) pair_token(job, ROW(0), ROW(1), 1, out + 7 * i);
-        else pair_token(job, ROW(0), ROW(1), 0, out + 7 * i);
+        if (job->masked) pair_token(job, ROW(0), ROW(1), 1, out + 9 * i);
+        else pair_token(job, ROW(0), ROW(1), 0, out + 9 * i);
     }
 }
 
 void four_statistics(const Job *job, double *out) {
     TOKENS {
-        if (job->masked) four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 1, out + 16 * i);
-        else four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 0, out + 16 * i);
+        if (job->masked) four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 1, out + 21 * i);
+        else four_token(job, ROW(0), ROW(1), ROW(2), ROW(3), 0, out + 21 * i);
     }
 }
 
@@ -219,15 +234,13 @@ typedef struct {
     const int64_t *chosen; /* columns of a policy term, which may lie outside; or NULL */
 } Target;
 
-/* What a policy term adds at its column: 0 outside and where that is masked. To be asked before ``s`` is overwritten. */
+/* What a policy term adds at its column, 0 outside and where that is masked; asked before ``s`` is overwritten. */
 INLINE float pull(const Job *job, const float *s, const Target *to, int64_t i, float policy) {
     int64_t j = to->chosen ? to->chosen[i] : -1;
     if (j < 0 || j >= job->columns || s[j] == -INFINITY) return 0.0f;
-    return policy * derivative(transformed(s[j], job->student) * unit_of(job->student));
-}
-
-INLINE void add_pull(float *out, const Target *to, int64_t i, float amount) {
-    if (amount != 0.0f) out[to->chosen[i]] += amount;
+    float logit = transformed(s[j], job->student);
+    chain(&policy, &logit, 1, job->student);
+    return policy;
 }
 
 typedef struct { float s_at, t_at, a_at, w_at, q_at, s_scale, q_scale, weight, mean, gamma, policy; } FourScalars;
@@ -235,7 +248,7 @@ typedef struct { float s_at, t_at, a_at, w_at, q_at, s_scale, q_scale, weight, m
 INLINE void four_gradient_token(const Job *job, const float *s, const float *t, const float *a, const float *w,
                                 FourScalars x, int masked, int live, float *out, float *out_text) {
     int64_t columns = job->columns;
-    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), s_unit = unit_of(job->student);
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target);
     float text_weight = x.weight * x.gamma, memory[4][BLOCK];
     BLOCKS(start, width) {
         const float *sx = load(s + start, width, job->student, memory[0]);
@@ -247,21 +260,22 @@ INLINE void four_gradient_token(const Job *job, const float *s, const float *t, 
         for (int64_t k = 0; k < width; k++) {
             float sl = sx[k] * s_gain, al = ax[k] * s_gain, sc = sl - x.s_at, tc = tx[k] * t_gain - x.t_at;
             float ac = al - x.a_at, wc = wx[k] * t_gain - x.w_at;
-            float p = exp_f32(sc) * x.s_scale, prior = ac - wc, weighted = p * x.weight;
+            float p = exp_f32(sc) * x.s_scale, prior = ac - wc;
             if (live) {
-                float q = ac + (tc - wc);
-                if (masked) q = wc == -INFINITY ? -INFINITY : q;
-                float d_a = (exp_f32(q - x.q_at) * x.q_scale - p) * text_weight * derivative(al * s_unit);
-                if (masked) d_a = text_weight == 0.0f || ac == -INFINITY ? 0.0f : d_a;
+                float q = steered(ac, tc, wc, masked);
+                float d_a = (exp_f32(q - x.q_at) * x.q_scale - p) * text_weight;
+                if (masked) d_a = text_weight == 0.0f || al == -INFINITY ? 0.0f : d_a;
                 d_text[k] = d_a;
             }
             if (masked) prior = x.gamma == 0.0f ? 0.0f : prior;
-            float d_s = ((sc - tc) * (1.0f + x.gamma) - prior * x.gamma - x.mean) * weighted;
-            if (masked) d_s = weighted == 0.0f ? 0.0f : d_s;
-            d_s = (d_s - x.policy * p) * derivative(sl * s_unit);
-            if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
+            float d_s = ((sc - tc) * (1.0f + x.gamma) - prior * x.gamma - x.mean) * p * x.weight;
+            if (masked) d_s = p == 0.0f || x.weight == 0.0f ? 0.0f : d_s;
+            d_s -= x.policy == 0.0f ? 0.0f : x.policy * p;
+            if (masked) d_s = sl == -INFINITY ? 0.0f : d_s;
             d_student[k] = d_s;
         }
+        chain(d_student, sx, width, job->student);
+        if (live) chain(d_text, ax, width, job->student);
     }
 }
 
@@ -275,7 +289,7 @@ void four_gradient(const Job *job, const FourScalars *scalars, const Target *to)
         else if (text) four_gradient_token(job, s, t, a, w, x, 0, 1, out, text);
         else if (job->masked) four_gradient_token(job, s, t, a, w, x, 1, 0, out, text);
         else four_gradient_token(job, s, t, a, w, x, 0, 0, out, text);
-        add_pull(out, to, i, amount);
+        if (amount != 0.0f) out[to->chosen[i]] += amount;
     }
 }
 
@@ -284,15 +298,13 @@ typedef struct { float value, slope; } Entry;
 /* An entry of a divergence and p times its derivative. */
 INLINE Entry entry(float p, float q, float r, int kind, float beta, int masked) {
     Entry found;
-    float near = r < -0.1f ? -0.1f : (r > 0.1f ? 0.1f : r);
-    int equal = r > -0.1f && r < 0.1f;
     if (kind == REVERSE_KL || kind == SAMPLED) {
         float plain = PART(p, r);
         found.slope = kind == SAMPLED ? -q : plain;
-        found.value = equal ? p * exp_rest(-near) : plain - p + q;
+        found.value = rest(p, q, r, masked);
     } else if (kind == FORWARD_KL) {
         found.slope = -q;
-        found.value = equal ? q * exp_rest(near) : p - q - PART(q, r);
+        found.value = rest(q, p, -r, masked);
     } else {
         float share = beta == 0.5f ? 0.5f : (r < 0.0f ? 1.0f - beta : beta);
         float larger = log1p_f32(share * expm1_f32(r < 0.0f ? r : -r));
@@ -305,8 +317,8 @@ INLINE Entry entry(float p, float q, float r, int kind, float beta, int masked) 
 typedef struct { float s_at, t_at, s_scale, t_scale, shift, weight, mean, top, policy, saturated; } PairScalars;
 
 /* out: SUMS of entries_torch.py */
-INLINE void pair_totals_token(const Job *job, const float *s, const float *t, PairScalars x, int kind, float beta,
-                              int masked, double *out) {
+INLINE void pair_totals_token(int kind, int masked, const Job *job, const float *s, const float *t, PairScalars x,
+                              float beta, double *out) {
     int64_t columns = job->columns;
     float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[2][BLOCK];
     double value = 0, slope = 0, rest = 0, top = 0;
@@ -320,7 +332,8 @@ INLINE void pair_totals_token(const Job *job, const float *s, const float *t, Pa
             float p = exp_f32(sc) * x.s_scale, q = exp_f32(tc) * x.t_scale;
             Entry found = entry(p, q, sc - tc - x.shift, kind, beta, masked);
             int large = p > x.saturated;
-            v += found.value, sl += large ? 0.0f : found.slope, re += large ? 0.0f : p, to += large ? found.slope : 0.0f;
+            v += found.value, sl += large ? 0.0f : found.slope;
+            re += large ? 0.0f : p, to += large ? found.slope : 0.0f;
         }
         value += v, slope += sl, rest += re, top += to;
     }
@@ -328,10 +341,10 @@ INLINE void pair_totals_token(const Job *job, const float *s, const float *t, Pa
     memcpy(out, found, sizeof found);
 }
 
-INLINE void pair_gradient_token(const Job *job, const float *s, const float *t, PairScalars x, int kind, float beta,
-                                int masked, float *out) {
+INLINE void pair_gradient_token(int kind, int masked, const Job *job, const float *s, const float *t, PairScalars x,
+                                float beta, float *out) {
     int64_t columns = job->columns;
-    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), s_unit = unit_of(job->student);
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target);
     float memory[2][BLOCK];
     BLOCKS(start, width) {
         const float *sx = load(s + start, width, job->student, memory[0]);
@@ -344,31 +357,25 @@ INLINE void pair_gradient_token(const Job *job, const float *s, const float *t, 
             float slope = entry(p, q, sc - tc - x.shift, kind, beta, masked).slope;
             float d_s = (p > x.saturated ? x.top : slope - p * x.mean) * x.weight;
             if (masked) d_s = x.weight == 0.0f ? 0.0f : d_s;
-            d_s = (d_s - x.policy * p) * derivative(sl * s_unit);
-            if (masked) d_s = sc == -INFINITY ? 0.0f : d_s;
+            d_s -= x.policy == 0.0f ? 0.0f : x.policy * p;
+            if (masked) d_s = sl == -INFINITY ? 0.0f : d_s;
             here[k] = d_s;
         }
+        chain(here, sx, width, job->student);
     }
 }
 
-#define OF_KIND(call)                                                      \
-    switch (2 * kind + (job->masked != 0)) {                               \
-    case 2 * REVERSE_KL: call(REVERSE_KL, 0); break;                       \
-    case 2 * REVERSE_KL + 1: call(REVERSE_KL, 1); break;                   \
-    case 2 * FORWARD_KL: call(FORWARD_KL, 0); break;                       \
-    case 2 * FORWARD_KL + 1: call(FORWARD_KL, 1); break;                   \
-    case 2 * JSD: call(JSD, 0); break;                                     \
-    case 2 * JSD + 1: call(JSD, 1); break;                                 \
-    case 2 * SAMPLED: call(SAMPLED, 0); break;                             \
-    case 2 * SAMPLED + 1: call(SAMPLED, 1); break;                         \
-    }
+#define OF_KIND(function, ...)                                                            \
+    if (kind == REVERSE_KL && job->masked) function(REVERSE_KL, 1, __VA_ARGS__);          \
+    else if (kind == REVERSE_KL) function(REVERSE_KL, 0, __VA_ARGS__);                    \
+    else if (kind == FORWARD_KL) function(FORWARD_KL, 1, __VA_ARGS__);                    \
+    else if (kind == JSD && job->masked) function(JSD, 1, __VA_ARGS__);                   \
+    else if (kind == JSD) function(JSD, 0, __VA_ARGS__);                                  \
+    else function(SAMPLED, 1, __VA_ARGS__);
 
 void pair_totals(const Job *job, const PairScalars *scalars, int64_t kind, float beta, double *out) {
     TOKENS {
-        const float *s = ROW(0), *t = ROW(1);
-#define CALL(k, m) pair_totals_token(job, s, t, scalars[i], k, beta, m, out + 4 * i)
-        OF_KIND(CALL)
-#undef CALL
+        OF_KIND(pair_totals_token, job, ROW(0), ROW(1), scalars[i], beta, out + 4 * i)
     }
 }
 
@@ -376,17 +383,15 @@ void pair_gradient(const Job *job, const PairScalars *scalars, int64_t kind, flo
     TOKENS {
         const float *s = ROW(0), *t = ROW(1);
         float *out = to->out + i * to->stride, amount = pull(job, s, to, i, scalars[i].policy);
-#define CALL(k, m) pair_gradient_token(job, s, t, scalars[i], k, beta, m, out)
-        OF_KIND(CALL)
-#undef CALL
-        add_pull(out, to, i, amount);
+        OF_KIND(pair_gradient_token, job, s, t, scalars[i], beta, out)
+        if (amount != 0.0f) out[to->chosen[i]] += amount;
     }
 }
 
-/* For tests: each function at n numbers. */
+/* For tests: each function at n numbers; ``rests`` are of p = 1. */
 void functions(const float *x, int64_t n, float *exps, float *rests, float *expm1s, float *log1ps, float *tanhs) {
     for (int64_t i = 0; i < n; i++) {
-        exps[i] = exp_f32(x[i]), rests[i] = exp_rest(x[i]), expm1s[i] = expm1_f32(x[i]);
-        log1ps[i] = log1p_f32(x[i]), tanhs[i] = tanh_f32(x[i]);
+        exps[i] = exp_f32(x[i]), rests[i] = rest(1.0f, exp_f32(-x[i]), x[i], 0);
+        expm1s[i] = expm1_f32(x[i]), log1ps[i] = log1p_f32(x[i]), tanhs[i] = tanh_f32(x[i]);
     }
 }

@@ -20,7 +20,11 @@ from . import entries_torch, rows_torch
 from .compile_loops import library
 from .layout import (
     LARGE,
+    PAIR_RESTS,
+    PAIR_STATE,
     SATURATED,
+    VGS_RESTS,
+    VGS_STATE,
     LogitTransform,
     RowCoefficients,
     RowTile,
@@ -40,8 +44,9 @@ class _Transform(ctypes.Structure):
 
     @classmethod
     def of(cls, transform: LogitTransform) -> _Transform:
-        cap = transform.softcap
-        return cls(transform.gain, *((0, 0) if cap is None else (transform.scale / cap, cap * transform.inv_temperature)))
+        if transform.softcap is None:
+            return cls(transform.gain, 0, 0)
+        return cls(transform.gain, transform.scale / transform.softcap, transform.softcap * transform.inv_temperature)
 
 
 class _Job(ctypes.Structure):
@@ -125,15 +130,20 @@ def _table(state: Tensor, values: Sequence[Tensor | float | None]) -> Tensor:
 def statistics(tile: RowTile, state: Tensor) -> None:
     """``rows_torch.statistics``."""
     if not _supports(tile, state):
-        return rows_torch.statistics(tile, state)
-    found = torch.empty(state.shape[1], len(state), dtype=torch.float64)
+        known = len(VGS_STATE if tile.four else PAIR_STATE)
+        state[known:] = torch.nan
+        return rows_torch.statistics(tile, state[:known])
+    names = VGS_STATE + VGS_RESTS if tile.four else PAIR_STATE + PAIR_RESTS
+    found = torch.empty(state.shape[1], len(names), dtype=torch.float64)
     _run(library().four_statistics if tile.four else library().pair_statistics, tile, found)
-    before, here = RunningStatistics(state), RunningStatistics(found.t().to(state.dtype))
+    merged = state.double()  # maxima of both are summed and subtracted
+    before, here = RunningStatistics(merged), RunningStatistics(found.t()[: len(state)])
     maxima = torch.maximum(before.common_maxima(), here.common_maxima())
     for x in (before, here):
         x.rescale_to(maxima)
     for total, value in zip(before.addends(), here.addends(), strict=True):
         total.add_(value)
+    state.copy_(merged)
 
 
 def totals(
