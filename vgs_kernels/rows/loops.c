@@ -1,7 +1,7 @@
 /* The row loops of CPUs, for float32 logits: rows_torch.py and entries_torch.py, one token at a time.
  *
  * Those files specify what is computed; layout.py has the notation. A token's columns are one stretch of memory. Sums
- * are taken in float32 over BLOCK columns, then in double. Threads take one token after the other from a common counter,
+ * are taken in float32 over BLOCK columns, then in double. Threads take token after token from a common counter,
  * so that a busy core delays its own token alone; they are the caller's, and this file needs no OpenMP library. */
 #include <math.h>
 #include <stdint.h>
@@ -21,7 +21,6 @@
          start += BLOCK)
 
 enum { REVERSE_KL, FORWARD_KL, JSD, SAMPLED };
-
 typedef union { float f; int32_t i; } Bits;
 
 /* e^x to 2 ulp; 0 where that is below the least normal float32. For x <= 88. */
@@ -33,8 +32,7 @@ INLINE float exp_f32(float x) {
     float y = 1.9875691500e-4f;
     y = FMA(y, r, 1.3981999507e-3f), y = FMA(y, r, 8.3334519073e-3f);
     y = FMA(y, r, 4.1665795894e-2f), y = FMA(y, r, 1.6666665459e-1f);
-    y = FMA(y, r, 5.0000001201e-1f);
-    y = FMA(y, r * r, r) + 1.0f;
+    y = FMA(FMA(y, r, 5.0000001201e-1f), r * r, r) + 1.0f;
     Bits power = {.i = ((int32_t)n + 127) << 23};
     return x < -87.0f ? 0.0f : y * power.f;
 }
@@ -44,8 +42,7 @@ INLINE float expm1_f32(float x) {
     float y = 2.4801587e-5f;
     y = FMA(y, x, 1.9841270e-4f), y = FMA(y, x, 1.3888889e-3f);
     y = FMA(y, x, 8.3333333e-3f), y = FMA(y, x, 4.1666667e-2f);
-    y = FMA(y, x, 1.6666667e-1f);
-    float small = FMA(FMA(y, x, 0.5f), x * x, x);
+    float small = FMA(FMA(FMA(y, x, 1.6666667e-1f), x, 0.5f), x * x, x);
     return x > -0.35f ? small : exp_f32(x) - 1.0f;
 }
 
@@ -109,11 +106,20 @@ INLINE void chain(float *gradient, const float *logits, int64_t width, Transform
 
 INLINE float anchor(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
+/* In lanes, for not every compiler reorders comparisons; a NaN is left to the sums. */
+INLINE float highest(const float *x, int64_t n, float maximum) {
+    float lanes[64];
+    int64_t j = 0;
+    for (int k = 0; k < 64; k++) lanes[k] = maximum;
+    for (; j + 64 <= n; j += 64)
+        for (int k = 0; k < 64; k++) lanes[k] = x[j + k] > lanes[k] ? x[j + k] : lanes[k];
+    for (; j < n; j++) lanes[0] = x[j] > lanes[0] ? x[j] : lanes[0];
+    for (int k = 0; k < 64; k++) maximum = lanes[k] > maximum ? lanes[k] : maximum;
+    return maximum;
+}
+
 INLINE float row_maximum(const float *x, int64_t columns, Transform of) {
-    float maximum = -INFINITY;
-    PRAGMA(omp simd reduction(max : maximum))
-    for (int64_t j = 0; j < columns; j++) maximum = x[j] > maximum ? x[j] : maximum;
-    return transformed(maximum, of); /* which keeps the order; a NaN is met in the sums */
+    return transformed(highest(x, columns, -INFINITY), of); /* which keeps the order */
 }
 
 /* A weighted gap; 0 * inf is 0. */
@@ -173,13 +179,10 @@ INLINE void four_token(const Job *job, const float *s, const float *t, const flo
     const float *wx = load(w + start, width, job->target, memory[3]);
     BLOCKS(start, width) {
         LOADED
-        float top = q_max;
-        PRAGMA(omp simd reduction(max : top))
-        for (int64_t k = 0; k < width; k++) {
-            float q = steered(ax[k] * s_gain - a_at, tx[k] * t_gain - t_at, wx[k] * t_gain - w_at, masked);
-            top = q > top ? q : top;
-        }
-        q_max = top;
+        PRAGMA(omp simd)
+        for (int64_t k = 0; k < width; k++)
+            memory[0][k] = steered(ax[k] * s_gain - a_at, tx[k] * t_gain - t_at, wx[k] * t_gain - w_at, masked);
+        q_max = highest(memory[0], width, q_max);
     }
     float q_at = anchor(q_max);
     BLOCKS(start, width) {
@@ -344,8 +347,7 @@ INLINE void pair_totals_token(int kind, int masked, const Job *job, const float 
 INLINE void pair_gradient_token(int kind, int masked, const Job *job, const float *s, const float *t, PairScalars x,
                                 float beta, float *out) {
     int64_t columns = job->columns;
-    float s_gain = gain_of(job->student), t_gain = gain_of(job->target);
-    float memory[2][BLOCK];
+    float s_gain = gain_of(job->student), t_gain = gain_of(job->target), memory[2][BLOCK];
     BLOCKS(start, width) {
         const float *sx = load(s + start, width, job->student, memory[0]);
         const float *tx = load(t + start, width, job->target, memory[1]);
