@@ -15,12 +15,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiles import make_tile
 
 import vgs_kernels
 from vgs_kernels import rows, vgs_loss
 from vgs_kernels.divergence import Divergence
-from vgs_kernels.rows import compile_loops, entries_torch, rows_loops
+from vgs_kernels.rows import compile_loops, entries_torch, rows_loops, rows_torch
 from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, new_state
 
 
@@ -116,6 +118,28 @@ def test_nearly_equal_rows_keep_their_precision(cuts, offset):
         exact = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
         assert 1e-7 < exact.min() < exact.max() < 1e-5
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=0)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 60), max_size=4), st.booleans(), st.integers(0, 2**16))
+def test_divergences_however_columns_are_cut_and_masked(cuts, four, seed):
+    """Against the specification in float64: also where a row has no column yet, or none that another one has."""
+    torch.manual_seed(seed)
+    tile = make_tile(5, 60, four=four, masked=True)
+    for row in tile[: 4 if four else 2]:
+        row.masked_fill_(torch.rand(5, 60) < torch.rand(5, 1) ** 4, -torch.inf)
+    state, exact = new_state(5, four, torch.empty(0), rests=True), new_state(5, four, torch.empty(0).double())
+    for start, stop in pairwise([0, *sorted(cuts), 60]):
+        parts = [None if x is None else x[:, start:stop] for x in tile[:4]]
+        rows_loops.statistics(RowTile(*parts, *tile[4:7], readable=stop - start), state)
+    rows_torch.statistics(RowTile(*(None if x is None else x.double() for x in tile[:4]), *tile[4:7], 60), exact)
+    ours, specified = Statistics(state), Statistics(exact)
+    gaps = ("s_gap", "s_view_gap", "t_view_gap", "a_gap") if four else ("s_gap", "t_gap")
+    found = [(ours.kl(gap), specified.kl(gap)) for gap in gaps]
+    if four:
+        found.append((ours.visual, specified.visual))
+    for value, wanted in found:
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(("n", "columns"), [(0, 40), (3, 0)])

@@ -226,14 +226,14 @@ class RunningStatistics:
 
     def rescale(self, maxima: Tensor, masked: bool) -> Tensor:
         """Centre what was summed at higher maxima [rows, R]; returns the new anchors."""
-        anchors = anchor(maxima)
+        anchors, n_rows = anchor(maxima), len(self.names)
         shift, discount = anchor(self.maxima) - anchors, (self.maxima - anchors).exp_()
         shifts = [*shift, torch.zeros_like(shift[0])]
         kept = _stack(discount, self._weighting)
-        for name, rest in self.rests.items():
-            row, other = RESTS[name]
-            self._move(name, shifts[self._place(row)] - shifts[self._place(other)])
-            rest.mul_(discount[self._place(row)])
+        discounts = [*discount, torch.ones_like(discount[0])]
+        for name in self.rests:  # q, which is centred apart, does not move
+            row, other = (self.names.index(x) if x in self.names else n_rows for x in RESTS[name])
+            self._move(name, shifts[row] - shifts[other], discounts[row], discounts[other])
         moved = _stack(shifts, self._upper) - _stack(shifts, self._lower)
         self.totals.add_(moved * _stack(self.sums, self._weighting)).mul_(kept)
         if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
@@ -247,21 +247,19 @@ class RunningStatistics:
     def rescale_steered(self, maximum: Tensor) -> Tensor:
         """The same of q alone: another ``q_max`` [R], for the present maxima of the other rows."""
         q_anchor = anchor(maximum)
+        discount = (self.q_max - q_anchor).exp_()
         if "q_rest" in self.rests:
-            self._move("q_rest", q_anchor - anchor(self.q_max))
-        self.q_sum.mul_((self.q_max - q_anchor).exp_())
+            self._move("q_rest", q_anchor - anchor(self.q_max), torch.ones_like(discount), discount)
+        self.q_sum.mul_(discount)
         self.q_max.copy_(maximum)
         return q_anchor
 
-    def _place(self, row: str) -> int:
-        """Of a row among the maxima's shifts; q is centred apart."""
-        return self.names.index(row) if row in self.names else len(self.names)
-
-    def _move(self, name: str, change: Tensor) -> None:
-        """Gaps of a rest grow by ``change`` [R]; the sums are still those of before."""
+    def _move(self, name: str, change: Tensor, discount: Tensor, other_discount: Tensor) -> None:
+        """Gaps of a rest grow by ``change`` [R], its rows' sums, still those of before, get these factors."""
         row, other = (self.q_sum if row == "q" else self.sums[self.names.index(row)] for row in RESTS[name])
-        change, rest = wide(change), self.rests[name]
-        rest.copy_(wide(rest) + scaled(wide(other), torch.expm1(-change)) + row * change)
+        rest = self.rests[name]
+        moved = (rest + scaled(other, torch.expm1(-change)) + row * change) * discount
+        rest.copy_(torch.where(row == 0, other * other_discount, moved))  # nothing but the other one was summed yet
 
     def common_maxima(self) -> Tensor:
         """Maxima that compare between states of the same tokens, [rows, R], and that of q where there is one."""
