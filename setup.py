@@ -44,7 +44,7 @@ setup(
     packages=find_packages(include=["vgs_kernels*", "vgs", "vgs.*"]),
     package_data={
         "vgs": ["py.typed"],
-        "vgs_kernels": ["py.typed"],
+        "vgs_kernels": ["py.typed", "rows/*.c"],
         "vgs.evaluation.benchmarks": ["tasks/*"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],

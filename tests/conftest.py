@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "loops", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every row backend."""
     if request.param == "triton":

@@ -102,7 +102,10 @@ def fused_linear_vgs_loss(
             teacher's two projections become one (its states are combined and rounded to their dtype). The loss is then
             (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another constant, and
             none to ``student_text_hidden``. Terms that are not formed are None.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``; ``"loops"``, in C, for CPUs and anything but float64; ``"torch"``; or ``"auto"``, the
+            first of these that can run here. The loops are compiled where they are first needed (some seconds, kept in
+            the user's cache; ``CC`` names a compiler); they leave to PyTorch what they do not know, see
+            docs/how_it_works.md.
 
     Returns:
         :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that requires grad.

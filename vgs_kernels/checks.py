@@ -13,6 +13,8 @@ from torch._subclasses import FakeTensor
 from .heads import Head
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Who may work on logit rows, see :mod:`vgs_kernels.rows`.
+BACKENDS = ("auto", "triton", "torch", "loops")
 #: What a number may have to be, beside finite.
 BOUNDS = {
     "> 0": lambda x: x > 0,
@@ -175,11 +177,19 @@ def ids_in_vocabulary(name: str, ids: Tensor | None, ignored: Tensor | None, voc
 
 
 def backend(name: str, *tensors: Tensor) -> str:
-    """Resolve "auto" and check that a backend can run on the tensors' device and dtypes."""
-    choice("backend", name, ("auto", "triton", "torch"))
+    """Resolve "auto" and check that a backend can run on the tensors' device and dtypes.
+
+    On a CPU "auto" remains: whether there is a compiler is found out by the operator, which no tracer looks into.
+    """
+    choice("backend", name, BACKENDS)
     on, double = tensors[0].device, any(x.dtype == torch.float64 for x in tensors)
-    if name == "torch" or on.type == "meta" or (name == "auto" and (on.type != "cuda" or double)):
+    if name == "torch" or on.type == "meta" or (name == "auto" and (on.type not in ("cuda", "cpu") or double)):
         return "torch"
+    if name == "loops" and (on.type != "cpu" or double):
+        got = "torch.float64" if double else on
+        raise ValueError(f"backend='loops' is for float32 and 16 bits on a CPU, got {got}: use backend='auto'.")
+    if on.type == "cpu" and name in ("auto", "loops"):
+        return name
     try:
         from .rows import rows_triton
     except ImportError as error:

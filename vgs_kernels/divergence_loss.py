@@ -110,12 +110,13 @@ class DivergenceLoss(Loss):
         kind, plain = self.divergence.kind, self.divergence.clip is None and limit is None
         if state.device.type != "cpu" or not plain or kind not in ("reverse_kl", "forward_kl"):
             return self._summed(x, state, tiles, slice(None), limit)
-        value = x.kl("s_gap" if kind == "reverse_kl" else "t_gap")
+        row = "s" if kind == "reverse_kl" else "t"
+        value = x.kl(f"{row}_gap")
         mean = value.clone() if kind == "reverse_kl" else torch.full_like(value, -1)
         scalars = {"mean": mean, "top": torch.zeros_like(value)}
         needed = x["s_sum"] < 1 / LARGE
         if not self._gradient_alone:
-            needed |= value < NEARLY_EQUAL
+            needed |= (value < NEARLY_EQUAL) & ~x.near(f"{row}_rest")
         at = needed.nonzero().squeeze(1)
         value[at], exact = self._summed(x, state[:, at], tiles, at, limit)
         for name, values in scalars.items():

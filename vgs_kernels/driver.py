@@ -79,7 +79,7 @@ def sweep(
         The statistics [K, N], and the logits at the loss's ``ids`` [picks, N], both over all shards of the vocabulary.
     """
     ids = loss.ids
-    state, picked = known or (source.new_state(source.n), None)
+    state, picked = known or (source.new_state(source.n, rests=backend.rests), None)
     if known is None and ids is not None:
         picked = state.new_full((loss.picks, source.n), -torch.inf)
     for rows in slices(source.n, source.plan.rows):

@@ -160,9 +160,9 @@ class Source:
     like: Tensor
     overwritable: bool
 
-    def new_state(self, n_tokens: int) -> Tensor:
-        """[K, n_tokens] statistics of no column."""
-        return new_state(n_tokens, self.four, self.like)
+    def new_state(self, n_tokens: int, *, rests: bool = False) -> Tensor:
+        """[K, n_tokens] statistics of no column; ranks that share a vocabulary send none of the ``RESTS``."""
+        return new_state(n_tokens, self.four, self.like, rests=rests and self.shard.group is None)
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         """The tile of these tokens and columns; void once another one is loaded."""

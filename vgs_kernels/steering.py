@@ -236,4 +236,5 @@ def language_statistics(state: Tensor) -> Tensor:
     """What four rows know of the pair (a, w), as statistics of that pair, without entropy and forward KL."""
     x = named(state)
     unknown = torch.zeros_like(state[0])
-    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], unknown, x["a_gap"], unknown])
+    rests = [x["a_rest"], unknown + torch.nan] if "a_rest" in x else []
+    return torch.stack([x["a_max"], x["a_sum"], x["w_max"], x["w_sum"], unknown, x["a_gap"], unknown, *rests])

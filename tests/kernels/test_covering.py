@@ -25,8 +25,8 @@ def test_the_rest_is_slow():
     assert len(quick) <= 10 and params[0].id == "a-1-True"
 
 
-def test_only_the_slow_backend_is_thinned_out():
+def test_only_the_specification_is_not_thinned_out():
     quick = [x.values for x in on_backends(x="abc", y=(1, 2, 3), z=(True, False)).args[1] if not x.marks]
-    apart = {name: [values[1:] for values in quick if values[0] == name] for name in ("torch", "triton")}
+    apart = {name: [values[1:] for values in quick if values[0] == name] for name in ("torch", "loops", "triton")}
     assert len(apart["torch"]) == 18 and 9 <= len(apart["triton"]) <= 10
-    assert pairs(apart["torch"]) == pairs(apart["triton"])
+    assert pairs(apart["torch"]) == pairs(apart["triton"]) and apart["loops"] == apart["triton"]

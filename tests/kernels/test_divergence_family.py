@@ -56,10 +56,10 @@ def test_float64(name, workspace_bytes, gap):
 
 
 @pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("name", FAMILY)
-def test_float32(name, gap):
+@each(FAMILY, name="name")
+def test_float32(backend, name, gap):
     problem = make_problem(33, 257, gap=gap, bias=True)
-    compare(problem, TEACHER, workspace_bytes=2**15, target_ids=problem.target_ids, **FAMILY[name])
+    compare(problem, TEACHER, backend=backend, workspace_bytes=2**15, target_ids=problem.target_ids, **FAMILY[name])
 
 
 @pytest.mark.parametrize(

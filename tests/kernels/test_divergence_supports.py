@@ -56,10 +56,10 @@ def test_float64(name, workspace_bytes, gap):
     compare(problem, compose, workspace_bytes=workspace_bytes, target_ids=problem.target_ids, **SUPPORTS[name])
 
 
-@pytest.mark.parametrize("name", SUPPORTS)
-def test_float32(name):
+@each(SUPPORTS, name="name")
+def test_float32(backend, name):
     problem = make_problem(33, 257, bias=True)
-    compare(problem, TEACHER, workspace_bytes=2**15, target_ids=problem.target_ids, **SUPPORTS[name])
+    compare(problem, TEACHER, backend=backend, workspace_bytes=2**15, target_ids=problem.target_ids, **SUPPORTS[name])
 
 
 @pytest.mark.parametrize("workspace_bytes", [2**30, TINY])

@@ -46,10 +46,10 @@ def test_float64(name, kind, workspace_bytes):
 @pytest.mark.parametrize(
     ("name", "kind"), [("per token", "jsd"), ("scaled apart", "student top-k"), ("four rows", "jsd")]
 )
-def test_float32_in_triton(name, kind):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("backend", ["loops", "triton"], indirect=True)
+def test_float32(backend, name, kind):
     problem = make_problem(5, 131, bias=True)
-    compare(problem, TARGETS[name], backend="triton", workspace_bytes=TINY, **KINDS[kind])
+    compare(problem, TARGETS[name], backend=backend, workspace_bytes=TINY, **KINDS[kind])
 
 
 @pytest.mark.parametrize("name", ["per token", "shared head"])

@@ -14,7 +14,7 @@ from problems import FAR, NEAR, TERMS, assert_gradients_close, evaluate, make_pr
 from vgs_kernels import VGSObjective, fused_linear_vgs_loss, vgs_loss
 
 DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [pytest.param("torch", 65, 1000, id="torch"), pytest.param("triton", 7, 257, id="triton")]
+SHAPES = [("torch", 65, 1000), ("loops", 65, 1000), ("triton", 7, 257)]
 
 
 @pytest.mark.parametrize("gap", [pytest.param(FAR, id="far"), pytest.param(NEAR, id="near")])

@@ -119,10 +119,10 @@ def test_option_in_float64(name, workspace_bytes):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option_in_triton(name):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("backend", ["loops", "triton"], indirect=True)
+def test_option_in_float32(backend, name):
     problem = make_problem(7, 131, bias=True)
-    compare(problem, OPTIONS[name](problem), backend="triton", workspace_bytes=2**15)
+    compare(problem, OPTIONS[name](problem), backend=backend, workspace_bytes=2**15)
 
 
 def test_options_change_the_loss():

@@ -67,10 +67,12 @@ def assert_exact_gradients(backend, gate, prior, trained):
     required = {"requires_grad": TRAINED[trained]}
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **required, **options)
     bars = float32_bars(problem, exact, vgs_oracle, **options)
-    for workspace in WORKSPACES.values() if backend == "torch" else (WORKSPACES["small"],):
-        ours = evaluate(
-            fused_linear_vgs_loss, problem, **required, **options, backend=backend, workspace_bytes=workspace
-        )
+    runs = [(backend, "small")]
+    if backend == "torch":
+        runs = [*product([backend], WORKSPACES), ("loops", "small"), ("loops", "cut")]
+    for rows, name in runs:
+        space = WORKSPACES[name]
+        ours = evaluate(fused_linear_vgs_loss, problem, **required, **options, backend=rows, workspace_bytes=space)
         assert_gradients_close(ours, exact, rtol=bars)
         torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
 

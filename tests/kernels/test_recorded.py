@@ -1,5 +1,7 @@
 """The numbers are as recorded, to rounding. ``python -m tests.kernels.recorded`` also counts equal bits."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.kernels.recorded import differences, digest, recorded
@@ -18,4 +20,10 @@ def test_every_case_is_recorded():
 )
 def test_same_numbers(case: Case):
     found = {name: digest(x) for name, x in case.run().items()}
+    assert not differences(case.key, found, recorded()[case.key])
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, id=x.key) for x in CASES if x.key.endswith("float32 | torch")])
+def test_loops_give_the_numbers_of_the_specification(case: Case):
+    found = {name: digest(x) for name, x in replace(case, backend="loops").run().items()}
     assert not differences(case.key, found, recorded()[case.key])

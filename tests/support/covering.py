@@ -44,11 +44,11 @@ def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
 def on_backends(**factors: Sequence[Any]) -> pytest.MarkDecorator:
     """``parametrize`` with ``backend`` and the product of all factors.
 
-    On the PyTorch rows all of it is run; on Triton's, whose interpreter is slow, what ``pairwise`` takes.
+    On the PyTorch rows all of it is run; on the others, of which Triton's interpreter is slow, what ``pairwise`` takes.
     """
     params = [
-        pytest.param(backend, *x.values, id=f"{backend}-{x.id}", marks=x.marks if backend == "triton" else ())
-        for backend in ("torch", "triton")
+        pytest.param(backend, *x.values, id=f"{backend}-{x.id}", marks=() if backend == "torch" else x.marks)
+        for backend in ("torch", "loops", "triton")
         for x in _params(factors)
     ]
     return pytest.mark.parametrize(("backend", *factors), params, indirect=["backend"])

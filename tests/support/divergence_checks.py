@@ -29,8 +29,10 @@ TINY = 2**12  # bytes of workspace that cut 257 columns, and few tokens
 
 
 def each(values: Iterable[Any], *interpreted: Any, name: str = "kind") -> pytest.MarkDecorator:
-    """Every value on the PyTorch rows, a few on Triton's, whose interpreter is slow."""
-    pairs = [*(("torch", value) for value in values), *(("triton", value) for value in interpreted)]
+    """Every value on the PyTorch rows and in loops, a few on Triton's, whose interpreter is slow."""
+    values = list(values)
+    pairs = [(backend, value) for backend in ("torch", "loops") for value in values]
+    pairs += [("triton", value) for value in interpreted]
     return pytest.mark.parametrize(("backend", name), pairs, indirect=["backend"])
 
 

@@ -24,9 +24,9 @@ from vgs_kernels import fused_linear_vgs_loss
 
 #: Tokens and vocabulary by backend: neither is a multiple of any block; the interpreter gets few tokens.
 SIZES = [
-    pytest.param({"torch": (65, 257), "triton": (7, 257)}, id="short rows"),
-    pytest.param({"torch": (7, 4099), "triton": (3, 4099)}, id="long rows"),
-    pytest.param({"torch": (1, 1000), "triton": (1, 1000)}, id="one token"),
+    pytest.param({"torch": (65, 257), "loops": (65, 257), "triton": (7, 257)}, id="short rows"),
+    pytest.param({"torch": (7, 4099), "loops": (7, 4099), "triton": (3, 4099)}, id="long rows"),
+    pytest.param({"torch": (1, 1000), "loops": (1, 1000), "triton": (1, 1000)}, id="one token"),
 ]
 GAPS = [pytest.param(FAR, id="far"), pytest.param(0.1, id="near"), pytest.param(NEAR, id="nearer")]
 

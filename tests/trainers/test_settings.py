@@ -17,7 +17,7 @@ from vgs.errors import ConfigError
         ({"beta": 0.5}, "beta must be 1.0, got 0.5"),
         ({"eta": "paper-7b"}, 'eta must be a number, "paper-2b", "paper-4b" or "measure", got \'paper-7b\''),
         ({"loss_reduction": "sum"}, "loss_reduction must be one of trajectory, token, got 'sum'"),
-        ({"loss_backend": "cuda"}, "loss_backend must be one of auto, triton, torch, got 'cuda'"),
+        ({"loss_backend": "cuda"}, "loss_backend must be one of auto, triton, torch, loops, got 'cuda'"),
         ({"control_kind": "blur"}, "control_kind must be one of .*, got 'blur'"),
         ({"divergence": 3}, r"divergence must be a section of keys, such as \{top_k: 128\}, got 3"),
         ({"max_prompt_length": 0}, "max_prompt_length must be >= 1"),

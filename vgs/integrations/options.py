@@ -25,7 +25,7 @@ from ..one_step import resolve_objective
 VARIABLE = "VGS_OPTIONS"
 PLACEMENTS = ("sharded", "whole")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "loops", "triton")
 
 
 @dataclass(frozen=True)

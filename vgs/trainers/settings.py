@@ -25,7 +25,7 @@ from ..objectives.weighting import LOSS_REDUCTIONS
 logger = logging.getLogger(__name__)
 
 PRIORS = ("live", "frozen", "ema")
-LOSS_BACKENDS = ("auto", "triton", "torch")
+LOSS_BACKENDS = ("auto", "triton", "torch", "loops")
 AT_LEAST_ONE = (
     *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
     *("max_tokens_per_pass", "lp_every", "log_overlap"),
@@ -109,7 +109,7 @@ class VGSOptions:
     eta: float | str = field(default="measure", metadata={"help": 'A number, "paper-2b", "paper-4b" or "measure".'})
     eta_batches: int = field(default=1, metadata={"help": 'Batches that eta="measure" measures.'})
     loss_reduction: str | None = field(default=None, metadata={"help": '"trajectory" or "token".'})
-    loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton" or "torch".'})
+    loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton", "torch" or "loops".'})
     loss_workspace_bytes: int = field(
         default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
     )

@@ -1,29 +1,68 @@
-"""Logit rows of a tile: statistics in one sweep, gradients in another, in PyTorch and in Triton side by side.
+"""Logit rows of a tile: statistics in one sweep, gradients in another: in PyTorch, in C and in Triton side by side.
 
-layout.py has the notation and what both share. rows_torch.py and rows_triton.py take statistics of four rows, those of
+layout.py has the notation and what all share. rows_torch.py and rows_triton.py take statistics of four rows, those of
 the VGS loss, or of a pair; entries_torch.py and entries_triton.py have the divergences of a pair, and all gradients.
+rows_loops.py has both, in loops that a C compiler makes. What PyTorch's files say is the specification.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 
 class Backend(NamedTuple):
-    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries."""
+    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries.
+
+    ``rests``: whether statistics include the ``RESTS`` of layout.py.
+    """
 
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     totals: Callable[..., None]
+    rests: bool = False
 
 
 def backend(name: str) -> Backend:
-    """The backend that a resolved name, ``"torch"`` or ``"triton"``, stands for."""
+    """The backend that a resolved name stands for: ``"torch"``, ``"triton"``, ``"loops"``, or ``"auto"``, the fastest
+    that a CPU has.
+
+    Raises:
+        ValueError: the loops are asked for and cannot be compiled.
+    """
+    if name == "auto":
+        name = _of_cpu()
     if name == "torch":
         from . import entries_torch as entries
         from . import rows_torch as rows
+    elif name == "loops":
+        from . import rows_loops as entries
+        from .compile_loops import CannotCompile, library
+
+        rows = entries
+        try:
+            library()
+        except CannotCompile as error:
+            raise ValueError(f"backend='loops' needs a C compiler for {error}.") from error
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
-    return Backend(rows.statistics, entries.gradient, entries.totals)
+    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
+
+
+@functools.cache
+def _of_cpu() -> str:
+    from .compile_loops import CannotCompile, library
+
+    try:
+        library()
+    except CannotCompile as error:
+        warnings.warn(
+            "vgs_kernels: losses on this CPU run in PyTorch's operators, which are slower: the loops in C could not be "
+            f"compiled ({error}). A C compiler named by CC helps; backend='torch' says that none is wanted.",
+            stacklevel=2,
+        )
+        return "torch"
+    return "loops"

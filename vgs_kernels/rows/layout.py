@@ -34,7 +34,18 @@ GAPS = {
     "t_view_gap": ("t", "t", "w"),
     "a_gap": ("a", "a", "w"),
 }
-
+#: Sums of exp(x') * (exp(-gap) - 1 + gap), which are never negative -> (row that weights, the other one of the gap).
+#: Only ``loops`` take them; the state of others ends before them. A NaN is one that is not known.
+RESTS = {
+    "s_rest": ("s", "t"),
+    "t_rest": ("t", "s"),
+    "s_view_rest": ("s", "a"),
+    "t_view_rest": ("t", "w"),
+    "a_rest": ("a", "w"),
+    "q_rest": ("s", "q"),
+}
+PAIR_RESTS, VGS_RESTS = ("s_rest", "t_rest"), ("s_rest", "s_view_rest", "t_view_rest", "a_rest", "q_rest")
+_NAMES = {len(x): x for x in (PAIR_STATE, PAIR_STATE + PAIR_RESTS, VGS_STATE, VGS_STATE + VGS_RESTS)}
 
 #: Above this an entry's p is so near 1 that 1 - p is to be summed from the other entries; sums treat entries above
 #: ``LARGE`` so, which includes them whatever the rounding.
@@ -159,12 +170,13 @@ def slices(n: int, size: int) -> list[slice]:
 
 def named(state: Tensor) -> dict[str, Tensor]:
     """The statistics [R] of a state by name."""
-    return dict(zip(PAIR_STATE if len(state) == len(PAIR_STATE) else VGS_STATE, state, strict=True))
+    return dict(zip(_NAMES[len(state)], state, strict=True))
 
 
-def new_state(n_tokens: int, four: bool, like: Tensor) -> Tensor:
-    """[K, N] running statistics of no column at all."""
-    state = like.new_zeros(len(VGS_STATE if four else PAIR_STATE), n_tokens)
+def new_state(n_tokens: int, four: bool, like: Tensor, *, rests: bool = False) -> Tensor:
+    """[K, N] running statistics of no column at all, with or without ``RESTS``."""
+    names = VGS_STATE + VGS_RESTS * rests if four else PAIR_STATE + PAIR_RESTS * rests
+    state = like.new_zeros(len(names), n_tokens)
     for name, row in named(state).items():
         if name.endswith("_max"):
             row.fill_(-torch.inf)  # an index tensor would be copied from the host
@@ -196,6 +208,7 @@ class RunningStatistics:
         gaps: the part of ``GAPS`` that these rows have.
         maxima, sums: [rows, R] views of the state.
         totals: [gaps, R] weighted sums, another view.
+        rests: [R] views by name, of ``RESTS``.
         q_max, q_sum: [R] likewise; None of a pair.
     """
 
@@ -205,16 +218,22 @@ class RunningStatistics:
         self.gaps = {name: gap for name, gap in GAPS.items() if name in names}
         n_rows = len(self.names)
         self.maxima, self.sums = state[0 : 2 * n_rows : 2], state[1 : 2 * n_rows : 2]
-        self.q_max, self.q_sum, self.totals = names.get("q_max"), names.get("q_sum"), state[-len(self.gaps) :]
+        self.rests = {name: names[name] for name in RESTS if name in names}
+        first = len(state) - len(self.rests) - len(self.gaps)
+        self.q_max, self.q_sum, self.totals = names.get("q_max"), names.get("q_sum"), state[first:][: len(self.gaps)]
         places = [[n_rows if name is None else self.names.index(name) for name in gap] for gap in self.gaps.values()]
         self._weighting, self._upper, self._lower = zip(*places, strict=True)
 
     def rescale(self, maxima: Tensor, masked: bool) -> Tensor:
         """Centre what was summed at higher maxima [rows, R]; returns the new anchors."""
-        anchors = anchor(maxima)
+        anchors, n_rows = anchor(maxima), len(self.names)
         shift, discount = anchor(self.maxima) - anchors, (self.maxima - anchors).exp_()
         shifts = [*shift, torch.zeros_like(shift[0])]
         kept = _stack(discount, self._weighting)
+        discounts = [*discount, torch.ones_like(discount[0])]
+        for name in self.rests:  # q, which is centred apart, does not move
+            row, other = (self.names.index(x) if x in self.names else n_rows for x in RESTS[name])
+            self._move(name, shifts[row] - shifts[other], discounts[row], discounts[other])
         moved = _stack(shifts, self._upper) - _stack(shifts, self._lower)
         self.totals.add_(moved * _stack(self.sums, self._weighting)).mul_(kept)
         if masked:  # 0 * inf is 0: nothing of it is left beside the new maximum
@@ -228,9 +247,19 @@ class RunningStatistics:
     def rescale_steered(self, maximum: Tensor) -> Tensor:
         """The same of q alone: another ``q_max`` [R], for the present maxima of the other rows."""
         q_anchor = anchor(maximum)
-        self.q_sum.mul_((self.q_max - q_anchor).exp_())
+        discount = (self.q_max - q_anchor).exp_()
+        if "q_rest" in self.rests:
+            self._move("q_rest", q_anchor - anchor(self.q_max), torch.ones_like(discount), discount)
+        self.q_sum.mul_(discount)
         self.q_max.copy_(maximum)
         return q_anchor
+
+    def _move(self, name: str, change: Tensor, discount: Tensor, other_discount: Tensor) -> None:
+        """Gaps of a rest grow by ``change`` [R], its rows' sums, still those of before, get these factors."""
+        row, other = (self.q_sum if row == "q" else self.sums[self.names.index(row)] for row in RESTS[name])
+        rest = self.rests[name]
+        moved = (rest + scaled(other, torch.expm1(-change)) + row * change) * discount
+        rest.copy_(torch.where(row == 0, other * other_discount, moved))  # nothing but the other one was summed yet
 
     def common_maxima(self) -> Tensor:
         """Maxima that compare between states of the same tokens, [rows, R], and that of q where there is one."""
@@ -246,7 +275,7 @@ class RunningStatistics:
 
     def addends(self) -> list[Tensor]:
         """Everything that adds up between states with common maxima."""
-        return [*self.sums, *self.totals, *([self.q_sum] if self.four else [])]
+        return [*self.sums, *self.totals, *self.rests.values(), *([self.q_sum] if self.four else [])]
 
 
 class Statistics:
@@ -265,13 +294,35 @@ class Statistics:
     def kl(self, gap: str) -> Tensor:
         """KL(softmax(x) || softmax(y)) of the gap x' - y' whose weights are of x, see ``GAPS``."""
         _, x, y = GAPS[gap]
-        return self.mean(gap) - self[f"{x}_sum"].log() + self[f"{y}_sum"].log()
+        plain = self.mean(gap) - self[f"{x}_sum"].log() + self[f"{y}_sum"].log()
+        return self._exact(gap.replace("gap", "rest"), plain)
+
+    def near(self, rest: str) -> Tensor:
+        """[N] bool: whether the KL of this one of ``RESTS`` is exact however small it is."""
+        known = self._values.get(rest, torch.full_like(self["s_sum"], torch.nan))
+        return (self._excess(rest).abs() < 0.1) & ~known.isnan()
+
+    def _excess(self, rest: str) -> Tensor:
+        """E_p[exp(-gap)] - 1."""
+        row, other = RESTS[rest]
+        return self[f"{other}_sum"] / self[f"{row}_sum"] - 1
+
+    def _exact(self, rest: str, plain: Tensor) -> Tensor:
+        """E_p[gap] + log E_p[exp(-gap)] as a sum of terms that are of second order each, where these are known.
+
+        With e the excess, E_p[gap] = E_p[exp(-gap) - 1 + gap] - e.
+        """
+        if rest not in self._values:
+            return plain
+        excess = self._excess(rest)
+        exact = self[rest] / self[f"{RESTS[rest][0]}_sum"] + (excess.log1p() - excess)
+        return torch.where(self.near(rest), exact, plain)
 
     @property
     def visual(self) -> Tensor:
         """KL(softmax(s) || softmax(q))."""
         mean_gap = self.mean("s_gap") - self.mean("s_prior_gap")
-        return mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"]
+        return self._exact("q_rest", mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"])
 
     @property
     def entropy(self) -> Tensor:
