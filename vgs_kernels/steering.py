@@ -197,7 +197,7 @@ def linear(call: Call) -> Outcome:
         preserve(source, view, (loss.unit_weights * loss.gate)[gated])
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
     shard.sum(gradients.by_name["student_hidden"], of_text)
-    return losses, terms, loss.unit, gradients.by_name
+    return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
 
 
 def dense(call: Call) -> Outcome:
