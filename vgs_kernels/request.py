@@ -153,8 +153,8 @@ class Request:
             )
         )  # fmt: skip
         wanted = [name for name, x in student.items() if x.requires_grad and torch.is_grad_enabled()]
-        tolerant = self.numbers.get("gradient_tolerance") is not None
-        if tolerant and wanted and not tokens.unreduced:
+        tolerant = bool(wanted) and self.numbers.get("gradient_tolerance") is not None
+        if tolerant and not tokens.unreduced:
             terms += SHARES
         synchronises = synchronises or self.shard or tolerant
         spec = specify(
