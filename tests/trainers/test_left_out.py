@@ -15,9 +15,8 @@ from vgs_kernels.active_columns import SHARES
 NAMES = (*SHARES, "gradient_lost_max")
 
 
-@pytest.mark.parametrize("preset", ["vgs", "opd"])
-def test_what_is_left_out_is_logged(tmp_path: Path, preset: str) -> None:
-    options = {"eta": 0.5, "max_steps": 1, "preset": preset, "gradient_tolerance": 0.95}
+def test_what_is_left_out_is_logged(tmp_path: Path) -> None:
+    options = {"eta": 0.5, "max_steps": 1, "gradient_tolerance": 0.95}
     whole = make_trainer(tmp_path / "a", **options)
     batch = rollout(whole)
     split = make_trainer(tmp_path / "b", max_tokens_per_pass=150, **options)
