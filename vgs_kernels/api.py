@@ -101,7 +101,7 @@ def fused_linear_vgs_loss(
             152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice.
         gradient_tolerance: share of the L1 norm of a token's logit gradient that may be left out of the products with
             the head and the hidden states, in [0, 1); 0: nothing is. On peaked rows all but a few per cent of the
-            vocabulary is then skipped; where more than half of it matters, all is multiplied. No token loses more in
+            vocabulary is then skipped; where more than 60 % of it matters, all is multiplied. No token loses more in
             any view (see docs/performance.md), and a bias's gradient nothing. The output says what was lost. The host
             waits for the device.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the

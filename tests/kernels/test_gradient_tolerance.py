@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import make_problem
+from problems import DEVICE, make_problem
 
 from vgs_kernels import (
     Divergence,
@@ -107,7 +107,7 @@ DENSE = {
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 0.3])
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_block_keeps_the_bound(name, tolerance):
-    block = SPARSE[name]()
+    block = SPARSE[name]().to(DEVICE)
     active = active_columns(block, row_sums(block)[0], tolerance)
     assert active is not None or (tolerance == 1e-4 and name in ("few columns", "peaked", "bfloat16", "float16"))
     assert lost_share(block, active) <= tolerance
@@ -115,7 +115,7 @@ def test_a_block_keeps_the_bound(name, tolerance):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_block_that_is_needed_whole(name):
-    block = DENSE[name]()
+    block = DENSE[name]().to(DEVICE)
     assert active_columns(block, row_sums(block)[0], 1e-3) is None
 
 
