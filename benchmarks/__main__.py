@@ -26,7 +26,7 @@ def _loss(args: argparse.Namespace) -> int:
 
     from .jobs import JOBS
     from .loss import PLANS, Cell, run
-    from .methods import METHODS
+    from .methods import EXACT, METHODS
     from .report import summary, tables
     from .results import Results, environment
 
@@ -46,11 +46,16 @@ def _loss(args: argparse.Namespace) -> int:
     else:
         shape = args.shape or ("8b-2b" if device == "cuda" else "cpu")
         cells = [
-            Cell(shape, tokens, tuple(args.jobs or JOBS), tuple(args.methods or METHODS))
+            Cell(
+                shape,
+                tokens,
+                tuple(args.jobs or JOBS),
+                tuple(args.methods or (EXACT if args.entropy is None else METHODS)),
+            )
             for tokens in args.tokens or [512]
         ]
     results = Results(args.out, environment(device, args.commit))
-    for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline):
+    for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline, nats=args.entropy):
         part = Results(None, results.environment)
         part.rows = rows
         print(f"\n{tables(part)}\n", flush=True)
@@ -167,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     loss.add_argument("--shape", choices=SHAPES)
     loss.add_argument("--tokens", type=int, nargs="+", help="tokens N of a call")
     loss.add_argument("--jobs", nargs="+", choices=JOBS)
+    loss.add_argument("--entropy", type=float, metavar="NATS", help="rows of this entropy, with a real model's tails")
     loss.add_argument("--methods", nargs="+", choices=METHODS)
     loss.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32"

@@ -14,13 +14,14 @@ from tqdm import tqdm
 from .accuracy import Exact, vds_threshold
 from .jobs import JOBS, Job
 from .measure import is_out_of_memory, memory_limit, peak_extra_bytes, seconds
-from .methods import FLOOR, METHODS, Context, runner
-from .problem import SHAPES, DenseProblem, Shape, make_problem
+from .methods import EXACT, FLOOR, METHODS, Context, runner
+from .problem import SHAPES, DenseProblem, Shape, entropy, make_problem
 from .results import Results, Row
 
 _WARM_UP_TOKENS = 64
 #: More rounds than the fewest only as long as a job takes no longer than this.
 _FEWEST_ROUNDS, _JOB_SECONDS = 3, 5.0
+_ENTROPY_TOKENS = 64  # whose mean is shown
 _INPUTS = 3  # inputs of successive calls differ, so that none finds its own in a cache
 
 
@@ -31,13 +32,13 @@ class Cell:
     shape: str
     tokens: int
     jobs: tuple[str, ...] = tuple(JOBS)
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = EXACT
 
 
 _MAIN = ("vgs", "reverse-kl")
 _PLAIN = ("forward-kl", "jsd")
 _OTHERS = tuple(job for job in JOBS if job not in _MAIN + _PLAIN)
-_PEERS = tuple(name for name in METHODS if name != "compile")  # compiled anew for every size: once is enough
+_PEERS = tuple(name for name in EXACT if name != "compile")  # compiled anew for every size: once is enough
 
 
 def _gpu(tokens: int, shape: str = "8b-2b") -> Cell:
@@ -179,6 +180,7 @@ def measure_job(
         rounds: timed calls of each method; fewer if they take long.
     """
     job = JOBS[job_name]
+    nats = entropy(problem.logits(slice(0, _ENTROPY_TOKENS), ("student",))[0])
     shape = Shape(*problem.student_weight.shape, problem.teacher_weight.shape[1])
     dtype = str(problem.student.dtype).removeprefix("torch.")
     if job.dense:
@@ -204,6 +206,7 @@ def measure_job(
         **shape._asdict(),
         "tokens": problem.tokens,
         "dtype": dtype,
+        "entropy": nats,
         "job": job_name,
         "floor_flops": job.flops(shape, problem.tokens),
         "compulsory_bytes": job.compulsory_bytes(shape, problem.tokens, problem.student.element_size()),
@@ -230,10 +233,11 @@ def run(
     *,
     rounds: int,
     deadline: float | None = None,
+    nats: float | None = None,
 ) -> Iterator[list[Row]]:
     """Measure the cells and add their rows to the results, which also name what is missing and why.
 
-    After the deadline (of ``time.monotonic``) nothing new is started.
+    After the deadline (of ``time.monotonic``) nothing new is started. ``nats``: see ``make_problem``.
     """
     results.environment["ceilings"] = ceilings(device, dtype)
     missing = {f"{cell.shape} N {cell.tokens} {job}": "not reached" for cell in cells for job in cell.jobs}
@@ -247,7 +251,7 @@ def run(
                     continue
                 name = f"{cell.shape} N {cell.tokens} {job}"
                 try:
-                    problem = problem or make_problem(SHAPES[cell.shape], cell.tokens, dtype, device)
+                    problem = problem or make_problem(SHAPES[cell.shape], cell.tokens, dtype, device, nats=nats)
                     rows = measure_job(problem, cell.shape, job, cell.methods, device, rounds=rounds)
                 except Exception as error:
                     traceback.print_exc()

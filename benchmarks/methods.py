@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Context:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def _ours(context: Context) -> Loss:
+def _ours(context: Context, **options: float) -> Loss:
     job = context.job
 
     def loss(x: DenseProblem) -> Tensor:
@@ -53,7 +54,8 @@ def _ours(context: Context) -> Loss:
             return vgs_loss(*x.tensors, objective=job.objective).loss
         if job.plain:
             target = [(1.0, x.teacher, x.teacher_weight)]
-            return fused_linear_divergence(x.student, x.student_weight, target, **asdict(job.divergence)).loss
+            divergence = asdict(job.divergence)
+            return fused_linear_divergence(x.student, x.student_weight, target, **divergence, **options).loss
         output = fused_linear_vgs_loss(
             x.student,
             x.student_text,
@@ -64,6 +66,7 @@ def _ours(context: Context) -> Loss:
             objective=job.objective,
             vds_threshold=context.given_threshold,
             return_terms=not job.folded,
+            **options,
         )
         return output.loss
 
@@ -257,17 +260,27 @@ def _forward_kl(job: Job) -> bool:
     return job.plain and job.beta == 0
 
 
+def _linear(job: Job) -> bool:
+    return not job.dense
+
+
 FLOOR = "floor"
 METHODS = {
     "ours": Method("ours", _ours),
+    "tolerance-1e-3": Method("ours, gradient_tolerance 0.001", partial(_ours, gradient_tolerance=1e-3), jobs=_linear),
+    "tolerance-1e-2": Method("ours, gradient_tolerance 0.01", partial(_ours, gradient_tolerance=1e-2), jobs=_linear),
     "eager": Method("PyTorch, eager", _eager),
     "compile": Method("PyTorch, torch.compile", _compiled, compiles=True),
-    "checkpointed": Method("PyTorch, checkpointed chunks", _checkpointed, jobs=lambda job: not job.dense),
+    "checkpointed": Method("PyTorch, checkpointed chunks", _checkpointed, jobs=_linear),
     "trl": Method("TRL ChunkedDivergenceFunction", _trl, "trl", jobs=_plain),
     "liger-jsd": Method("Liger fused linear JSD", _liger_jsd, "liger_kernel", cuda_only=True, jobs=_plain),
     "liger-kl": Method("Liger fused linear KL", _liger_kl, "liger_kernel", cuda_only=True, jobs=_forward_kl),
     "liger-chunked": Method("Liger chunked JSD loss", _liger_chunked, "liger_kernel", compiles=True, jobs=_plain),
 }
+
+#: What says nothing of rows whose tails are no language model's.
+TOLERANT = ("tolerance-1e-3", "tolerance-1e-2")
+EXACT = tuple(name for name in METHODS if name not in TOLERANT)
 
 
 def runner(name: str, context: Context) -> Callable[[DenseProblem], None]:

@@ -47,6 +47,10 @@ def _line(row: Row, floor: float | None, eager: float | None) -> list[str]:
     ]
 
 
+def _entropy(row: Row) -> str:
+    return f", rows of {row['entropy']:.1f} nats" if "entropy" in row else ""
+
+
 def describe(environment: dict) -> str:
     """One line: where and with what."""
     device = environment.get("device_name") or f"{environment['processor']}, {environment['threads']} threads"
@@ -65,7 +69,7 @@ def tables(results: Results) -> str:
         sizes = next(iter(rows.values()))
         parts.append(
             f"**{JOBS[job].title}**: {shape} (V {sizes['vocab']:,}, Ds {sizes['student']:,}, Dt {sizes['teacher']:,}), "
-            f"N {tokens:,}, {dtype}; gradients {size(sizes['gradient_bytes'])}"
+            f"N {tokens:,}, {dtype}{_entropy(sizes)}; gradients {size(sizes['gradient_bytes'])}"
         )
         header = ["method", "median (p20-p80)", "x floor", "x eager", "peak extra memory", "gradient error"]
         parts.append(table(header, [_line(row, floor, eager) for row in rows.values()]))

@@ -43,6 +43,7 @@ def vgs_step(
     kernel: str = "auto",
     vocab_size: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    gradient_tolerance: float = 0.0,
     backend: str = "auto",
     template_options: Mapping[str, Any] | None = None,
 ) -> VGSOutput | DivergenceOutput:
@@ -71,7 +72,8 @@ def vgs_step(
             tokens) of this call.
         return_terms: whether all per-token terms are wanted, also those that the loss alone does not need.
         share_prefix, kernel: of the packed forward, see ``vgs.models.forward.score_groups``.
-        vocab_size, workspace_bytes, backend: of the fused loss, see ``vgs_kernels.fused_linear_vgs_loss``.
+        vocab_size, workspace_bytes, gradient_tolerance, backend: of the fused loss, see
+            ``vgs_kernels.fused_linear_vgs_loss``.
         template_options: for the chat template, such as ``{"enable_thinking": False}``.
 
     Returns:
@@ -102,7 +104,12 @@ def vgs_step(
     terms = return_terms and preset.has_terms
     with_vds = preset.needs_vds(objective, split=False)
     scoring = {"share_prefix": share_prefix, "kernel": kernel}
-    options = {"vocab_size": vocab_size, "workspace_bytes": workspace_bytes, "backend": backend}
+    options = {
+        "vocab_size": vocab_size,
+        "workspace_bytes": workspace_bytes,
+        "gradient_tolerance": gradient_tolerance,
+        "backend": backend,
+    }
 
     def score_teacher() -> tuple[None, tuple[list[Tensor], Tensor | None]]:
         """Hidden states [N, Dt] of q_I and q_x and, where the loss must know it, KL(q_I || q_x) (Eq. 12)."""

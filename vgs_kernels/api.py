@@ -16,7 +16,7 @@ from .divergence import Divergence
 from .divergence_loss import TERMS
 from .heads import Head, TargetRow, grouped
 from .objective import VGSObjective
-from .outputs import DivergenceOutput, VGSOutput
+from .outputs import DivergenceOutput, VGSOutput, shares
 from .parallel import group_name
 from .policy import PolicyTerm
 from .request import Request
@@ -52,6 +52,7 @@ def fused_linear_vgs_loss(
     process_group: torch.distributed.ProcessGroup | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    gradient_tolerance: float = 0.0,
     return_terms: bool = True,
     backend: str = "auto",
 ) -> VGSOutput:
@@ -98,6 +99,11 @@ def fused_linear_vgs_loss(
         workspace_bytes: bound on the scratch memory beside gradients, [N] vectors and the hidden states of one tile or
             gradient block. Heads are read once for each tile that fits: at the default, 256 tokens of a vocabulary of
             152k. Below some 170 MiB that vocabulary is cut, and everything is projected twice.
+        gradient_tolerance: share of the L1 norm of a token's logit gradient that may be left out of the products with
+            the head and the hidden states, in [0, 1); 0: nothing is. On peaked rows all but a few per cent of the
+            vocabulary is then skipped; where more than 60 % of it matters, all is multiplied. No token loses more in
+            any view (see docs/performance.md), and a bias's gradient nothing. The output says what was lost. The host
+            waits for the device.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
             teacher's two projections become one (its states are combined and rounded to their dtype). The loss is then
             (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another constant, and
@@ -123,7 +129,7 @@ def fused_linear_vgs_loss(
     student = request.head("student_weight", student_weight, hidden, *loose)
     loose = (teacher_bias, teacher_logit_scale, teacher_softcap)
     teacher = request.head("teacher_weight", teacher_weight, teacher_rows, *loose)
-    request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
+    request.put_kernel_options(workspace_bytes, gradient_tolerance)
     objective = request.put_gating(objective, vds, vds_threshold, trajectory_ids)
     if request.shard and process_group is None and objective.vds_scope == "ranks" and vds_threshold is None:
         raise ValueError("process_group must be given for vds_scope='ranks' with a vocab_group, got None.")
@@ -137,7 +143,12 @@ def fused_linear_vgs_loss(
         tokens.scale(objective.eta * (1 + objective.gamma))
         out = _linear_divergence(request, hidden, student, rows, True, Divergence(temperature=objective.temperature))
         return VGSOutput(
-            out.loss, entropy=out.entropy, target_logps=out.target_logps, policy=out.policy, counted=tokens.counted
+            out.loss,
+            entropy=out.entropy,
+            target_logps=out.target_logps,
+            policy=out.policy,
+            counted=tokens.counted,
+            **shares(out),
         )
     request.student |= {"student_hidden": hidden, "student_text_hidden": text_hidden}
     request.fixed |= {"teacher_hidden": teacher_rows, "teacher_text_hidden": teacher_text_rows}
@@ -224,6 +235,7 @@ def fused_linear_divergence(
     vocab_size: int | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    gradient_tolerance: float = 0.0,
     backend: str = "auto",
     **knobs: Any,
 ) -> DivergenceOutput:
@@ -246,7 +258,7 @@ def fused_linear_divergence(
             soft-cap) before they are projected: one product instead of several. Their sum is rounded to the hidden
             states' dtype; in bfloat16 a gradient error of 0.15 % becomes one of 0.17 % (distant models) to 0.6 %.
         token_weights, reduction, student_bias, student_softcap, student_logit_scale, target_ids, ignore_index,
-            vocab_size, vocab_group, workspace_bytes, backend: as in :func:`fused_linear_vgs_loss`.
+            vocab_size, vocab_group, workspace_bytes, gradient_tolerance, backend: as in :func:`fused_linear_vgs_loss`.
         **knobs: ``beta``, ``support``, ``top_k``, ``plausibility``, ``clip``, ``token_clip``, ``temperature`` and
             ``temperature_squared`` of :class:`Divergence`.
 
@@ -259,7 +271,7 @@ def fused_linear_divergence(
     hidden = request.states("student_hidden", student_hidden)
     loose = (student_bias, student_logit_scale, student_softcap)
     student = request.head("student_weight", student_weight, hidden, *loose)
-    request.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
+    request.put_kernel_options(workspace_bytes, gradient_tolerance)
     target = enumerate(checks.sequence("target", target, "a sequence of rows"))
     rows = [request.target_row(f"target[{i}]", row) for i, row in target]
     return _linear_divergence(request, hidden, student, rows, fold, divergence)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .active_columns import SHARES, LeftOut
 from .gradients import LinearSink
 from .heads import Head
 from .parallel import VocabularyShard
@@ -55,11 +56,14 @@ class Call:
 
     Attributes:
         dtype: of logits, statistics and gradients.
+        needs: names of the student's tensors that want gradient.
+        terms: names of the terms to return.
     """
 
     def __init__(self, student: Sequence[Tensor], fixed: Sequence[Tensor], numbers: Tensor, spec: str) -> None:
         self.options = _parts(spec)
         self.needs = listed(spec, "needs")
+        self.terms = listed(spec, "terms")
         self._student = dict(zip(listed(spec, "student"), student, strict=True))
         self._tensors: Mapping[str, Tensor] = self._student | dict(zip(listed(spec, "fixed"), fixed, strict=True))
         self._names, self._values = listed(spec, "numbers"), numbers
@@ -141,6 +145,7 @@ class StudentGradients:
         head: the student's, of the shard's columns.
         by_name: gradients, empty where not wanted.
         needs_head: whether those of weight or bias are.
+        left_out: of the products, where a tolerance allows it.
     """
 
     def __init__(self, call: Call, columns: int, n: int) -> None:
@@ -151,6 +156,8 @@ class StudentGradients:
         gradient[columns if n else 0 :].zero_()  # the first block of tokens overwrites the others
         self.by_name["student_weight"] = gradient
         self.needs_head = bool({"student_weight", "student_bias"} & set(call.needs))
+        tolerance = call.number("gradient_tolerance")
+        self.left_out = LeftOut(tolerance, n, gradient) if tolerance and call.needs else None
         self._parts = [
             self.by_name[name][:columns] if name in call.needs else None for name in ("student_weight", "student_bias")
         ]
@@ -164,4 +171,12 @@ class StudentGradients:
 
     def sink(self, views: Sequence[GradientView], plan: Plan, *, add: bool = False) -> LinearSink | None:
         """Takes the gradient tiles of these views; None without any."""
-        return LinearSink(views, self.head.weight, *self._parts, plan, add=add) if views else None
+        if not views:
+            return None
+        return LinearSink(views, self.head.weight, *self._parts, plan, add=add, left_out=self.left_out)
+
+    def with_shares(self, terms: Tensor, shard: VocabularyShard) -> Tensor:
+        """Terms [T, N] and, where they are asked for, ``SHARES`` of what was left out."""
+        if not set(SHARES) & set(self._call.terms):
+            return terms
+        return torch.cat([terms, self.left_out.terms(shard).to(terms.dtype)])

@@ -21,6 +21,7 @@ BOUNDS = {
     ">= 0": lambda x: x >= 0,
     ">= 1": lambda x: x >= 1,
     "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
 }
 

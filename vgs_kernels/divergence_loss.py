@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .active_columns import SHARES
 from .arguments import Call, StudentGradients
 from .divergence import Divergence
 from .driver import Loss, Tiles, sweep
@@ -215,7 +216,8 @@ def linear(call: Call) -> Outcome:
     )
     sweep(source, call.backend, loss, gradients.sink(views, source.plan))
     shard.sum(gradients.by_name["student_hidden"])
-    return *loss.finish(len(call.options["terms"].split(","))), loss.unit, gradients.by_name
+    losses, terms = loss.finish(len(set(call.terms) - set(SHARES)))
+    return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
 
 
 def dense(call: Call) -> Outcome:
@@ -228,4 +230,4 @@ def dense(call: Call) -> Outcome:
     loss = _loss(call, transform.gain, source.shard)
     d_logits = call.logit_gradient("student_logits", vocab, written=True)
     sweep(source, call.backend, loss, DenseSink([d_logits]) if call.needs else None)
-    return *loss.finish(len(call.options["terms"].split(","))), loss.unit, {"student_logits": d_logits}
+    return *loss.finish(len(call.terms)), loss.unit, {"student_logits": d_logits}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .gemm import add_hidden_gradient, add_weight_gradient
+from .active_columns import LeftOut, active_columns, row_sums
+from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient
 from .plan import GradientView, Plan, pitch, slab_rows
 from .rows.layout import RowTile
 
@@ -44,6 +46,7 @@ class LinearSink:
         d_weight, d_bias: gradients of the head, or None where not required.
         plan: of the source.
         add: add to ``d_weight``; else the first block of tokens overwrites it. ``d_bias`` is always added to.
+        left_out: bounds and takes what is left out of the products, see active_columns.py; None: nothing is.
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class LinearSink:
         plan: Plan,
         *,
         add: bool = False,
+        left_out: LeftOut | None = None,
     ) -> None:
         self._views, self._weight, self._plan, self._add = views, weight, plan, add
+        self._left_out = left_out
         self._d_weight, self._d_bias = d_weight, d_bias
         self._start = 0
         size = plan.gradient_rows * pitch(plan.columns)
@@ -86,17 +91,78 @@ class LinearSink:
     def _multiply(self, view: GradientView, at: slice, d_logits: Tensor, columns: slice, add: bool) -> None:
         """Into the gradients of these tokens' hidden states and of the head's ``columns``."""
         tokens = at if view.tokens is None else view.tokens[at]
-        if view.d_hidden is not None:
-            d_hidden = view.d_hidden[tokens]
-            keep = view.tokens is not None or columns.start > 0
-            add_hidden_gradient(d_logits, self._weight[columns], d_hidden, view.alpha, keep=keep)
-            if view.tokens is not None:  # an index makes a copy
-                view.d_hidden[tokens] = d_hidden
-        if self._d_weight is not None:
-            out = self._d_weight[columns]
-            add_weight_gradient(d_logits, view.states(tokens), out, view.alpha, keep=add or at.start > 0)
         if self._d_bias is not None:
             self._d_bias[columns].add_(d_logits.sum(0, dtype=self._d_bias.dtype), alpha=view.alpha)
+        d_hidden = None if view.d_hidden is None else view.d_hidden[tokens]
+        d_weight = hidden = None
+        if self._d_weight is not None:
+            d_weight, hidden = self._d_weight[columns], view.states(tokens)
+        products = _Products(
+            self._weight[columns],
+            hidden,
+            d_hidden,
+            d_weight,
+            view.alpha,
+            view.tokens is not None or columns.start > 0,
+            add or at.start > 0,
+        )
+        if self._left_out is None or (d_hidden is None and d_weight is None):
+            products.add(d_logits)
+        else:
+            self._multiply_active(products, tokens, d_logits, self._left_out)
+        if d_hidden is not None and view.tokens is not None:  # an index makes a copy
+            view.d_hidden[tokens] = d_hidden
+
+    @staticmethod
+    def _multiply_active(products: _Products, tokens: Tensor | slice, d_logits: Tensor, left_out: LeftOut) -> None:
+        """The columns that matter alone."""
+        sums, count = row_sums(d_logits), d_logits.shape[1]
+        active = active_columns(d_logits, sums[0], left_out.tolerance)
+        if active is None:
+            products.add(d_logits)
+            return left_out.add(tokens, products.alpha, sums, sums, (count, count))
+        kept = products.add_columns(d_logits, active)
+        left_out.add(tokens, products.alpha, sums, kept, (len(active), count))
+
+
+class _Products(NamedTuple):
+    """The products of logit gradients d_logits [R, C] with a head and with hidden states.
+
+    d_hidden [R, D] = keep_hidden * d_hidden + alpha * d_logits @ weight [C, D], and
+    d_weight [C, D] = keep_weight * d_weight + alpha * d_logits^T @ hidden [R, D]; None where not wanted.
+    """
+
+    weight: Tensor
+    hidden: Tensor | None
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    alpha: float
+    keep_hidden: bool
+    keep_weight: bool
+
+    def add(self, d_logits: Tensor) -> None:
+        if self.d_hidden is not None:
+            add_hidden_gradient(d_logits, self.weight, self.d_hidden, self.alpha, keep=self.keep_hidden)
+        if self.d_weight is not None:
+            add_weight_gradient(d_logits, self.hidden, self.d_weight, self.alpha, keep=self.keep_weight)
+
+    def add_columns(self, d_logits: Tensor, active: Tensor) -> Tensor:
+        """Of these columns alone, a few at a time; returns their ``row_sums``."""
+        for out, keep in ((self.d_hidden, self.keep_hidden), (self.d_weight, self.keep_weight)):
+            if out is not None and not keep:
+                out.zero_()
+        sums = row_sums(d_logits[:, :0])
+        for few in active.split(UPCAST_COLUMNS):
+            part, weight, d_weight = d_logits.index_select(1, few), self.weight, self.d_weight
+            if self.d_hidden is not None:
+                weight = weight.index_select(0, few)
+            if d_weight is not None:
+                d_weight = d_weight.index_select(0, few)
+            self._replace(weight=weight, d_weight=d_weight, keep_hidden=True, keep_weight=True).add(part)
+            if d_weight is not None:
+                self.d_weight.index_copy_(0, few, d_weight)
+            sums += row_sums(part)
+        return sums
 
 
 Sink = DenseSink | LinearSink

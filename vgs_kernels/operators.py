@@ -84,7 +84,7 @@ def _weighted(student: list[Tensor], fixed: list[Tensor], numbers: Tensor, spec:
     spec = spec.replace("reduction=none", "reduction=sum").replace(
         "needs=\n", f"needs={','.join(listed(spec, 'wanted'))}\n"
     )
-    return loss(student, fixed, numbers, spec)[2:]
+    return (synchronising_loss if "synchronises=True" in spec else loss)(student, fixed, numbers, spec)[2:]
 
 
 def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

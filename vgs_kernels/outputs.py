@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .active_columns import SHARES
+
 #: Terms with a mean over tokens, in the order of the output's fields.
-AVERAGED = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds", "policy")
+AVERAGED = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds", "policy", *SHARES)
 
 
 @dataclass
@@ -23,6 +25,11 @@ class VGSOutput:
         target_logps: [...] log p_I of ``target_ids``.
         policy: [...] values of the policy term, before its weights.
         counted: [...] bool, the tokens that take part: neither ignored nor of weight 0; None: all.
+        gradient_kept: [...] share of the vocabulary whose gradients were multiplied out; this and the following over
+            all views of a token, and None without a ``gradient_tolerance``.
+        gradient_lost: [...] share of the L1 norm of the token's logit gradients that was left out.
+        gradient_tail: [...] their sum, as a share of that norm: a logit gradient sums to 0 over the vocabulary, and
+            what is left out has a sign. Above 0, columns are spared that should have become less probable.
     """
 
     loss: Tensor
@@ -36,6 +43,9 @@ class VGSOutput:
     target_logps: Tensor | None = None
     policy: Tensor | None = None
     counted: Tensor | None = None
+    gradient_kept: Tensor | None = None
+    gradient_lost: Tensor | None = None
+    gradient_tail: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Loss and unweighted means over the tokens that take part (0 for none), as detached 0-d tensors."""
@@ -44,6 +54,8 @@ class VGSOutput:
             if (x := getattr(self, name)) is not None:
                 counted = x.new_ones(x.shape, dtype=bool) if self.counted is None else self.counted
                 found[name] = x.float().masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+        if self.gradient_lost is not None and self.gradient_lost.numel():
+            found["gradient_lost_max"] = self.gradient_lost.max()
         return found
 
 
@@ -56,7 +68,7 @@ class DivergenceOutput:
         divergence: [...] values as they enter the loss, before weights.
         entropy: [...] of the student (of the renormalised student, where the support renormalises it).
         target_logps: [...] log-probabilities of ``target_ids``, likewise.
-        policy, counted: [...] as in :class:`VGSOutput`.
+        policy, counted, gradient_kept, gradient_lost, gradient_tail: [...] as in :class:`VGSOutput`.
     """
 
     loss: Tensor
@@ -65,3 +77,11 @@ class DivergenceOutput:
     target_logps: Tensor | None = None
     policy: Tensor | None = None
     counted: Tensor | None = None
+    gradient_kept: Tensor | None = None
+    gradient_lost: Tensor | None = None
+    gradient_tail: Tensor | None = None
+
+
+def shares(output: VGSOutput | DivergenceOutput) -> dict[str, Tensor | None]:
+    """What the gradients of a call lost, by the names of the fields."""
+    return {name: getattr(output, name) for name in SHARES}

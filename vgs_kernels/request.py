@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, operators
+from .active_columns import SHARES
 from .arguments import numbers_tensor, specify
 from .divergence import Divergence
 from .heads import Head, TargetRow
@@ -108,6 +109,12 @@ class Request:
             to = self.options if isinstance(value, (str, bool)) else self.numbers
             to[field.name] = value
 
+    def put_kernel_options(self, workspace_bytes: int, gradient_tolerance: float) -> None:
+        """Check and pass how hidden states are to be worked on."""
+        self.numbers["workspace_bytes"] = checks.integer("workspace_bytes", workspace_bytes, "> 0")
+        tolerance = checks.number("gradient_tolerance", gradient_tolerance, "in [0, 1)")
+        self.numbers["gradient_tolerance"] = tolerance if tolerance > 0 else None
+
     def put_gating(
         self,
         objective: VGSObjective | None,
@@ -146,12 +153,16 @@ class Request:
             )
         )  # fmt: skip
         wanted = [name for name, x in student.items() if x.requires_grad and torch.is_grad_enabled()]
+        tolerant = bool(wanted) and self.numbers.get("gradient_tolerance") is not None
+        if tolerant and not tokens.unreduced:
+            terms += SHARES
+        synchronises = synchronises or self.shard or tolerant
         spec = specify(
             loss=loss, reduction="none" if tokens.unreduced else "sum", needs=[] if tokens.unreduced else wanted,
             wanted=wanted, student=list(student), fixed=list(fixed), numbers=list(numbers), terms=terms,
-            backend=backend, **options,
+            backend=backend, synchronises=synchronises, **options,
         )  # fmt: skip
-        operator = operators.synchronising_loss if synchronises or self.shard else operators.loss
+        operator = operators.synchronising_loss if synchronises else operators.loss
         fixed_tensors = [x.detach() for x in fixed.values()]
         numbers_given = numbers_tensor(list(numbers.values()))
         value, found, *_ = operator(list(student.values()), fixed_tensors, numbers_given, spec)

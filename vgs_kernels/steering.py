@@ -45,7 +45,8 @@ class VGSLoss(Loss):
         self.vds = None if vds is None else vds.to(self.dtype)
         self._counted = call.get("counted")
         self._scope = (call.get("trajectory_ids"), call.options.get("process_group"), self._counted)
-        self._bounded = self.objective.vds_scope == "call" and limits is None
+        self.of_call = self.objective.vds_scope == "call" and limits is None
+        self._seen, self._formed = [], []
         self.limits: list[Tensor] | None = None
         if limits is not None:
             self.limits = [limit.expand(len(self.unit_weights)) for limit in limits.to(self.dtype).reshape(-1, 1)]
@@ -84,11 +85,22 @@ class VGSLoss(Loss):
         pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
         return RowCoefficients(weight, mean_gap, gamma, self.live_prior, pull, self.ids[rows])
 
-    def gate_of(self, vds: Tensor, rows: slice) -> Tensor:
-        """[R] bool: the gate of these tokens, once the limits are known; ``vds`` are their scores unless given."""
+    def gate_of(self, vds: Tensor, rows: slice, limits: list[Tensor]) -> Tensor:
+        """[R] bool: the gate of these tokens for these limits; ``vds`` are their scores unless given."""
         vds = vds.to(self.dtype) if self.vds is None else self.vds[rows]
-        gate = vds > self.limits[-1][rows]
+        gate = vds > limits[-1][rows]
         return gate if self._counted is None else gate & self._counted[rows]
+
+    def form_now(self, vds: Tensor, rows: slice) -> Tensor:
+        """Indices among these tokens of those whose language term is to be formed now: those that pass the gate or,
+        before its limit is known, the quantile of the tokens so far. A few of these are wrong, see ``unformed``."""
+        limits = self.limits
+        if limits is None:
+            self._seen.append(vds.to(self.dtype))
+            counted = None if self._counted is None else self._counted[: rows.stop]
+            limits = gating.thresholds(torch.cat(self._seen), self.objective, counted=counted)
+        self._formed.append(self.gate_of(vds, rows, limits))
+        return self._formed[-1].nonzero().squeeze(1)
 
     def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses of the tokens [N] and terms [T, N], from the statistics of all; settles the gate."""
@@ -97,7 +109,7 @@ class VGSLoss(Loss):
             self.vds = x.kl("t_view_gap").to(self.dtype)
         if self.limits is None:
             self._find_limits()
-        self.gate = self.gate_of(self.vds, slice(None))
+        self.gate = self.gate_of(self.vds, slice(None), self.limits)
         gamma = gating.token_gamma(self.vds, self.objective, self.limits)
         standard, visual, language = x.kl("s_gap"), x.visual, x.kl("a_gap")
         per_token = (
@@ -118,14 +130,22 @@ class VGSLoss(Loss):
             Divergence(), weights, self.gain, shard, self._backend, unit=self.unit, gradient_alone=True
         )
 
-    def gated_tokens(self) -> Tensor:
-        """Indices of (at least) all gated tokens. Only a quantile of this very call bounds their number beforehand;
-        else counting them synchronises a GPU once."""
-        if self._bounded:
+    def unformed(self) -> tuple[Tensor, Tensor]:
+        """Tokens whose language term is still to be formed, or to be taken back, and with which weights.
+
+        If none has been formed, these are (at least) all gated tokens. Only a quantile of this very call bounds their
+        number beforehand; else counting them synchronises a GPU once.
+        """
+        missing = self.gate.to(self.dtype)
+        if self._formed:
+            missing = missing - torch.cat(self._formed).to(self.dtype)
+        if self.of_call and not self._formed:
             count = gating.max_gated(len(self.vds), self.objective)
             scores = self.vds if self._counted is None else self.vds.masked_fill(~self._counted, -torch.inf)
-            return torch.topk(scores, count, sorted=False).indices.sort().values
-        return self.gate.nonzero().squeeze(1)
+            tokens = torch.topk(scores, count, sorted=False).indices.sort().values
+        else:
+            tokens = missing.nonzero().squeeze(1)
+        return tokens, (self.unit_weights * missing)[tokens]
 
 
 def linear(call: Call) -> Outcome:
@@ -170,34 +190,36 @@ def linear(call: Call) -> Outcome:
         sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
 
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
-        gated = loss.gate_of(Statistics(state).kl("t_view_gap"), rows).nonzero().squeeze(1)
+        gated = loss.form_now(Statistics(state).kl("t_view_gap"), rows)
         view = gradients.view("student_text_hidden", objective.lam, gated + rows.start)
         pair = TileSource(tile.pair_at(gated, text=True), shard, state)
         preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
 
-    # A gate that is known beforehand lets the term be formed while its rows are in memory. Elsewhere than on a CPU the
-    # host would wait for each tile's gated tokens, too few for a product of their own; and where gradients collect in
-    # blocks, the first one would overwrite the term's part of the head's.
+    # A gate that is known beforehand, or guessed by the tokens so far, lets the term be formed while its rows are in
+    # memory. Elsewhere than on a CPU the host would wait for each tile's gated tokens, too few for a product of their
+    # own; and where gradients collect in blocks, the first one would overwrite the term's part of the head's.
     in_memory = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
     in_memory = in_memory and shard.group is None  # a rank may hold no column at all
-    at_once = language and loss.limits is not None and not prior and in_memory
+    at_once = language and (loss.limits is not None or loss.of_call) and not prior and in_memory
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
     )
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
-    if language and not at_once:
+    tokens, weights = loss.unformed() if language else (hidden[:0], None)
+    if len(tokens):
         # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
         # p * (gap - mean) would no longer cancel.
-        gated = loss.gated_tokens()
         views = ((student, text), (teacher, teacher_text))
-        rows = [StackedRows(head, [view], call.live, gated) for head, view in views]
-        view = gradients.view("student_text_hidden", objective.lam, gated)
+        rows = [StackedRows(head, [view], call.live, tokens) for head, view in views]
+        view = gradients.view("student_text_hidden", objective.lam, tokens)
         source = LinearSource(rows, transforms, *source_options, [view])
-        preserve(source, view, (loss.unit_weights * loss.gate)[gated])
+        preserve(source, view, weights)
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
+    if at_once and len(tokens) and "student_text_hidden" in call.needs:
+        of_text.masked_fill_(~loss.gate.unsqueeze(1), 0)  # what was taken back leaves no rounding
     shard.sum(gradients.by_name["student_hidden"], of_text)
-    return losses, terms, loss.unit, gradients.by_name
+    return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
 
 
 def dense(call: Call) -> Outcome:

@@ -137,3 +137,41 @@ def test_a_sweep_for_each_phase(monkeypatch, gate, prior, trained, sweeps):
     options = {"requires_grad": TRAINED[trained], "objective": objective, **gates(41)[gate]}
     evaluate(fused_linear_vgs_loss, problem, **options)
     assert len(calls) == sweeps
+
+
+class Guessed:
+    """Counts the tokens whose language term is formed or taken back after the sweep."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.counts, unformed = [], steering.VGSLoss.unformed
+
+        def counted(loss):
+            tokens, weights = unformed(loss)
+            self.counts.append((len(tokens), int((weights < 0).sum())))
+            return tokens, weights
+
+        monkeypatch.setattr(steering.VGSLoss, "unformed", counted)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "ascending", "descending"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_gate_is_guessed_from_the_tokens_so_far(monkeypatch, order, ignored):
+    """Exact, however wrong the guesses: of tokens in a bad order nearly all are added, or taken back, at the end."""
+    problem = make_problem(600, VOCAB, bias=True)
+    options = {"objective": VGSObjective(**STRONG)}
+    vds = evaluate(vgs_oracle, problem, requires_grad=(), dtype=torch.float64, **options).output.vds
+    if order != "shuffled":
+        problem = problem.rows(vds.argsort(descending=order == "descending"))
+    if ignored:
+        options["token_weights"] = torch.full((600,), 1 / 600).index_fill_(0, torch.arange(0, 600, 3), 0.0)
+    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
+    guessed = Guessed(monkeypatch)
+    ours = evaluate(fused_linear_vgs_loss, problem, **options, backend="torch", workspace_bytes=2**30)
+    assert_gradients_close(ours, exact, rtol=float32_bars(problem, exact, vgs_oracle, **options))
+    gate = ours.output.gate
+    assert (ours.gradients["student_text_hidden"][~gate] == 0).all()
+    ((wrong, taken_back),) = guessed.counts
+    if order == "shuffled":
+        assert 0 < wrong < 0.06 * 600
+    else:
+        assert wrong > 60 and taken_back == (wrong if order == "ascending" else 0)

@@ -44,7 +44,7 @@ class HostOptions:
         share_prompts: whether responses to one prompt run behind one copy of it.
         return_terms: whether the metrics have the terms that the loss alone does not need.
         template_options: for the chat template of the text-only prompt.
-        vocab_size, workspace_bytes, backend, kernel: see ``vgs_step``.
+        vocab_size, workspace_bytes, gradient_tolerance, backend, kernel: see ``vgs_step``.
 
     Raises:
         ConfigError: naming the option, what came and what was expected.
@@ -62,6 +62,7 @@ class HostOptions:
     template_options: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    gradient_tolerance: float = 0.0
     backend: str = "auto"
     kernel: str = "auto"
 
@@ -86,6 +87,9 @@ class HostOptions:
         factor = self.policy_coefficient
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise ConfigError(f"policy_coefficient must be a number >= 0, got {factor!r}.")
+        tolerance = self.gradient_tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+            raise ConfigError(f"gradient_tolerance must be a number in [0, 1), got {tolerance!r}.")
         for name, value in (("workspace_bytes", self.workspace_bytes), ("vocab_size", self.vocab_size or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number > 0, got {getattr(self, name)!r}.")
@@ -112,7 +116,8 @@ class HostOptions:
     @property
     def loss_options(self) -> dict[str, Any]:
         """What every fused loss is given."""
-        return {"vocab_size": self.vocab_size, "workspace_bytes": self.workspace_bytes, "backend": self.backend}
+        names = ("vocab_size", "workspace_bytes", "gradient_tolerance", "backend")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_options(environment: Mapping[str, str] = os.environ, *, needs_teacher: bool = False) -> HostOptions:

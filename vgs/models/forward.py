@@ -137,8 +137,8 @@ def fused_loss(
         token_weights: [N] float32; None means 1/N each.
         trajectory_ids: [N] int64, see ``groups.trajectory_ids``.
         return_terms: whether the per-token terms are wanted.
-        **options: vocab_size, workspace_bytes, backend, target_ids, policy (which eta does not scale), and of the
-            steered loss vds and vds_threshold; see ``fused_linear_vgs_loss``.
+        **options: vocab_size, workspace_bytes, gradient_tolerance, backend, target_ids, policy (which eta does not
+            scale), and of the steered loss vds and vds_threshold; see ``fused_linear_vgs_loss``.
 
     Raises:
         ValueError: the two heads are on different devices.

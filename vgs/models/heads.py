@@ -228,7 +228,7 @@ def visual_dependency(rows: Sequence[Tensor], head: Head, temperature: float, **
         rows: [N, D] hidden states with and without the image.
         head: the model's.
         temperature: divides the logits.
-        **options: vocab_size, workspace_bytes and backend of ``fused_linear_divergence``.
+        **options: vocab_size, workspace_bytes, gradient_tolerance and backend of ``fused_linear_divergence``.
     """
     output = fused_linear_divergence(
         rows[0], head.weight, [head.target(rows[1])], temperature=temperature, **head.student_options, **options

@@ -190,7 +190,7 @@ class Preset:
             policy: added to the loss.
             vds, vds_threshold: [N] and [K], of presets that gate tokens, see ``fused_linear_vgs_loss``.
             return_terms: whether the per-token terms are wanted.
-            **options: vocab_size, workspace_bytes and backend of the fused losses.
+            **options: vocab_size, workspace_bytes, gradient_tolerance and backend of the fused losses.
         """
         heads = {"student": student_head, "teacher": teacher_head}
         rows = {"student": student_rows, "teacher": teacher_rows}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vgs_kernels import PolicyTerm, VGSObjective, VGSOutput
 from vgs_kernels.gating import token_gamma
+from vgs_kernels.outputs import shares
 
 from ..models.heads import Head
 from .definitions import STEERING, TEACHER, Addend, Preset, Rows, WithPrior, limits_of, row
@@ -68,7 +69,12 @@ class Anchored(WithPrior):
             student_rows, teacher_rows, student_head, teacher_head, prior, gamma, weights, **sampled, **options
         )
         found = VGSOutput(
-            output.loss, vds=vds, entropy=output.entropy, target_logps=output.target_logps, policy=output.policy
+            output.loss,
+            vds=vds,
+            entropy=output.entropy,
+            target_logps=output.target_logps,
+            policy=output.policy,
+            **shares(output),
         )
         if objective.lam == 0:
             return found

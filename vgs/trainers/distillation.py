@@ -33,7 +33,7 @@ from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
-from .micro_batch import MicroBatch, mean_overlap
+from .micro_batch import MicroBatch, mean_left_out, mean_overlap
 from .off_policy import Recorded, check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
 from .preparation import prepare_models
@@ -279,6 +279,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
         means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+        if self.model.training and self.args.gradient_tolerance > 0:
+            means |= mean_left_out(self.accelerator, outputs)
         for name, value in means.items():
             self.open_metrics[name].append(value)
         if self.model.training and "student_vds" in means:

@@ -31,7 +31,7 @@ from .checkpoints import check_writable
 from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
-from .micro_batch import MicroBatch, mean_overlap, mean_terms
+from .micro_batch import MicroBatch, mean_left_out, mean_overlap, mean_terms
 from .off_policy import check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
@@ -264,6 +264,8 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         else:
             means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
             means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+        if self.model.training and self.args.gradient_tolerance > 0:
+            means |= mean_left_out(self.accelerator, outputs)
         if self.model.training and "student_vds" in means:
             self.steering.observe(means, self.current_gradient_accumulation_steps)
         if batch.policy is not None:

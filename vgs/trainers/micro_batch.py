@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vgs_kernels import DivergenceOutput, PolicyTerm, VGSObjective, VGSOutput
+from vgs_kernels.active_columns import SHARES
 
 from ..models.groups import PromptGroup, response_ids, select_responses
 from ..models.heads import Head
@@ -111,6 +112,23 @@ def mean_overlap(accelerator: Accelerator, batch: MicroBatch, k: int | None) -> 
     values = torch.cat(batch.overlaps)
     total, count = accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), reduction="sum")
     return {f"top_{k}_overlap": (total / count.clamp(min=1)).item()}
+
+
+def mean_left_out(accelerator: Accelerator, outputs: Sequence[VGSOutput | DivergenceOutput]) -> dict[str, float]:
+    """What ``gradient_tolerance`` has left out of the gradients: the means over all tokens of all ranks of ``SHARES``,
+    and the most that a token has lost."""
+    counts = [output.entropy.new_zeros(len(output.entropy)) for output in outputs]
+    columns = [
+        torch.cat(
+            [none if getattr(x, name) is None else getattr(x, name) for x, none in zip(outputs, counts, strict=True)]
+        )
+        for name in SHARES
+    ]
+    count = columns[0].new_tensor(len(columns[0]))
+    totals = accelerator.reduce(torch.stack([*(column.sum() for column in columns), count]), reduction="sum")
+    means = dict(zip(SHARES, (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True))
+    most = torch.cat([columns[SHARES.index("gradient_lost")], count.new_zeros(1)]).amax().reshape(1)
+    return {**means, "gradient_lost_max": accelerator.gather(most).max().item()}
 
 
 def mean_terms(

@@ -66,6 +66,8 @@ class VGSOptions:
         loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
             ``"token"`` averages over all tokens. None: as the preset says, else ``"trajectory"``.
         loss_backend, loss_workspace_bytes: passed to the fused loss.
+        gradient_tolerance: share of the L1 norm of a token's logit gradient that the fused loss may leave out of its
+            products, in [0, 1), see ``fused_linear_vgs_loss``; 0: nothing. What it leaves out is logged.
         loss_temperature: divides the logits in the loss; None: as ``temperature``, which the student is sampled with.
         log_overlap: log which share of their k likeliest tokens student and teacher have in common, for this k; None
             saves a product with both heads (``vgs.models.overlap``).
@@ -113,6 +115,9 @@ class VGSOptions:
     loss_workspace_bytes: int = field(
         default=DEFAULT_WORKSPACE_BYTES, metadata={"help": "Scratch memory of the loss, in bytes."}
     )
+    gradient_tolerance: float = field(
+        default=0.0, metadata={"help": "Share of a token's logit gradient that its products may leave out; 0: nothing."}
+    )
     loss_temperature: float | None = field(
         default=None, metadata={"help": "Divides the logits in the loss; left out: as temperature, that of sampling."}
     )
@@ -148,6 +153,7 @@ class VGSOptions:
                 expected = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} must be one of {expected}, got {getattr(self, name)!r}.")
         checks.number("loss_temperature", self.loss_temperature, "> 0", optional=True)
+        checks.number("gradient_tolerance", self.gradient_tolerance, "in [0, 1)")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

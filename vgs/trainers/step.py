@@ -78,6 +78,7 @@ class StepScorer:
         return {
             "vocab_size": self.args.vocab_size,
             "workspace_bytes": self.args.loss_workspace_bytes,
+            "gradient_tolerance": self.args.gradient_tolerance,
             "backend": self.args.loss_backend,
         }
 

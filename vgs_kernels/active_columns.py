@@ -1,0 +1,158 @@
+"""Where a gradient is: the columns of a block of logit gradients that hold all but a bounded share of it.
+
+Rows of language models are peaked: a few thousand of 150,000 columns hold nearly all of a token's gradient, and the
+products with the head and the hidden states are needed for these alone.
+
+The bound. Let g be a token's row of the block, L = sum_j |g_j|, and theta a threshold of this token with ::
+
+    sum of |g_j| over the j with |g_j| < theta   <=   tolerance * L                                          (*)
+
+A column is left out only if it is below the threshold of every token of the block. What a token loses is then a part
+of the sum in (*), so at most tolerance * L. Tiles of a cut vocabulary and ranks that share one keep the bound for their
+own parts of L, and therefore for the whole.
+
+The threshold is guessed from a sample of the columns, which proves nothing: (*) is then checked on all of them, and a
+token that fails it gets a lower threshold. At tolerance * L / (number of columns) it always holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .rows.layout import accumulation_dtype, slices
+
+if TYPE_CHECKING:
+    from .parallel import VocabularyShard
+
+#: Terms of a call with a tolerance, see ``LeftOut``.
+SHARES = ("gradient_kept", "gradient_lost", "gradient_tail")
+#: Above this share of the columns, gathering them saves little: on a CPU half of them cost 0.73 of all, and 0.67 all.
+_BREAK_EVEN = 0.6
+#: Runs of columns that are sampled: how long, how far apart; how much of the tolerance a guess takes, since it errs.
+_RUN, _EVERY, _CAUTION = 64, 1024, 0.75
+#: Checks in which a threshold is halved before it is set to where it always holds.
+_HALVINGS = 3
+#: Quarters of an octave: the upper bits of a float32 up to 2.
+_DROPPED_BITS, _BINS = 21, 512
+#: What the rounding of sums could add to what is lost.
+_MARGIN = 1e-3
+#: Elements of a block of temporaries: in the cache of a CPU; on a GPU, few launches.
+_ELEMENTS = {"cpu": 1 << 20}
+_MANY_ELEMENTS = 1 << 25
+
+
+def _magnitudes(d_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """|d_logits| in float32 (float64), a block of columns at a time, in memory that all blocks share."""
+    elements = _ELEMENTS.get(d_logits.device.type, _MANY_ELEMENTS)
+    rows, columns = d_logits.shape
+    width = max(1, min(columns, elements // max(rows, 1)))
+    memory = d_logits.new_empty(rows * width, dtype=accumulation_dtype(d_logits))
+    for here in slices(columns, width):
+        block = d_logits[:, here]
+        out = memory[: block.numel()].view(block.shape)
+        yield here, torch.abs(block, out=out) if block.dtype == out.dtype else out.copy_(block).abs_()
+
+
+def row_sums(d_logits: Tensor) -> Tensor:
+    """sum_j |g_j| and sum_j g_j of the rows, [2, R] in float32 (float64)."""
+    sums = d_logits.new_zeros(2, len(d_logits), dtype=accumulation_dtype(d_logits))
+    for columns, magnitudes in _magnitudes(d_logits):
+        sums[0] += magnitudes.sum(1)
+        sums[1] += d_logits[:, columns].sum(1, dtype=sums.dtype)
+    return sums
+
+
+def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor | None:
+    """Indices of the columns that some token needs, ascending; None where they are too many, or not all finite.
+
+    The host waits for the device.
+
+    Args:
+        d_logits: [R, C].
+        mass: [R] sums of |d_logits|.
+        tolerance: share of its mass that each token may lose, > 0.
+    """
+    allowed, columns = tolerance * (1 - _MARGIN), d_logits.shape[1]
+    least = allowed / columns
+    thresholds, expected = _guess(d_logits, mass, allowed * _CAUTION)
+    thresholds.clamp_(min=least)
+    if not torch.where(mass.isfinite().all(), expected, torch.inf) <= _BREAK_EVEN:
+        return None
+    lowest = mass.new_zeros(columns)
+    failing, tokens = d_logits, None
+    for check in range(_HALVINGS + 2):
+        here, scale = mass, torch.where(mass > 0, 1 / (thresholds * mass), 0).clamp_(max=torch.finfo(mass.dtype).max)
+        if tokens is not None:
+            failing, here, scale = d_logits[tokens], mass[tokens], scale[tokens]
+        failed = ~(_sum_below(failing, scale, lowest) <= allowed * (here * scale))
+        at = failed.nonzero().squeeze(1)
+        tokens = at if tokens is None else tokens[at]
+        if not len(tokens):
+            active = (~(lowest > -1)).nonzero().squeeze(1)
+            return active if len(active) <= _BREAK_EVEN * columns else None
+        thresholds[tokens] = (thresholds[tokens] / 2).clamp_(min=least) if check < _HALVINGS else least
+    return None
+
+
+def _guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """Thresholds [R] as shares of the mass, and the share of the columns that would be kept, from a sample."""
+    columns = d_logits.shape[1]
+    sample = d_logits if columns < 4 * _EVERY else d_logits.unfold(1, _RUN, _EVERY).flatten(1)
+    shares = (sample.abs() / torch.where(mass > 0, mass, 1).unsqueeze(1)).float()
+    bins = (shares.view(torch.int32) >> _DROPPED_BITS).clamp_(0, _BINS - 1)
+    sums = shares.new_zeros(len(shares), _BINS).scatter_add_(1, bins.long(), shares).cumsum(1)
+    # Whole bins, and never the highest that the sample has: of what is above, it tells nothing.
+    fit = (sums * (columns / sample.shape[1]) <= allowed) & (sums < sums[:, -1:])
+    edges = (fit.sum(1).to(torch.int32) << _DROPPED_BITS).view(torch.float32)
+    lowest_kept = torch.where(mass > 0, edges, torch.inf).clamp_(min=torch.finfo(torch.float32).tiny)
+    expected = (shares / lowest_kept.unsqueeze(1)).amax(0) >= 1
+    return edges.to(mass.dtype), expected.float().mean()
+
+
+def _sum_below(d_logits: Tensor, scale: Tensor, lowest: Tensor) -> Tensor:
+    """sum_j scale * |g_j| over scale * |g_j| < 1, [R]; ``lowest`` [C] takes the minima of -scale * |g|."""
+    sums, scale = torch.zeros_like(scale), -scale.unsqueeze(1)
+    for columns, magnitudes in _magnitudes(d_logits):
+        scaled = magnitudes.mul_(scale)
+        torch.minimum(lowest[columns], scaled.amin(0), out=lowest[columns])
+        sums -= torch.nn.functional.threshold_(scaled, -1.0, 0.0).sum(1)
+    return sums
+
+
+class LeftOut:
+    """What the gradients of a call's tokens lose, over all blocks.
+
+    Args:
+        tolerance: share of each token's L1 mass that may be left out, in each view.
+        n: tokens.
+        like: of the accumulated gradients' dtype and device.
+    """
+
+    def __init__(self, tolerance: float, n: int, like: Tensor) -> None:
+        self.tolerance = tolerance
+        self._sums = like.new_zeros(5, n)
+
+    def add(self, tokens: Tensor | slice, factor: float, sums: Tensor, kept: Tensor, counts: tuple[int, int]) -> None:
+        """Take a block.
+
+        Args:
+            tokens: which.
+            factor: of this view.
+            sums, kept: [2, R] of all its columns and of those that were multiplied out, see ``row_sums``.
+            counts: how many columns were multiplied out, and of how many.
+        """
+        lost = (sums - kept) * factor
+        counted = torch.stack([torch.full_like(sums[0], count) for count in counts])
+        block = [*counted, lost[0].abs(), sums[0] * abs(factor), lost[1]]
+        self._sums[:, tokens] += torch.stack(block)
+
+    def terms(self, shard: VocabularyShard) -> Tensor:
+        """``SHARES`` [3, N]: of the columns, those multiplied out; of the gradients' L1 mass, what is lost, and the sum
+        with its sign of the lost entries. Over all views of a token and all ranks of a shard."""
+        shard.sum(self._sums)
+        kept, columns, lost, mass, tail = self._sums
+        return torch.stack([kept / columns.clamp(min=1), lost / mass, tail / mass]).masked_fill_(mass == 0, 0)
