@@ -189,17 +189,18 @@ def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedType) -> None:
+def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedType, fsdp2: bool = False) -> None:
     """Stop where settings need parameters otherwise than the run has them.
 
     Args:
         args: of the run.
         teacher: the unwrapped teacher; None for one that does not run here.
         kind: what holds the parameters.
+        fsdp2: whether it is FSDP2.
 
     Raises:
-        ConfigError: an offloaded teacher that is sharded or quantized; eta measured on parameters that are sharded, or
-            through reentrant checkpointing.
+        ConfigError: an offloaded teacher that is sharded or quantized; eta measured on parameters that DeepSpeed or
+            FSDP1 shards, or through reentrant checkpointing.
     """
     # The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank.
     if args.teacher_offload and kind == DistributedType.DEEPSPEED:
@@ -209,16 +210,16 @@ def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedT
         )
     if args.teacher_offload and getattr(teacher, "is_quantized", False):
         raise ConfigError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
-    if args.fixed_eta is not None:
+    if args.fixed_eta is not None or (args.eta == "cheap" and args.eta_every is None):
         return
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {})
     if checkpointing and checkpointing.get("use_reentrant"):
         raise ConfigError(
-            'eta="measure" needs gradient checkpointing that is not reentrant. Set use_reentrant to false in '
+            f"eta={args.eta!r} needs gradient checkpointing that is not reentrant. Set use_reentrant to false in "
             "gradient_checkpointing_kwargs, or eta to a number."
         )
-    if kind not in UNSHARDED:
+    if kind not in UNSHARDED and not fsdp2:
         raise ConfigError(
-            f'eta="measure" needs whole parameters, but they are sharded ({kind}). '
-            'Measure once on one device or under DDP and set eta to that number, or use "paper-2b" / "paper-4b".'
+            f"eta={args.eta!r} needs parameters that are whole or sharded by FSDP2, but {kind} holds them here. "
+            'Measure once elsewhere and set eta to that number, or use "paper-2b", "paper-4b" or "cheap".'
         )

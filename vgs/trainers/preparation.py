@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .checks import (
 from .rollouts import expand_images_once, forbid_tokens
 from .routes import OpenedTeacher, check_routes, settle_vocabulary
 from .vocabulary import unknown_to_teachers
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
@@ -63,7 +66,7 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     words = _words(trainer)
     check_logits("model", student, words)
     if not any(found.source.model is not None for found in opened.values()):
-        check_engine(args, None, accelerator.distributed_type)
+        check_engine(args, None, accelerator.distributed_type, accelerator.is_fsdp2)
     # All are asked, on every rank; a teacher that is loaded for it is given up before the next.
     answers = [packs(student, prompts), *[_check_teacher(trainer, x, words, prompts) for x in opened.values()]]
     trainer.packs = all(answers)
@@ -77,6 +80,8 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
     freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
     trainer.anchor = anchor_prompt(trainer)
+    if preset.steered and args.unguarded is not None:
+        logger.info("gamma is not guarded: %s.", args.unguarded)
 
 
 def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: list[PromptGroup]) -> bool:
@@ -90,7 +95,7 @@ def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: l
             check_cache(trainer, found, teacher)
         if teacher is None:
             return True
-        check_engine(args, teacher, accelerator.distributed_type)
+        check_engine(args, teacher, accelerator.distributed_type, accelerator.is_fsdp2)
         check_kernel(found.what, teacher, args.packed_attention, accelerator.device)
         check_logits(found.what, teacher, words)
         return packs(teacher, prompts)
