@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 COLLAPSE_ADVICE = (
     "The student's text-only prior drifts away from the teacher's (language {start:.3f} -> {now:.3f} nats per token) "
-    "while the student hardly looks at the image (KL(p_I || p_x) {student_vds:.3f}, teacher {vds:.3f}). The steered "
-    "target then feeds back on itself and training can collapse. Lower gamma (0.5), raise lam (1), take the "
-    'prior from the initial student (prior="frozen"), or distil plainly (gamma=0) until the student sees more.'
+    "while the student hardly looks at the image (KL(p_I || p_x) {student_vds:.3f}, teacher {vds:.3f}). With the "
+    "student's own prior the steered target then feeds back on itself, and training can collapse. Guard gamma "
+    '(gamma_guard), lower it (0.5), raise lam (1), take the prior from the initial student (prior="frozen"), or '
+    "distil plainly (gamma=0) until the student sees more."
 )
-
 #: Mean dependency of the teacher's, nats per token, below which a step has nothing to see.
 NO_EVIDENCE = 1e-6
 

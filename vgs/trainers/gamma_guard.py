@@ -13,7 +13,7 @@ follows them smoothly:
 from __future__ import annotations
 
 DECAY = 0.7  # of the running means, per optimizer step
-BLIND, SEEING = 0.3, 0.6  # sight up to which gamma is 0, and from which it is whole
+BLIND, SEEING = 0.4, 0.7  # sight up to which gamma is 0, and from which it is whole
 STEADY, DRIFTING = 1.3, 2.0  # language over its start, the other way round: whole up to the first
 MARGIN = 0.02  # nats per token that `language` may climb in any case before that, and as wide is the least ramp
 

@@ -97,8 +97,7 @@ class VGSOptions:
             stay. Excludes ``teacher_offload``.
         teacher_column: of several teachers, the column that names each row's.
         prior: where the prior p_x inside q* comes from, of presets that steer: the student as it is (``"live"``), as it
-            was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``. With a copy the
-            logged loss lacks a constant, and nothing is watched for collapse.
+            was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``.
         prior_decay: of the average, per optimizer step.
         control_kind: how images are degraded in the control view, see ``vgs.data.degraded``; None: as the preset says.
     """

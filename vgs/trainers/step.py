@@ -297,9 +297,9 @@ class StepScorer:
                 # With a model split over devices, the backbone can end elsewhere than the head.
                 states = {view: x.to(student_head.weight.device) for view, x in states.items()}
                 prior = {}
-                if self.prior_head is not None and batch.objective.gamma > 0:
-                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
                 teacher = batch.teacher_rows(chosen, teacher_head, states["image"])
+                if self.prior_head is not None and self.args.gamma > 0:
+                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
                 weights = joined([batch.weights[index] for index in chosen], states["image"])
                 output = self.preset.loss(
                     states,
