@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data.messages import prompt_images
+from ..data.messages import has_evidence
 from ..errors import ConfigError
 from ..models.families import device_of, placeholder_ids
 from ..models.heads import read_head
@@ -23,6 +23,7 @@ from .step import UNSHARDED
 
 #: Of the largest logit: more than rounding to 16 bit (also by the model's own autocast), less than a wrong factor.
 LOGIT_TOLERANCE = 0.05
+EVIDENCE_ROWS = 100  # that are read to see whether prompts mark any
 
 
 def check_teacher_kind(preset: Preset, kinds: tuple[str, ...], trainer: str) -> None:
@@ -68,25 +69,31 @@ def check_overlap(k: int | None, vocabulary: int) -> None:
 
 
 def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
-    """Stop where a preset needs images and the data have none.
+    """Stop where a preset needs images, or evidence of any kind, and the data have none.
 
     Args:
         preset: of the run.
         data: the training data; a stream is not read.
-        needs_text: whether the run compares prompts with and without images.
+        needs_text: whether the run compares prompts with and without evidence.
 
     Raises:
-        ConfigError: neither a column ``images`` (or TRL's ``image``) nor pictures in the first prompt.
+        ConfigError: neither a column ``images`` (or TRL's ``image``) nor evidence in the first prompt.
     """
-    if has_column(data, "images") or has_column(data, "image") or prompt_images(data[0].get("prompt") or ""):
+    if has_column(data, "images") or has_column(data, "image") or has_evidence(data[0].get("prompt") or ""):
         return
     if "control" in preset.views:
         raise ConfigError(f"preset={preset.name!r} degrades images, but train_dataset has no column 'images'.")
     if needs_text:
         raise ConfigError(
             f"preset={preset.name!r} compares prompts with and without images, but train_dataset has no column "
-            "'images'. Use the preset 'opd', or gamma=0 and lam=0."
+            "'images' and no part of a prompt marked as evidence. Use the preset 'opd', or gamma=0 and lam=0."
         )
+
+
+def marks_evidence(data: Any) -> bool:
+    """Whether a prompt of the data has evidence, as far as its first rows tell; of a stream nothing is known."""
+    count = min(len(data), EVIDENCE_ROWS) if hasattr(data, "__len__") else 0
+    return count == 0 or any(has_evidence(data[index].get("prompt") or "") for index in range(count))
 
 
 def has_column(data: Any, name: str) -> bool:
@@ -116,7 +123,7 @@ def check_student(student: nn.Module, has_processor: bool, needs_images: bool) -
     Args:
         student: the unwrapped model.
         has_processor: whether the student's processor takes images.
-        needs_images: whether the objective compares prompts with and without images.
+        needs_images: whether the objective compares prompts with and without images, which are the only evidence.
 
     Raises:
         ConfigError: such a model.
@@ -126,8 +133,8 @@ def check_student(student: nn.Module, has_processor: bool, needs_images: bool) -
         raise ConfigError(f"processing_class must be the processor of {type(student).__name__}, got its tokenizer.")
     if needs_images and not own:
         raise ConfigError(
-            f"model must be a vision-language model, got {type(student).__name__}: this objective "
-            "compares prompts with and without images. Use the preset 'opd' or 'gkd' for a text-only model."
+            f"model must be a vision-language model, got {type(student).__name__}: this objective compares prompts "
+            "with and without images. Use the preset 'opd' or 'gkd' for a text-only model, or mark evidence in prompts."
         )
 
 

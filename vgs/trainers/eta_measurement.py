@@ -83,7 +83,11 @@ def gradient_norms(trainer: Any, micro_batches: Sequence[dict[str, Any]], gamma:
 
     def norm(objective: VGSObjective) -> float:
         if scorer.sharded:
-            return sharded_gradient_norm(losses(objective), parameters)
+            student.set_requires_gradient_sync(True)  # the host defers it in all micro-batches but the last
+            try:
+                return sharded_gradient_norm(losses(objective), parameters)
+            finally:
+                student.set_requires_gradient_sync(trainer.accelerator.sync_gradients)
         return gradient_norm(losses(objective), parameters, lambda x: trainer.accelerator.reduce(x, reduction="mean"))
 
     return norm(replace(steered, gamma=0.0)), norm(steered)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..data.check_prompts import check_prompts
-from ..data.messages import remove_images
+from ..data.messages import remove_evidence
 from ..data.prompts import anchor_group, check_text_view, encode_prompt
 from ..errors import ConfigError
 from ..models.families import freeze, placeholder_ids
@@ -28,6 +28,7 @@ from .checks import (
     check_student,
     check_teacher_kind,
     check_top_k,
+    marks_evidence,
 )
 from .rollouts import expand_images_once, forbid_tokens
 from .routes import OpenedTeacher, check_routes, settle_vocabulary
@@ -58,7 +59,8 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
         for part in data.values() if isinstance(data, dict) else [data]:
             check_routes(part, what, args.teacher_column, list(opened))
     has_processor = isinstance(trainer.processing_class, ProcessorMixin)
-    check_student(student, has_processor, compares)
+    sees = bool(trainer.placeholder_ids)  # else texts are all the evidence there can be
+    check_student(student, has_processor, compares and (sees or not marks_evidence(trainer.train_dataset)))
     check_routers("model", student.config)
     check_kernel("model", student, args.packed_attention, accelerator.device)
     check_text_view(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
@@ -142,7 +144,7 @@ def _words(trainer: Any) -> Tensor:
     """[T] int64, a short text."""
     words, _ = encode_prompt(
         trainer.processing_class,
-        remove_images([{"role": "user", "content": "."}]),
+        remove_evidence([{"role": "user", "content": "."}]),
         chat_template=trainer.chat_template,
         **trainer.chat_template_kwargs,
     )
