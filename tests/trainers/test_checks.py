@@ -225,7 +225,7 @@ def test_the_engine_of_a_run_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
     seen = []
     monkeypatch.setattr(preparation, "check_engine", lambda *given: seen.append(given))
     trainer = make_trainer(tmp_path)
-    assert seen == [(trainer.args, trainer.teacher_model, DistributedType.NO)]
+    assert seen == [(trainer.args, trainer.teacher_model, DistributedType.NO, False)]
 
 
 def test_a_teacher_elsewhere_is_not_offloaded() -> None:

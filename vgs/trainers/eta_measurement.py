@@ -18,7 +18,7 @@ from ..objectives.eta import eta_at, gradient_norm, ratio_from, sharded_gradient
 from .micro_batch import MicroBatch
 
 #: Weight of what was known before, in the running mean of a measured ratio: every step, or every so manieth.
-CHEAP_DECAY, TRACKED_DECAY = 0.9, 0.5
+CHEAP_DECAY, TRACKED_DECAY = 0.9, 0.7
 LEAST_SHARE = 0.25  # of gamma, below which the gradients at the hidden states tell little of the whole of it
 
 

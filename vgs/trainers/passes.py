@@ -73,10 +73,10 @@ def unsynchronised(accelerator: Accelerator, model: nn.Module) -> Iterator[None]
 def means_to_log(
     accelerator: Accelerator, outputs: Outputs, objective: VGSObjective, args: VGSOptions
 ) -> dict[str, float]:
-    """eta and, of presets that steer, gamma as it is in force; and a micro-batch's means over the tokens of all
+    """eta and, of presets that read one, gamma as it is in force; and a micro-batch's means over the tokens of all
     ranks."""
     values = {"eta": objective.eta, **mean_terms(accelerator, outputs, args.log_terms)}
-    if args.preset_in_force.steered and args.gamma > 0:
+    if args.preset_in_force.reads("gamma") and args.gamma > 0:
         values["gamma_effective"] = objective.gamma
     if objective.lam == 0:  # without a gated term, a gate would only tell how the batch was split
         values.pop("gate", None)
