@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vgs.cli import main as cli
 
-TEMPLATE = "{% for m in messages %}{% for p in m.content %}{{ p.text }} {% endfor %}{% endfor %}answer :"
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}answer :"  # as text-only models': content is text
 
 
 @pytest.fixture
@@ -54,3 +54,26 @@ def test_checked_and_trained(folder: Path) -> None:
     assert cli.main(["check", "run.yaml", "--objective", "opd"]) == 0
     assert cli.main(["train", "run.yaml", "--objective", "opd"]) == 0
     assert cli.main(["eval", "run.yaml", "--objective", "opd", "--model", "run"]) == 0
+
+
+@pytest.mark.parametrize("form", ["column", "messages"])
+def test_steered_towards_a_document(folder: Path, form: str) -> None:
+    """The paper's objective on a text-only pair, from a config."""
+    document = "red one two three"
+    marked = [{"type": "text", "text": document, "evidence": True}, {"type": "text", "text": "red or blue ?"}]
+    rows = {
+        "column": {"question": "red or blue ?", "answer": "red", "document": document},
+        "messages": {"messages": [{"role": "user", "content": marked}], "answer": "red"},
+    }
+    Path("data.jsonl").write_text("\n".join([json.dumps(rows[form])] * 4))
+    config = yaml.safe_load(Path("run.yaml").read_text())
+    if form == "column":
+        config["data"] = {part: {"path": "data.jsonl", "evidence_column": "document"} for part in ("train", "eval")}
+    config["training"] |= {"logging_steps": 1, "eta": "exact"}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["check", "run.yaml"]) == 0
+    assert cli.main(["train", "run.yaml"]) == 0
+    logged = json.loads(Path("run/checkpoint-1/trainer_state.json").read_text())["log_history"][0]
+    assert logged["vds"] > 0 and logged["student_vds"] > 0 and logged["gamma_effective"] == 2.0
+    assert 0 < logged["eta"] != 1
+    assert cli.main(["eval", "run.yaml", "--model", "run"]) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import SPECIAL, VISION_START, tiny_image, tiny_model, tiny_processor, tiny_samples
 
-from vgs.data.messages import fill_images, remove_images
+from vgs.data.messages import fill_images, remove_evidence
 from vgs.data.prompts import anchor_group, encode_groups
 from vgs.models.families import placeholder_ids
 from vgs.models.groups import response_lengths, trajectory_ids
@@ -34,7 +34,7 @@ def test_text_only_prompt_is_rendered_without_the_image_item() -> None:
 
 def test_system_messages_survive() -> None:
     messages = [{"role": "system", "content": "answer"}, {"role": "user", "content": [{"type": "image"}]}]
-    assert remove_images(messages) == [
+    assert remove_evidence(messages) == [
         {"role": "system", "content": [{"type": "text", "text": "answer"}]},
         {"role": "user", "content": []},
     ]

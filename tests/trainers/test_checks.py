@@ -191,8 +191,10 @@ def test_logits_that_the_loss_would_not_read_are_refused(tmp_path: Path, monkeyp
     ("options", "kind", "message"),
     [
         ({"eta": 1.0, "teacher_offload": True}, "DEEPSPEED", "teacher_offload=True needs a whole teacher"),
-        ({"eta": "measure"}, "FSDP", 'eta="measure" needs whole parameters'),
-        ({"eta": "measure"}, "DEEPSPEED", 'eta="measure" needs whole parameters'),
+        ({"eta": "measure"}, "FSDP", "eta='measure' needs parameters that are whole or sharded by FSDP2"),
+        ({"eta": "exact"}, "DEEPSPEED", "eta='exact' needs parameters that are whole or sharded by FSDP2"),
+        ({"eta": "cheap", "eta_every": 8}, "DEEPSPEED", "eta='cheap' needs parameters"),
+        ({"eta": "cheap"}, "DEEPSPEED", None),
         ({"eta": 1.0, "teacher_offload": True}, "FSDP", None),
         ({"eta": "measure"}, "MULTI_GPU", None),
         ({"eta": 1.0}, "DEEPSPEED", None),
@@ -205,6 +207,8 @@ def test_what_holds_the_parameters(tmp_path: Path, options: dict, kind: str, mes
         return
     with pytest.raises(ConfigError, match=message):
         check_engine(args, tiny_model(1), DistributedType[kind])
+    if kind == "FSDP":
+        check_engine(args, tiny_model(1), DistributedType[kind], fsdp2=True)
 
 
 def test_a_quantized_teacher_is_not_offloaded(tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_the_engine_of_a_run_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
     seen = []
     monkeypatch.setattr(preparation, "check_engine", lambda *given: seen.append(given))
     trainer = make_trainer(tmp_path)
-    assert seen == [(trainer.args, trainer.teacher_model, DistributedType.NO)]
+    assert seen == [(trainer.args, trainer.teacher_model, DistributedType.NO, False)]
 
 
 def test_a_teacher_elsewhere_is_not_offloaded() -> None:

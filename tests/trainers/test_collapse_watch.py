@@ -48,6 +48,7 @@ def test_what_a_checkpoint_holds() -> None:
     """By these names older checkpoints have it."""
     state = SteeringState()
     state.add_ratio(1.0, 2.0)
-    state.observe({"language": 1.0, "student_vds": 0.5, "vds": 1.0}, micro_batches=1)
+    state.observe({"language": 1.0, "student_vds": 0.5, "vds": 1.0, "sight": 0.5}, micro_batches=1)
     stored = {"ratios": [0.5], "language_start": [1.0], "recent": [], "warned": False}
+    stored |= {"ratio": None, "sight": 0.5, "language": 1.0}
     assert type(state).__name__ == "SteeringState" and state.state() == {"args": {}, "attributes": stored}

@@ -192,7 +192,8 @@ def test_text_rows_without_gated_tokens_need_no_gradient(tmp_path: Path) -> None
 )
 def test_the_loss_is_the_same_however_it_is_split(tmp_path: Path, options: dict) -> None:
     """One pass; passes of at most 110 tokens; prompts shared or repeated."""
-    trainer = make_trainer(tmp_path, eta=0.5, num_generations=2, per_device_train_batch_size=8, **options)
+    sizes = {"num_generations": 2, "per_device_train_batch_size": 8}
+    trainer = make_trainer(tmp_path, eta=0.5, gamma_guard=False, **sizes, **options)
     trainer.model.train()
     doubled = [sample for sample in trainer.train_dataset[:4] for _ in range(2)]
     batch = trainer.with_teacher(trainer.sample(doubled))

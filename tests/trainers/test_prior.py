@@ -15,13 +15,15 @@ from vgs import VGSConfig, VGSTrainer
 from vgs.models.heads import Head
 from vgs.objectives.fixed_prior import anchored
 from vgs.objectives.presets import PRESETS
+from vgs.trainers.micro_batch import TERMS
 from vgs.trainers.passes import backward
 from vgs_kernels import VGSObjective
 
 
+@pytest.mark.parametrize("terms", [True, False])
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 @pytest.mark.parametrize("schedule", ["constant", "adaptive"])
-def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float) -> None:
+def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float, terms: bool) -> None:
     """KL(p_I || q) + gamma * KL(p_I || q*) + lam * gated KL(p_x || q_x), q* of a prior with its own weights."""
     case, generator = Case("realistic"), torch.Generator().manual_seed(7)
     head = Head(torch.randn(VOCABULARY, 16, generator=generator, dtype=torch.float64), None, 1.0, None)
@@ -39,7 +41,7 @@ def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float) -> N
     expected = 0.7 * (case.weights * values).sum()
     preset = anchored(PRESETS["vgs"]).configured(1.0)
     objective = VGSObjective(lam=lam, eta=0.7, schedule=schedule)
-    student = {"image": case.rows["image"], **({"text": case.rows["text"]} if lam else {})}
+    student = {"image": case.rows["image"], **({"text": case.rows["text"]} if lam or terms else {})}
     teacher = {view: case.teacher_rows[view] for view in ("image", "text")}
     output = preset.loss(
         student,
@@ -49,9 +51,15 @@ def test_gradients_are_those_of_the_papers_terms(schedule: str, lam: float) -> N
         objective=objective,
         token_weights=case.weights,
         prior_head=head,
+        return_terms=terms,
         vds=vds if preset.needs_vds(objective, split=False) else None,
         backend="torch",
     )
+    if terms:  # the value too, and every term of every token
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        named = {"standard": kl(p, q), "visual": kl(p, target), "language": kl(own, blind), "student_vds": kl(p, own)}
+        for name, values in {**named, "vds": vds}.items():
+            torch.testing.assert_close(getattr(output, name), values.detach(), rtol=1e-6, atol=1e-9, msg=name)
     ours, theirs = case.gradients(output.loss), case.gradients(expected)
     assert (theirs["text"].abs().max() > 0) == (lam > 0)
     for part, gradient in theirs.items():
@@ -131,7 +139,17 @@ def test_a_run_and_its_resumption(tmp_path: Path, prior: str) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     logged = [entry for entry in whole.state.log_history if "entropy" in entry]
-    assert {"language", "vds", "gate", "vds_q70"} <= set(logged[0]) and "student_vds" not in logged[0]
+    assert {*TERMS, "sight", "vds_q70"} <= set(logged[0])
+    assert whole.steering.state() == again.steering.state() and len(whole.steering.language_start) == 4
+    apart = [entry for entry in live.state.log_history if "entropy" in entry]
+    for name in (*TERMS, "loss"):
+        assert logged[0][name] == pytest.approx(apart[0][name], rel=1e-4), "in the first step both priors are one"
+
+
+def test_it_is_watched_without_the_log_of_terms_no_more(tmp_path: Path) -> None:
+    trainer = run(tmp_path, "frozen", log_terms=False)
+    logged = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert not {"visual", "student_vds"} & set(logged[0]) and not trainer.steering.language_start
 
 
 def test_eta_is_measured_with_it(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from vgs.errors import ConfigError
     ("options", "message"),
     [
         ({"beta": 0.5}, "beta must be 1.0, got 0.5"),
-        ({"eta": "paper-7b"}, 'eta must be a number, "paper-2b", "paper-4b" or "measure", got \'paper-7b\''),
+        (
+            {"eta": "paper-7b"},
+            'eta must be a number or one of "paper-2b", "paper-4b", "measure", "exact", "tracked", "cheap", got',
+        ),
         ({"loss_reduction": "sum"}, "loss_reduction must be one of trajectory, token, got 'sum'"),
         ({"loss_backend": "cuda"}, "loss_backend must be one of auto, triton, torch, loops, got 'cuda'"),
         ({"control_kind": "blur"}, "control_kind must be one of .*, got 'blur'"),

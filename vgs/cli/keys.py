@@ -89,6 +89,7 @@ DATA = _keys(
     ("question", str | None, None, "Column with questions or chat messages; left out: found by its name."),
     ("answer", str | None, "answer", "Column with gold answers; null: there are none."),
     ("images", str | None, "images", "Column with one picture or a list; null: only those within messages."),
+    ("evidence_column", str | None, None, "Column with text that the text-only view lacks, as it lacks pictures."),
     ("privileged_images", str | None, None, "Column with pictures that only the teacher sees."),
     ("privileged_text", str | None, None, "Column with text that only the teacher sees."),
     ("responses", str | None, None, "Column with recorded responses, for training.on_policy_fraction below 1."),

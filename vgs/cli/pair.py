@@ -109,11 +109,18 @@ def model_config(section: Mapping[str, Any], name: str, needs_pictures: bool = T
     with config_errors(f"{name}.path {section['path']!r} cannot be loaded", *LOADING, KeyError):
         found = AutoConfig.from_pretrained(section["path"], **_files(section))
     if needs_pictures and not reads_pictures(found):
-        raise ConfigError(
-            f"{name}.path must be a vision-language model, got {section['path']!r} of the type {found.model_type!r} "
-            "(objectives that compare nothing with the image, such as opd and gkd, take text-only models)."
-        )
+        raise no_pictures(section, name, found)
     return found
+
+
+def no_pictures(section: Mapping[str, Any], name: str, config: Any) -> ConfigError:
+    """The error for a text-only model where a vision-language model is needed; as of ``model_config``, whose ``config``
+    it is."""
+    return ConfigError(
+        f"{name}.path must be a vision-language model, got {section['path']!r} of the type {config.model_type!r} "
+        "(objectives that compare nothing with the image, such as opd and gkd, take text-only models; others do where "
+        "data mark texts as evidence, with evidence_column or in chat messages)."
+    )
 
 
 def check_weights(section: Mapping[str, Any], name: str) -> None:

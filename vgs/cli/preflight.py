@@ -30,7 +30,7 @@ from ..teachers.cache import StateCache
 from ..teachers.served import TeacherClient, check_served
 from ..teachers.server import read_token
 from ..teachers.sources import as_sources
-from ..trainers.checks import check_columns_for, check_teacher_kind
+from ..trainers.checks import check_columns_for, check_teacher_kind, marks_evidence
 from ..trainers.kinds import needs_teacher, teacher_sections, trainer_kind
 from ..trainers.off_policy import check_caches, check_recorded
 from ..trainers.routes import check_routes
@@ -130,7 +130,9 @@ class Preflight:
             return
         preset = self.args.preset_in_force
         compares = needs_teacher(self.config) and preset.needs_text(self.args.objective(1.0))
-        needed = trainer_kind(self.config) == "self" or compares or "control" in preset.views
+        needed = trainer_kind(self.config) == "self" or "control" in preset.views
+        # Of a text-only model that compares two views, the data must have marked evidence: see ``check_data_rows``.
+        needed = needed or (compares and "train" not in self.config.get("data", {}))
         student = pair.model_config(self.config["student"], "student", needed)
         pair.check_weights(self.config["student"], "student")
         self.processor = pair.load_processor(self.config, text_only=not reads_pictures(student))
@@ -209,6 +211,10 @@ class Preflight:
             preset = self.args.preset_in_force
             check_teacher_kind(preset, ("separate",), "this trainer")
             compares = needs_teacher(self.config) and preset.needs_text(self.args.objective(1.0))
+            student = self.models.get("student")
+            blind = compares and student is not None and not reads_pictures(student)
+            if blind and not marks_evidence(self.samples["train"]):
+                raise pair.no_pictures(self.config["student"], "student", student)
             check_columns_for(preset, self.samples["train"], compares)
 
     def _check_recorded(self) -> None:

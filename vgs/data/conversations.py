@@ -116,6 +116,10 @@ def _part(part: Any, column: str) -> tuple[dict[str, Any], Any]:
         return {"type": "text", "text": part}, None
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     kind = given.get("type")
+    if given.get("evidence") not in (None, True, False):
+        raise BadRow(column, f"has a content part with evidence: {given['evidence']!r}, expected true or false")
+    if kind in ("image", "image_url") and given.get("evidence") is False:
+        raise BadRow(column, "has an image with evidence: false, but the text-only view has no images")
     if kind == "text" and isinstance(given.get("text"), str):
         return given, None
     if kind in ("image", "image_url"):
@@ -171,7 +175,7 @@ def _place_images(message: dict[str, Any], column: str) -> tuple[dict[str, Any],
             slots.append(_Slot(held=held))
         else:
             split, numbers = _split_marks(part["text"])
-            parts += split if numbers else [part]
+            parts += [{**part, **piece} if piece["type"] == "text" else piece for piece in split] if numbers else [part]
             slots += [_Slot(number=number) for number in numbers]
     return {**message, "content": parts}, slots
 
@@ -183,8 +187,39 @@ def _reply(message: dict[str, Any], column: str) -> str:
     return "".join(message_texts([message])).strip()
 
 
+def _with_evidence(
+    messages: list[dict[str, Any]], texts: Sequence[str], pictures: int, place: int
+) -> list[dict[str, Any]]:
+    """The conversation with marked texts in one message: behind the pictures that it begins with, before the rest."""
+    message = messages[place]
+    parts = message["content"]
+    if isinstance(parts, str):
+        parts = [*[{"type": "image"}] * pictures, {"type": "text", "text": parts}]
+    first = next((index for index, part in enumerate(parts) if part["type"] != "image"), len(parts))
+    marked = [{"type": "text", "text": f"{text}\n\n", "evidence": True} for text in texts]
+    filled = {**message, "content": [*parts[:first], *marked, *parts[first:]]}
+    return [*messages[:place], filled, *messages[place + 1 :]]
+
+
+def read_evidence(value: Any, column: str) -> list[str]:
+    """Texts that are evidence: one, a list, or none.
+
+    Raises:
+        BadRow: something else.
+    """
+    texts = [text for text in as_list(value) if text != ""]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise BadRow(column, f"is {_short(wrong[0])}, expected text or a list of texts")
+    return [text for text in texts if text.strip()]
+
+
 def read_question(
-    value: Any, images: Any, column: str, images_column: str | None = None, system_prompt: str | None = None
+    value: Any,
+    images: Any,
+    column: str,
+    images_column: str | None = None,
+    system_prompt: str | None = None,
+    evidence: Sequence[str] = (),
 ) -> Question:
     """What a row asks, with every picture in its place.
 
@@ -193,6 +228,7 @@ def read_question(
         images: one picture, a list, or None, beside those that content parts hold themselves.
         column, images_column: names of both, for messages.
         system_prompt: goes before a conversation that has no system message of its own.
+        evidence: texts that the text-only view lacks; they stand in the first user message, before what it asks.
 
     Raises:
         BadRow: no question, or marks and pictures that do not match.
@@ -213,6 +249,8 @@ def read_question(
     first = messages[users[0]]
     if pictures and not slots and not isinstance(first["content"], str):
         messages[users[0]] = {**first, "content": [{"type": "image"}] * len(pictures) + first["content"]}
+    if evidence:
+        messages = _with_evidence(messages, evidence, 0 if slots else len(pictures), users[0])
     if system_prompt:
         if any(message["role"] == "system" for message in messages):
             raise BadRow(column, "has a system message of its own beside system_prompt: leave one of them out")

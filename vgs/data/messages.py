@@ -1,4 +1,8 @@
-"""Chat messages and their pictures: put in their places, taken out, listed."""
+"""Chat messages and their evidence: pictures put in their places, evidence taken out, listed.
+
+Evidence is what the text-only view lacks: every picture, and every text part that is marked,
+``{"type": "text", "text": ..., "evidence": True}``: a document, a tool's output.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +43,46 @@ def _places_alone(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def remove_images(messages: Messages | str) -> list[dict[str, Any]] | str:
-    """The conversation as content blocks, without its image (and video) items; a plain text stays as it is.
+def is_evidence(part: Mapping[str, Any]) -> bool:
+    """Whether a content block is a picture (or video), or marked.
+
+    Raises:
+        ValueError: a mark that is neither True nor False, or a picture that is to be none.
+    """
+    mark = part.get("evidence")
+    if mark not in (None, True, False):
+        raise ValueError(f"evidence of a content part must be true or false, got {mark!r}.")
+    if part["type"] in ("image", "video"):
+        if mark is False:
+            raise ValueError("evidence of an image must not be false: the text-only view has no images.")
+        return True
+    return bool(mark)
+
+
+def has_evidence(messages: Messages | str) -> bool:
+    """Whether the text-only view of a conversation lacks anything."""
+    contents = [] if isinstance(messages, str) else [message.get("content") for message in messages]
+    return any(is_evidence(part) for parts in contents if parts and not isinstance(parts, str) for part in parts)
+
+
+def unmarked(messages: Messages) -> list[dict[str, Any]]:
+    """The conversation as chat templates know it, without marks of evidence."""
+    return [
+        {**x, "content": [{key: value for key, value in part.items() if key != "evidence"} for part in x["content"]]}
+        if x.get("content") and not isinstance(x["content"], str)
+        else dict(x)
+        for x in messages
+    ]
+
+
+def remove_evidence(messages: Messages | str) -> list[dict[str, Any]] | str:
+    """The conversation as content blocks, without its evidence; a plain text stays as it is.
 
     Args:
         messages: chat messages whose ``content`` is a string or a list of content blocks.
+
+    Raises:
+        ValueError: see ``is_evidence``.
     """
     if isinstance(messages, str):
         return messages
@@ -53,7 +92,7 @@ def remove_images(messages: Messages | str) -> list[dict[str, Any]] | str:
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if content is not None:
-            content = [part for part in content if part["type"] not in ("image", "video")]
+            content = [part for part in content if not is_evidence(part)]
             message = {**message, "content": content}
         stripped.append(dict(message))
     return stripped
@@ -68,8 +107,8 @@ def fill_images(messages: Messages | str, images: Sequence[Any]) -> list[dict[st
         images: as many as there are places.
 
     Raises:
-        ValueError: another number of images, a plain text with images, or a role that is none of system, user,
-            assistant, tool.
+        ValueError: another number of images, a plain text with images, a role that is none of system, user, assistant,
+            tool, or a mark that ``is_evidence`` refuses.
     """
     if isinstance(messages, str):
         if images:
@@ -87,6 +126,8 @@ def fill_images(messages: Messages | str, images: Sequence[Any]) -> list[dict[st
             message = {**message, "content": content}
         elif content:  # tables of content blocks fill up with None
             parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+            for part in parts:
+                is_evidence(part)  # whose mark may mean nothing
             message = {**message, "content": parts}
         filled.append(dict(message))
 

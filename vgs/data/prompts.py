@@ -1,12 +1,13 @@
-"""From prompts, images and responses to the two views every token is scored in: with the image, and without it.
+"""From prompts, images and responses to the two views every token is scored in: with the evidence, and without it.
 
 Every prompt is encoded alone, unpadded, by its model's own processor, and these encodings are the only ones used: in
 sampling, in scoring and in evaluation. What a processor says to a batch differs from family to family: some pad by
 default, some return lists of tensors of different shapes.
 
-The text-only view is the same conversation rendered again *without* its image items. Cutting the image span out of the
-token ids instead can tokenise differently where text touches the span, and keeping the placeholders without pixels runs
-silently and changes every hidden state.
+The text-only view is the same conversation rendered again *without* its evidence: its image items, and the text parts
+that are marked (``vgs.data.messages``). Cutting the image span out of the token ids instead can tokenise differently
+where text touches the span, and keeping the placeholders without pixels runs silently and changes every hidden state.
+A conversation without any evidence has two equal views, and a visual dependency of 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
 from ..models.tokenizers import media_tokens, tokenizer_of
-from .messages import Messages, fill_images, prompt_images, prompt_texts, remove_images, shared_format
+from .messages import (
+    Messages,
+    fill_images,
+    has_evidence,
+    prompt_images,
+    prompt_texts,
+    remove_evidence,
+    shared_format,
+    unmarked,
+)
 
 ANCHOR_SIDE = 64  # pixels: a few tokens in every family
 #: What some processors return for their own use; no model's forward takes it.
@@ -95,9 +105,11 @@ def encode_prompt(
             options["processor_kwargs"] = {"padding": False}  # some processors pad unless they are told not to
         else:
             options["padding"] = False
-            messages = [{**x, "content": "".join(prompt_texts([x]))} if x.get("content") else x for x in messages]
+            messages = [
+                {**x, "content": "".join(prompt_texts([x]))} if x.get("content") is not None else x for x in messages
+            ]
         encoded = processor.apply_chat_template(
-            [dict(message) for message in messages],
+            unmarked(messages),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -130,7 +142,9 @@ def unexpanded_ids(processor: Any, messages: Messages | str, **template_options:
     tokenizer = tokenizer_of(processor)
     if isinstance(messages, str):
         return tokenizer(messages)["input_ids"]
-    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template_options)
+    text = processor.apply_chat_template(
+        unmarked(messages), add_generation_prompt=True, tokenize=False, **template_options
+    )
     # As the processor: no second beginning-of-sequence token where the template writes one.
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not begun)["input_ids"]
@@ -139,10 +153,10 @@ def unexpanded_ids(processor: Any, messages: Messages | str, **template_options:
 def _text_only(
     processor: Any, messages: Messages | str, forbidden: Sequence[int], marks: Sequence[str], **template_options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``encode_prompt`` of the prompt without its images, and no placeholder in it."""
+    """``encode_prompt`` of the prompt without its evidence, and no placeholder in it."""
     _check_texts(messages, marks)
     try:
-        ids, fields = encode_prompt(processor, remove_images(messages), **template_options)
+        ids, fields = encode_prompt(processor, remove_evidence(messages), **template_options)
     except Exception as error:
         if not prompt_images(messages):
             raise
@@ -228,7 +242,7 @@ def encode_groups(
             filled = fill_images(sample["prompt"], sample["images"])
             text_ids, fields = _text_only(processor, filled, forbidden, marks, **template_options)
             ids = text_ids
-            if prompt_images(filled):
+            if has_evidence(filled):
                 ids, fields = encode_prompt(processor, filled, **template_options)
         images = {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in fields.items()}
         tensors = tuple(torch.tensor(list(part), dtype=torch.int64) for part in answers)
@@ -273,7 +287,8 @@ def check_text_view(processor: Any, forbidden: Sequence[int], **template_options
 def anchor_group(
     processor: Any, forbidden: Sequence[int], device: torch.device | str = "cpu", **template_options: Any
 ) -> PromptGroup:
-    """A prompt with a small image and one token to it, for ``vgs.models.forward.score_with_anchor``.
+    """A prompt with a small image and one token to it, for ``vgs.models.forward.score_with_anchor``; of a text-only
+    model without an image.
 
     Args:
         processor, forbidden, device, template_options: as of ``encode_groups``.
@@ -281,7 +296,7 @@ def anchor_group(
     Raises:
         ValueError: a chat template that puts an image placeholder into a text-only prompt.
     """
-    side = (ANCHOR_SIDE, ANCHOR_SIDE)
-    sample = {"prompt": [{"role": "user", "content": "."}], "images": [Image.new("RGB", side)]}
-    response = [[processor.tokenizer.eos_token_id]]
+    images = [Image.new("RGB", (ANCHOR_SIDE, ANCHOR_SIDE))] if hasattr(processor, "tokenizer") else []
+    sample = {"prompt": [{"role": "user", "content": "."}], "images": images}
+    response = [[tokenizer_of(processor).eos_token_id]]
     return encode_groups(processor, [sample], [response], forbidden, device, **template_options)[0]

@@ -11,7 +11,7 @@ import datasets
 import torch
 
 from ..errors import ConfigError, in_one_line
-from .conversations import BadRow, as_list, ends_with_reply, read_answer, read_question
+from .conversations import BadRow, as_list, ends_with_reply, read_answer, read_evidence, read_question
 from .formats import read_rows
 from .images import Folders, decode_image, image_size
 
@@ -41,6 +41,8 @@ class DataSource:
             answer is no answer; a list holds alternatives; numbers become text.
         images: the column with one image or a list (``vgs.data.images.decode_image``); ``image`` is taken where the
             default does not exist. None: only those within chat messages.
+        evidence_column: a column with a text, or a list of texts, that is evidence as pictures are: it stands before
+            the question, and the text-only view lacks it. None: pictures, and what chat messages mark.
         privileged_images, privileged_text: columns that only a teacher sees, if any (``vgs.data.privileged``).
         system_prompt: text of a system message before every question.
         limit: use the first so many rows.
@@ -66,6 +68,7 @@ class DataSource:
     on_bad_row: str = "error"
     responses: str | None = None
     kept: tuple[str, ...] = ()
+    evidence_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
@@ -88,11 +91,12 @@ class Columns:
     gold_replies: bool  # the last assistant turns are the gold answers
     responses: str | None = None
     kept: tuple[str, ...] = ()
+    evidence: str | None = None
 
     def names(self) -> list[str]:
         """The columns, each once."""
         of_questions = (self.question, self.answer, self.images, self.privileged_images, self.privileged_text)
-        named = (*of_questions, self.responses, *self.kept)
+        named = (*of_questions, self.evidence, self.responses, *self.kept)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -139,6 +143,7 @@ class Samples(torch.utils.data.Dataset):
             columns.question,
             columns.images,
             self.source.system_prompt,
+            () if columns.evidence is None else read_evidence(row[columns.evidence], columns.evidence),
         )
         sample: dict[str, Any] = {"prompt": question.prompt, "images": question.images}
         if columns.privileged_images is not None:
@@ -239,9 +244,10 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
             need(ANSWERS[0], " (the key 'answer' names the column with gold answers; null: there are none)")
     if images == IMAGES[0] and images not in names:
         images = next((name for name in IMAGES if name in names), None)
-        if images is None and text:
+        if images is None and text and source.evidence_column is None:
             need(IMAGES[0], " (the key 'images' names the column with images; null: there are none)")
-    for name in (answer, images, source.privileged_images, source.privileged_text, source.responses, *source.kept):
+    privileged = (source.privileged_images, source.privileged_text)
+    for name in (answer, images, *privileged, source.evidence_column, source.responses, *source.kept):
         if name is not None:
             need(name)
     return Columns(
@@ -253,6 +259,7 @@ def find_columns(source: DataSource, features: datasets.Features) -> Columns:
         gold_replies=chat and answer is None and source.answer is not None,
         responses=source.responses,
         kept=source.kept,
+        evidence=source.evidence_column,
     )
 
 
@@ -306,6 +313,10 @@ def open_samples(source: DataSource) -> Samples:
         rows = rows.select(range(min(source.limit, len(rows))))
     if len(rows) == 0:
         raise ConfigError(f"{source.path} has no rows.")
+    if columns.evidence is not None:
+        empty = [index for index, value in enumerate(rows[columns.evidence]) if not value]
+        what = "is null or empty: without pictures such a row has nothing to steer by, and is distilled plainly"
+        _say(source, columns.evidence, len(rows), empty, what)
     if columns.answer is not None:
         _say_answers(source, columns.answer, rows[columns.answer])
     elif columns.gold_replies:

@@ -18,7 +18,7 @@ class PromptGroup:
 
     Attributes:
         prompt_ids: [P] int64 on the CPU, image placeholders expanded.
-        text_prompt_ids: [Q] int64 on the CPU, the same prompt rendered without its images.
+        text_prompt_ids: [Q] int64 on the CPU, the same prompt rendered without its evidence: images, marked texts.
         responses: G tensors [T_g] int64 on the CPU.
         images: the image fields of this prompt alone, as its family's forward takes them (``pixel_values``,
             ``image_grid_thw``, ...); per-token fields (``token_type_ids``, ``mm_token_type_ids``) are [P].

@@ -38,7 +38,7 @@ Rows = Mapping[str, Tensor]
 STEERING = frozenset(
     {
         *("gamma", "lam", "vds_quantile", "adaptive_quantile", "detach_prior", "schedule", "vds_scope"),
-        *("eta_batches", "lp_every", "prior_decay"),
+        *("gamma_guard", "gamma_warmup_steps", "eta_batches", "eta_every", "lp_every", "prior_decay"),
     }
 )
 SETTINGS = STEERING | {"control_kind"}  # that only some presets read
@@ -342,7 +342,7 @@ class LanguageSteered(WithPrior):
 
     target: tuple[Addend, ...] = (TEACHER, Addend(1.0, "student", "text"), Addend(-1.0, "teacher", "text"))
 
-    own_settings = frozenset({"gamma", "lam", "vds_quantile", "vds_scope", "lp_every"})
+    own_settings = frozenset({"gamma", "gamma_warmup_steps", "lam", "vds_quantile", "vds_scope", "lp_every"})
 
     def needs_text_gradient(self, objective: VGSObjective) -> bool:
         return objective.gamma > 0

@@ -53,8 +53,7 @@ def remedies(config: Mapping[str, Any], machine: Machine, shortest_pass: int) ->
     if not options.gradient_checkpointing:
         yield "gradient_checkpointing: true", (_with(config, "training", gradient_checkpointing=True), machine)
     if machine.gpus > 1 and machine.sharding == "ddp":
-        measured = " with eta: a number" if options.eta == "measure" else ""  # measuring needs whole parameters
-        yield f"--sharding fsdp2{measured}", (dict(config), replace(machine, sharding="fsdp2"))
+        yield "--sharding fsdp2", (dict(config), replace(machine, sharding="fsdp2"))
     if not eight and not options.teacher_offload:
         yield "teacher.load_in_8bit: true", (_with(config, "teacher", load_in_8bit=True), machine)
     if not config.get("lora"):

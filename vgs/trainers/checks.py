@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data.messages import prompt_images
+from ..data.messages import has_evidence
 from ..errors import ConfigError
 from ..models.families import device_of, placeholder_ids
 from ..models.heads import read_head
@@ -23,6 +23,7 @@ from .step import UNSHARDED
 
 #: Of the largest logit: more than rounding to 16 bit (also by the model's own autocast), less than a wrong factor.
 LOGIT_TOLERANCE = 0.05
+EVIDENCE_ROWS = 100  # that are read to see whether prompts mark any
 
 
 def check_teacher_kind(preset: Preset, kinds: tuple[str, ...], trainer: str) -> None:
@@ -68,25 +69,31 @@ def check_overlap(k: int | None, vocabulary: int) -> None:
 
 
 def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
-    """Stop where a preset needs images and the data have none.
+    """Stop where a preset needs images, or evidence of any kind, and the data have none.
 
     Args:
         preset: of the run.
         data: the training data; a stream is not read.
-        needs_text: whether the run compares prompts with and without images.
+        needs_text: whether the run compares prompts with and without evidence.
 
     Raises:
-        ConfigError: neither a column ``images`` (or TRL's ``image``) nor pictures in the first prompt.
+        ConfigError: neither a column ``images`` (or TRL's ``image``) nor evidence in the first prompt.
     """
-    if has_column(data, "images") or has_column(data, "image") or prompt_images(data[0].get("prompt") or ""):
+    if has_column(data, "images") or has_column(data, "image") or has_evidence(data[0].get("prompt") or ""):
         return
     if "control" in preset.views:
         raise ConfigError(f"preset={preset.name!r} degrades images, but train_dataset has no column 'images'.")
     if needs_text:
         raise ConfigError(
             f"preset={preset.name!r} compares prompts with and without images, but train_dataset has no column "
-            "'images'. Use the preset 'opd', or gamma=0 and lam=0."
+            "'images' and no part of a prompt marked as evidence. Use the preset 'opd', or gamma=0 and lam=0."
         )
+
+
+def marks_evidence(data: Any) -> bool:
+    """Whether a prompt of the data has evidence, as far as its first rows tell; of a stream nothing is known."""
+    count = min(len(data), EVIDENCE_ROWS) if hasattr(data, "__len__") else 0
+    return count == 0 or any(has_evidence(data[index].get("prompt") or "") for index in range(count))
 
 
 def has_column(data: Any, name: str) -> bool:
@@ -116,7 +123,7 @@ def check_student(student: nn.Module, has_processor: bool, needs_images: bool) -
     Args:
         student: the unwrapped model.
         has_processor: whether the student's processor takes images.
-        needs_images: whether the objective compares prompts with and without images.
+        needs_images: whether the objective compares prompts with and without images, which are the only evidence.
 
     Raises:
         ConfigError: such a model.
@@ -126,8 +133,8 @@ def check_student(student: nn.Module, has_processor: bool, needs_images: bool) -
         raise ConfigError(f"processing_class must be the processor of {type(student).__name__}, got its tokenizer.")
     if needs_images and not own:
         raise ConfigError(
-            f"model must be a vision-language model, got {type(student).__name__}: this objective "
-            "compares prompts with and without images. Use the preset 'opd' or 'gkd' for a text-only model."
+            f"model must be a vision-language model, got {type(student).__name__}: this objective compares prompts "
+            "with and without images. Use the preset 'opd' or 'gkd' for a text-only model, or mark evidence in prompts."
         )
 
 
@@ -189,17 +196,18 @@ def check_logits(name: str, model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedType) -> None:
+def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedType, fsdp2: bool = False) -> None:
     """Stop where settings need parameters otherwise than the run has them.
 
     Args:
         args: of the run.
         teacher: the unwrapped teacher; None for one that does not run here.
         kind: what holds the parameters.
+        fsdp2: whether it is FSDP2.
 
     Raises:
-        ConfigError: an offloaded teacher that is sharded or quantized; eta measured on parameters that are sharded, or
-            through reentrant checkpointing.
+        ConfigError: an offloaded teacher that is sharded or quantized; eta measured on parameters that DeepSpeed or
+            FSDP1 shards, or through reentrant checkpointing.
     """
     # The host shards the teacher under DeepSpeed alone; FSDP leaves it whole on every rank.
     if args.teacher_offload and kind == DistributedType.DEEPSPEED:
@@ -209,16 +217,16 @@ def check_engine(args: VGSOptions, teacher: nn.Module | None, kind: DistributedT
         )
     if args.teacher_offload and getattr(teacher, "is_quantized", False):
         raise ConfigError("teacher_offload=True cannot move a quantized teacher. Use one of the two.")
-    if args.fixed_eta is not None:
+    if args.fixed_eta is not None or (args.eta == "cheap" and args.eta_every is None):
         return
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {})
     if checkpointing and checkpointing.get("use_reentrant"):
         raise ConfigError(
-            'eta="measure" needs gradient checkpointing that is not reentrant. Set use_reentrant to false in '
+            f"eta={args.eta!r} needs gradient checkpointing that is not reentrant. Set use_reentrant to false in "
             "gradient_checkpointing_kwargs, or eta to a number."
         )
-    if kind not in UNSHARDED:
+    if kind not in UNSHARDED and not fsdp2:
         raise ConfigError(
-            f'eta="measure" needs whole parameters, but they are sharded ({kind}). '
-            'Measure once on one device or under DDP and set eta to that number, or use "paper-2b" / "paper-4b".'
+            f"eta={args.eta!r} needs parameters that are whole or sharded by FSDP2, but {kind} holds them here. "
+            'Measure once elsewhere and set eta to that number, or use "paper-2b", "paper-4b" or "cheap".'
         )

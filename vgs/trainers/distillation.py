@@ -8,7 +8,7 @@ the host calls them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -25,17 +25,17 @@ from ..data.answers import answers_match
 from ..data.degraded import control_groups
 from ..errors import ConfigError
 from ..models.groups import PromptGroup, response_lengths
-from ..objectives.eta import gradient_norm
 from ..objectives.weighting import token_weights
 from ..teachers.protocol import Teacher
 from ..teachers.sources import TeacherSource, as_sources
+from . import eta_measurement
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
 from .micro_batch import MicroBatch, mean_left_out, mean_overlap
 from .off_policy import Recorded, check_caches
-from .passes import Outputs, loss_in_passes, means_to_log
+from .passes import Outputs, loss_in_passes, means_to_log, note
 from .preparation import prepare_models
 from .prior import Prior
 from .rollouts import rollout, samples_of
@@ -73,8 +73,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
 
     Raises:
         TypeError: ``args`` is not a ``VGSConfig``, or ``processing_class`` is no processor.
-        ConfigError: ``tools`` given, no teacher, different image tokens, a text-only model, ``eta="measure"`` with
-            sharded parameters, or versions of TRL and transformers that do not fit.
+        ConfigError: ``tools`` given, no teacher, different image tokens, a text-only model, eta measured on parameters
+            that DeepSpeed or FSDP1 shards, or versions of TRL and transformers that do not fit.
     """
 
     teachers: tuple[str, ...] = ("separate",)
@@ -142,11 +142,14 @@ class VGSTrainer(HostHooks, DistillationTrainer):
 
     @property
     def objective(self) -> VGSObjective:
-        """The objective in force: eta as fixed or measured so far (1 before the first measurement), lam as due."""
-        eta = self.args.fixed_eta
+        """The objective in force: gamma warmed up and guarded, eta as fixed or measured so far (before that 1, or where
+        it is cheap that of two parallel gradients of one length), lam as due. Evaluation takes gamma and lam as set."""
+        args, gamma, eta = self.args, self.args.gamma, self.args.fixed_eta
+        if self.model.training:
+            gamma = self.steering.gamma(args, self.state.global_step)
         if eta is None:
-            eta = self.steering.eta if self.steering.ratios else 1.0
-        objective, every = self.args.objective(eta), self.args.lp_every
+            eta = self.steering.eta_at(gamma / args.gamma, 1 / (1 + args.gamma) if args.eta == "cheap" else 1.0)
+        objective, every = args.objective(eta, gamma), args.lp_every
         if not self.model.training or every == 1:
             return objective
         return replace(objective, lam=0.0 if self.state.global_step % every else every * objective.lam)
@@ -174,8 +177,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if position == 0 or self._buffered_inputs is None:
             batch = self.with_teacher(self.sample(generation_batch))
             self._buffered_inputs = split_batch(batch, steps, ("teacher",))
-            wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
-            if len(self.steering.ratios) < wanted:
+            if eta_measurement.is_due(self):
                 self.measure_eta(self._buffered_inputs)
         return self._buffered_inputs[position]
 
@@ -215,8 +217,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
 
     def with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A sampled batch with ``teacher``, what the teacher (and a prior of its own) says of each response, in place
-        of the ``views``."""
-        objective, groups = self.objective, batch["groups"]
+        of the ``views``. Whatever gamma is in force, this serves the one that is set."""
+        objective, groups = replace(self.objective, gamma=self.args.gamma), batch["groups"]
         text = self.step_scorer.needs_text(objective)
         views, routes = batch.get("views", {}), batch.get("routes")
         teacher = self.step_scorer.score_teacher(groups, objective, text, views, routes)
@@ -225,21 +227,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         return {"groups": groups, "teacher": teacher, "num_items_in_batch": batch["num_items_in_batch"]}
 
     def measure_eta(self, micro_batches: list[dict[str, Any]]) -> None:
-        """One measurement of eta on all micro-batches of this optimizer step (arXiv 2606.00564, Eq. 15)."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-
-        def losses(objective: VGSObjective) -> Iterator[Tensor]:
-            for inputs in micro_batches:
-                batch = self.plan_passes(inputs, inputs["num_items_in_batch"], objective, terms=False)
-                for chosen in batch.passes:
-                    yield self.step_scorer.pass_loss(self.student, batch, chosen)[0]
-
-        steered = replace(self.args.objective(1.0), lam=0.0)
-        norms = [
-            gradient_norm(losses(objective), parameters, lambda x: self.accelerator.reduce(x, reduction="mean"))
-            for objective in (replace(steered, gamma=0.0), steered)
-        ]
-        self.steering.add_ratio(*norms)
+        """One measurement of eta on all micro-batches of this optimizer step: ``eta_measurement.measure``."""
+        eta_measurement.measure(self, micro_batches)
 
     def plan_passes(
         self, inputs: dict[str, Any], num_items: Tensor | float | None, objective: VGSObjective, terms: bool
@@ -271,20 +260,21 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if self.model.training:  # per process: gradients are averaged over processes
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         batch = self.plan_passes(inputs, num_items, self.objective, self.args.log_terms)
+        if self.model.training and self.args.fixed_eta is None and self.args.eta == "cheap" and batch.objective.gamma:
+            batch = replace(batch, norms=[])
         loss, outputs = loss_in_passes(self.step_scorer, model, batch, self.model.training)
         self.log_terms(batch, outputs)
         return (loss, None) if return_outputs else loss
 
     def log_terms(self, batch: MicroBatch, outputs: Outputs) -> None:
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
-        means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+        means = means_to_log(self.accelerator, outputs, batch.objective, self.args)
         means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
         if self.model.training and self.args.gradient_tolerance > 0:
             means |= mean_left_out(self.accelerator, outputs)
-        for name, value in means.items():
-            self.open_metrics[name].append(value)
-        if self.model.training and "student_vds" in means:
-            self.steering.observe(means, self.current_gradient_accumulation_steps)
+        note(self, means)
+        if batch.norms is not None:
+            eta_measurement.note_norms(self, batch)
 
     # ---- what the host asks
 

@@ -33,7 +33,7 @@ from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
 from .micro_batch import MicroBatch, mean_left_out, mean_overlap, mean_terms
 from .off_policy import check_caches
-from .passes import Outputs, loss_in_passes, means_to_log
+from .passes import Outputs, loss_in_passes, means_to_log, note
 from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_weights
 from .preparation import prepare_models
 from .rollouts import rollout, samples_of
@@ -141,8 +141,9 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
 
     @property
     def objective(self) -> VGSObjective:
-        """The distillation's; alpha is on the token weights."""
-        return self.args.objective(1.0)
+        """The distillation's, with gamma warmed up and guarded in training; alpha is on the token weights."""
+        gamma = self.steering.gamma(self.args, self.state.global_step) if self.model.training else None
+        return self.args.objective(1.0, gamma)
 
     @property
     def responses_per_prompt(self) -> int:
@@ -193,10 +194,12 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         }
 
     def with_teacher(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A sampled batch with ``teacher``, what the teacher says of each response."""
-        text = self.step_scorer.needs_text(self.objective)
+        """A sampled batch with ``teacher``, what the teacher says of each response. It may serve several steps, and so
+        serves gamma as it is set, whatever is in force."""
+        objective = self.args.objective(1.0)
+        text = self.step_scorer.needs_text(objective)
         groups, routes = batch["groups"], batch.pop("routes", None)
-        return {**batch, "teacher": self.step_scorer.score_teacher(groups, self.objective, text, routes=routes)}
+        return {**batch, "teacher": self.step_scorer.score_teacher(groups, objective, text, routes=routes)}
 
     def plan_passes(self, inputs: dict[str, Any]) -> MicroBatch:
         """A micro-batch with its tokens' weights in both losses, and which responses run together.
@@ -262,16 +265,13 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         if self.args.alpha == 0:
             means = mean_terms(self.accelerator, outputs, terms=False)
         else:
-            means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
+            means = means_to_log(self.accelerator, outputs, batch.objective, self.args)
             means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
         if self.model.training and self.args.gradient_tolerance > 0:
             means |= mean_left_out(self.accelerator, outputs)
-        if self.model.training and "student_vds" in means:
-            self.steering.observe(means, self.current_gradient_accumulation_steps)
         if batch.policy is not None:
             means |= clip_ratios(self.accelerator, batch, outputs)
-        for name, value in means.items():
-            self.open_metrics[name].append(value)
+        note(self, means)
 
     # ---- what the host asks
 

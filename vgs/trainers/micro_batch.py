@@ -42,6 +42,7 @@ class MicroBatch:
         text_gradient: whether a response's text-only rows need gradient, one entry per response.
         passes: numbers of the responses that run together.
         overlaps: [N] of each pass that has run, see ``vgs.models.overlap``.
+        norms: [2] of each pass that has run, see ``vgs.objectives.eta.hidden_norms``; None where they are not wanted.
         policy: a policy gradient on the sampled tokens, [T] tensors, one entry per response; None for none.
     """
 
@@ -57,6 +58,7 @@ class MicroBatch:
     passes: list[list[int]]
     policy: Sequence[PolicyTerm] | None = None
     overlaps: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] | None = None
 
     def teacher_rows(self, chosen: list[int], head: Head, like: Tensor) -> dict[str, Tensor]:
         """view -> [N, Dt] hidden states of the chosen responses; ``"prior"``: [N, Ds], the student's earlier ones."""
@@ -135,14 +137,21 @@ def mean_terms(
     accelerator: Accelerator, outputs: Sequence[VGSOutput | DivergenceOutput], terms: bool
 ) -> dict[str, float]:
     """Means over all tokens of all ranks: entropy, the divergence or policy term of losses that have one and, if
-    ``terms``, those of the steered objective that the loss has formed, and VDS quantiles."""
+    ``terms``, those of the steered objective that the loss has formed, VDS quantiles, and ``sight``: the share of the
+    teacher's visual dependency that the student has (``gamma_guard``). ``tokens`` is their number."""
     names = [*(TERMS if terms else ()), "divergence", "policy"]
     names = ["entropy", *(name for name in names if getattr(outputs[0], name, None) is not None)]
     columns = {name: torch.cat([getattr(output, name).float() for output in outputs]) for name in names}
     entropy = columns["entropy"]
+    if terms and {"vds", "student_vds"} <= columns.keys():
+        columns["sight"] = torch.minimum(columns["vds"], columns["student_vds"])
     sums = torch.stack([*[column.sum() for column in columns.values()], entropy.new_tensor(len(entropy))])
     sums = accelerator.gather(sums[None]).sum(dim=0)
-    means = dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
+    tokens = sums[-1:]
+    *values, count = torch.cat([sums[:-1] / tokens.clamp(min=1), tokens]).tolist()
+    means = {**dict(zip(columns, values, strict=True)), "tokens": count}
+    if seen := means.pop("sight", None):
+        means["sight"] = seen / means["vds"]
     if "vds" in columns:
         padded = accelerator.gather(accelerator.pad_across_processes(columns["vds"], pad_index=math.nan))
         levels = entropy.new_tensor(VDS_QUANTILES)

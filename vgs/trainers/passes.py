@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -16,6 +17,7 @@ from vgs_kernels import DivergenceOutput, VGSObjective, VGSOutput
 
 from ..models.wrappers import run_inside
 from .micro_batch import MicroBatch, mean_terms
+from .settings import VGSOptions
 from .step import StepScorer
 
 Outputs = list[VGSOutput | DivergenceOutput]
@@ -69,10 +71,27 @@ def unsynchronised(accelerator: Accelerator, model: nn.Module) -> Iterator[None]
 
 
 def means_to_log(
-    accelerator: Accelerator, outputs: Outputs, objective: VGSObjective, log_terms: bool
+    accelerator: Accelerator, outputs: Outputs, objective: VGSObjective, args: VGSOptions
 ) -> dict[str, float]:
-    """eta, and a micro-batch's means over the tokens of all ranks."""
-    values = {"eta": objective.eta, **mean_terms(accelerator, outputs, log_terms)}
+    """eta and, of presets that read one, gamma as it is in force; and a micro-batch's means over the tokens of all
+    ranks."""
+    values = {"eta": objective.eta, **mean_terms(accelerator, outputs, args.log_terms)}
+    if args.preset_in_force.reads("gamma") and args.gamma > 0:
+        values["gamma_effective"] = objective.gamma
     if objective.lam == 0:  # without a gated term, a gate would only tell how the batch was split
         values.pop("gate", None)
     return values
+
+
+def note(trainer: Any, means: dict[str, float]) -> None:
+    """Add a micro-batch's means to a trainer's metrics and, in training, to what steering watches.
+
+    Args:
+        trainer: with ``HostHooks``.
+        means: by name, and the number of their ``tokens``.
+    """
+    tokens = means.pop("tokens")
+    for name, value in means.items():
+        trainer.open_metrics[name].append(value)
+    if trainer.model.training and {"language", "student_vds", "vds"} <= means.keys():
+        trainer.steering.observe(means, trainer.current_gradient_accumulation_steps, tokens)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..data.check_prompts import check_prompts
-from ..data.messages import remove_images
+from ..data.messages import remove_evidence
 from ..data.prompts import anchor_group, check_text_view, encode_prompt
 from ..errors import ConfigError
 from ..models.families import freeze, placeholder_ids
@@ -27,10 +28,13 @@ from .checks import (
     check_student,
     check_teacher_kind,
     check_top_k,
+    marks_evidence,
 )
 from .rollouts import expand_images_once, forbid_tokens
 from .routes import OpenedTeacher, check_routes, settle_vocabulary
 from .vocabulary import unknown_to_teachers
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
@@ -55,7 +59,8 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
         for part in data.values() if isinstance(data, dict) else [data]:
             check_routes(part, what, args.teacher_column, list(opened))
     has_processor = isinstance(trainer.processing_class, ProcessorMixin)
-    check_student(student, has_processor, compares)
+    sees = bool(trainer.placeholder_ids)  # else texts are all the evidence there can be
+    check_student(student, has_processor, compares and (sees or not marks_evidence(trainer.train_dataset)))
     check_routers("model", student.config)
     check_kernel("model", student, args.packed_attention, accelerator.device)
     check_text_view(trainer.processing_class, trainer.placeholder_ids, **trainer.chat_template_kwargs)
@@ -63,7 +68,7 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
     words = _words(trainer)
     check_logits("model", student, words)
     if not any(found.source.model is not None for found in opened.values()):
-        check_engine(args, None, accelerator.distributed_type)
+        check_engine(args, None, accelerator.distributed_type, accelerator.is_fsdp2)
     # All are asked, on every rank; a teacher that is loaded for it is given up before the next.
     answers = [packs(student, prompts), *[_check_teacher(trainer, x, words, prompts) for x in opened.values()]]
     trainer.packs = all(answers)
@@ -77,6 +82,8 @@ def prepare_models(trainer: Any, kinds: tuple[str, ...]) -> None:
         expand_images_once(trainer.vllm_generation, trainer.unexpanded_prompts)
     freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
     trainer.anchor = anchor_prompt(trainer)
+    if preset.steered and args.unguarded is not None:
+        logger.info("gamma is not guarded: %s.", args.unguarded)
 
 
 def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: list[PromptGroup]) -> bool:
@@ -90,7 +97,7 @@ def _check_teacher(trainer: Any, found: OpenedTeacher, words: Tensor, prompts: l
             check_cache(trainer, found, teacher)
         if teacher is None:
             return True
-        check_engine(args, teacher, accelerator.distributed_type)
+        check_engine(args, teacher, accelerator.distributed_type, accelerator.is_fsdp2)
         check_kernel(found.what, teacher, args.packed_attention, accelerator.device)
         check_logits(found.what, teacher, words)
         return packs(teacher, prompts)
@@ -137,7 +144,7 @@ def _words(trainer: Any) -> Tensor:
     """[T] int64, a short text."""
     words, _ = encode_prompt(
         trainer.processing_class,
-        remove_images([{"role": "user", "content": "."}]),
+        remove_evidence([{"role": "user", "content": "."}]),
         chat_template=trainer.chat_template,
         **trainer.chat_template_kwargs,
     )

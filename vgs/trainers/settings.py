@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..log import warn_once
 from ..models.attention import KERNELS
 from ..objectives.definitions import SETTINGS
-from ..objectives.eta import ETA_PRESETS
+from ..objectives.eta import ETA_MODES, ETA_PRESETS
 from ..objectives.fixed_prior import anchored
 from ..objectives.presets import Preset, find_preset
 from ..objectives.weighting import LOSS_REDUCTIONS
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 PRIORS = ("live", "frozen", "ema")
 LOSS_BACKENDS = ("auto", "triton", "torch", "loops")
 AT_LEAST_ONE = (
-    *("eta_batches", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
+    *("eta_batches", "eta_every", "loss_workspace_bytes", "vocab_size", "max_prompt_length"),
     *("max_tokens_per_pass", "lp_every", "log_overlap"),
 )
 
@@ -57,12 +57,20 @@ class VGSOptions:
         gamma, lam, vds_quantile, adaptive_quantile, detach_prior, schedule, vds_scope: see ``VGSObjective``; of
             presets that steer, others warn of them. One call (``vds_scope="call"``) is one micro-batch on one rank.
             ``schedule`` None: as the preset says, else ``"constant"``.
+        gamma_warmup_steps: optimizer steps over which gamma rises from 0, in a line; with any schedule.
+        gamma_guard: multiply gamma by a factor that falls to 0 while the student is blind or its language drifts, see
+            ``vgs.trainers.gamma_guard``. None: wherever it can be: presets that steer with gamma > 0, the live prior
+            and ``log_terms``. A frozen or averaged prior does not feed back on itself and is not guarded.
         eta: scale of the whole loss: a positive number, a preset of the paper by student size (``"paper-2b"`` 0.41,
-            ``"paper-4b"`` 0.36), or ``"measure"``: ||grad standard|| / ||grad (standard + gamma * visual)|| over the
-            trainable parameters (arXiv 2606.00564, Eq. 15) on the first ``eta_batches`` batches, then fixed, stored in
-            checkpoints. Measuring needs whole parameters: one process or DDP. Where there is nothing to measure
-            (gamma 0, or a preset other than ``"vgs"`` and ``"vgs_adaptive"``) it is 1.
-        eta_batches: optimizer steps whose batches are measured.
+            ``"paper-4b"`` 0.36), or a way to measure ||grad standard|| / ||grad (standard + gamma * visual)|| (arXiv
+            2606.00564, Eq. 15). Over the trainable parameters: ``"measure"``, on the first ``eta_batches`` batches,
+            then fixed; ``"exact"``, in every step; ``"tracked"``, in every ``eta_every``-th, smoothed. Over the last
+            hidden states: ``"cheap"``, from earlier steps, smoothed. Measuring over parameters needs one process, DDP
+            or FSDP2. Where there is nothing to measure (gamma 0, or a preset other than ``"vgs"`` and
+            ``"vgs_adaptive"``) it is 1. Where gamma is not whole (warm-up, guard), eta is what belongs to the rest.
+        eta_batches: optimizer steps whose batches ``"measure"`` measures.
+        eta_every: steps between measurements of ``"tracked"``, 16 if left out; ``"cheap"`` is then compared with the
+            parameters' in so many steps, for the log.
         loss_reduction: ``"trajectory"`` averages over the tokens of each response, then over responses (the paper's);
             ``"token"`` averages over all tokens. None: as the preset says, else ``"trajectory"``.
         loss_backend, loss_workspace_bytes: passed to the fused loss.
@@ -91,8 +99,7 @@ class VGSOptions:
             stay. Excludes ``teacher_offload``.
         teacher_column: of several teachers, the column that names each row's.
         prior: where the prior p_x inside q* comes from, of presets that steer: the student as it is (``"live"``), as it
-            was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``. With a copy the
-            logged loss lacks a constant, and nothing is watched for collapse.
+            was at the start (``"frozen"``) or its average (``"ema"``), see ``vgs.trainers.prior``.
         prior_decay: of the average, per optimizer step.
         control_kind: how images are degraded in the control view, see ``vgs.data.degraded``; None: as the preset says.
     """
@@ -102,13 +109,21 @@ class VGSOptions:
         default=None, metadata={"help": "Fields of Divergence that replace the preset's."}
     )
     gamma: float = field(default=2.0, metadata={"help": "Weight of the visual term."})
+    gamma_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps over which gamma rises from 0."})
+    gamma_guard: bool | None = field(
+        default=None, metadata={"help": "Lower gamma while the student is blind; left out: wherever it can be."}
+    )
     lam: float = field(default=0.01, metadata={"help": "Weight of the gated language preservation term."})
     vds_quantile: float = field(default=0.7, metadata={"help": "VDS quantile above which language is preserved."})
     adaptive_quantile: float = field(default=0.4, metadata={"help": "Lower quantile of the adaptive schedule."})
     detach_prior: bool = field(default=True, metadata={"help": "Treat the prior inside q* as a constant."})
     schedule: str | None = field(default=None, metadata={"help": '"constant" or "adaptive" gamma.'})
     vds_scope: str = field(default="call", metadata={"help": 'Quantile scope: "call", "ranks" or "trajectory".'})
-    eta: float | str = field(default="measure", metadata={"help": 'A number, "paper-2b", "paper-4b" or "measure".'})
+    eta: float | str = field(
+        default="measure",
+        metadata={"help": 'A number, "paper-2b", "paper-4b", "measure", "exact", "tracked" or "cheap".'},
+    )
+    eta_every: int | None = field(default=None, metadata={"help": "Steps between measurements of eta."})
     eta_batches: int = field(default=1, metadata={"help": 'Batches that eta="measure" measures.'})
     loss_reduction: str | None = field(default=None, metadata={"help": '"trajectory" or "token".'})
     loss_backend: str = field(default="auto", metadata={"help": '"auto", "triton", "torch" or "loops".'})
@@ -158,7 +173,12 @@ class VGSOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}.")
+        checks.integer("gamma_warmup_steps", self.gamma_warmup_steps, ">= 0")
         self._warn_of_unread()
+        if self.eta_every is not None and self.eta not in ("tracked", "cheap"):
+            warn_once(logger, f"eta_every={self.eta_every} is without effect: eta={self.eta!r}, not tracked or cheap.")
+        if self.gamma_guard and (why := self.unguarded) and find_preset(self.preset).steered:
+            warn_once(logger, f"gamma_guard=True is without effect: {why}.")
         if getattr(self.preset_in_force.weighting, "within_response", False) and self.loss_reduction != "trajectory":
             raise ConfigError(
                 f"preset={self.preset!r} weighs the tokens of a response among themselves and needs "
@@ -174,6 +194,8 @@ class VGSOptions:
     def _resolve(self, preset: Preset) -> None:
         """What is left open, from the preset."""
         self.preset = preset.name
+        if self.eta == "tracked" and self.eta_every is None and preset.steered:
+            self.eta_every = 16
         if self.divergence is not None and not isinstance(self.divergence, Mapping):
             raise ConfigError(f"divergence must be a section of keys, such as {{top_k: 128}}, got {self.divergence!r}.")
         if self.loss_reduction is None:
@@ -224,6 +246,24 @@ class VGSOptions:
         return preset.configured(self.temperature_of_loss, **self._divergence_changes())
 
     @property
+    def unguarded(self) -> str | None:
+        """Why nothing guards gamma, in words; None where it is guarded."""
+        if self.gamma_guard is False:
+            return "gamma_guard=False"
+        if not find_preset(self.preset).steered:
+            return f"preset={self.preset!r} does not steer"
+        if self.gamma == 0:
+            return "gamma is 0"
+        if self.prior != "live":
+            return f"prior={self.prior!r} does not feed back on itself"
+        return None if self.log_terms else "log_terms=False keeps its two views from being compared"
+
+    @property
+    def guards_gamma(self) -> bool:
+        """Whether the guard is on."""
+        return self.unguarded is None
+
+    @property
     def temperature_of_loss(self) -> float:
         """What divides the logits in the loss."""
         return self.temperature if self.loss_temperature is None else self.loss_temperature
@@ -236,9 +276,9 @@ class VGSOptions:
         """eta where it is known before training; None when it is to be measured.
 
         Raises:
-            ConfigError: ``eta`` is a string that is neither a preset nor ``"measure"`` nor a number.
+            ConfigError: ``eta`` is a string that is neither a preset nor a way to measure nor a number.
         """
-        if self.eta == "measure":
+        if self.eta in ETA_MODES:
             # Without a visual term both gradients are the same.
             return 1.0 if self.gamma == 0 or not find_preset(self.preset).steered else None
         if self.eta in ETA_PRESETS:
@@ -246,13 +286,13 @@ class VGSOptions:
         try:
             return float(self.eta)
         except (TypeError, ValueError):
-            presets = ", ".join(f'"{name}"' for name in ETA_PRESETS)
-            raise ConfigError(f'eta must be a number, {presets} or "measure", got {self.eta!r}.') from None
+            names = ", ".join(f'"{name}"' for name in (*ETA_PRESETS, *ETA_MODES))
+            raise ConfigError(f"eta must be a number or one of {names}, got {self.eta!r}.") from None
 
-    def objective(self, eta: float) -> VGSObjective:
-        """The validated objective of one loss call."""
+    def objective(self, eta: float, gamma: float | None = None) -> VGSObjective:
+        """The validated objective of one loss call; ``gamma`` None: as set."""
         return VGSObjective(
-            gamma=self.gamma,
+            gamma=self.gamma if gamma is None else gamma,
             lam=self.lam,
             vds_quantile=self.vds_quantile,
             eta=eta,

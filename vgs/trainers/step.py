@@ -18,6 +18,7 @@ from ..models.groups import PromptGroup, response_lengths, select_responses, tra
 from ..models.heads import Head, read_head, token_logps, visual_dependency, whole_heads
 from ..models.overlap import top_k_overlap
 from ..objectives.definitions import VIEWS, Preset, shared_limits
+from ..objectives.eta import hidden_norms
 from ..objectives.weighting import weigh
 from ..teachers.protocol import Teacher, TeacherRows
 from .batching import plan_passes
@@ -297,16 +298,17 @@ class StepScorer:
                 # With a model split over devices, the backbone can end elsewhere than the head.
                 states = {view: x.to(student_head.weight.device) for view, x in states.items()}
                 prior = {}
-                if self.prior_head is not None and batch.objective.gamma > 0:
-                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
                 teacher = batch.teacher_rows(chosen, teacher_head, states["image"])
+                if self.prior_head is not None and self.args.gamma > 0:
+                    prior["prior_head"] = self.prior_head(student, rows[0].dtype)
+                weights = joined([batch.weights[index] for index in chosen], states["image"])
                 output = self.preset.loss(
                     states,
                     teacher,
                     student_head,
                     teacher_head,
                     objective=batch.objective,
-                    token_weights=joined([batch.weights[index] for index in chosen], states["image"]),
+                    token_weights=weights,
                     trajectory_ids=trajectory_ids(groups).to(student_head.weight.device),
                     return_terms=batch.terms,
                     **(self._sampled(batch, chosen, states["image"]) if with_ids else {}),
@@ -314,6 +316,10 @@ class StepScorer:
                     **prior,
                     **self._loss_options,
                 )
+                if batch.norms is not None:
+                    pair = states["image"], student_head, teacher["image"], teacher_head
+                    scaled, options = batch.objective.eta * weights, {"temperature": batch.objective.temperature}
+                    batch.norms.append(hidden_norms(output.loss, *pair, scaled, **options, **self._loss_options))
                 output = self._with_policy(output, batch, chosen, states["image"], student_head)
                 if self.args.log_overlap is not None:
                     options = self.args.log_overlap, self.args.vocab_size, self.args.loss_workspace_bytes

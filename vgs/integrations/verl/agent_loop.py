@@ -7,7 +7,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from ...data.messages import remove_images
+from ...data.messages import remove_evidence
 from ...models.tokenizers import media_tokens
 from . import AGENT_LOOP
 from .batches import TEXT_PROMPT
@@ -25,6 +25,6 @@ class VGSAgentLoop(SingleTurnAgentLoop):
         ids = self.tokenizer.convert_tokens_to_ids(media_tokens(processor))
         bias = {**(sampling_params.get("logit_bias") or {}), **dict.fromkeys(ids, NEVER)}
         output = await super().run({**sampling_params, "logit_bias": bias}, priority, **kwargs)
-        messages = remove_images(list(kwargs["raw_prompt"]))
+        messages = remove_evidence(list(kwargs["raw_prompt"]))
         output.extra_fields[TEXT_PROMPT] = await self.ct_build_initial_tokens(messages)
         return output
