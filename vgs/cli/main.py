@@ -1,5 +1,5 @@
-"""The command line: ``vgs init | check | train | eval | plan | kl-gap | cache-teacher | serve-teacher | keys | demo``
-and ``study``."""
+"""The command line: ``vgs init | check | train | eval | report | plan | kl-gap | cache-teacher | serve-teacher | keys |
+demo | study``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..digits.studies import STUDIES
 from ..errors import ConfigError
 from ..log import log_to_stderr
-from . import eval_command
+from . import eval_command, report_command
 from .config import load_config
 from .output import check_file, check_folder
 from .runs import evaluate, train
@@ -110,6 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     eval_command.add_options(command, _count)
 
+    about = "several runs side by side: a page, pictures and numbers"
+    report_command.add_options(commands.add_parser("report", help=about, description=about, allow_abbrev=False))
+
     command = with_config("plan", "predicted memory of a training run, by part")
     command.add_argument("--gpu-memory", type=_memory, metavar="GiB", help="memory of one GPU (this machine's, if any)")
     command.add_argument("--gpus", type=_count, default=1)
@@ -179,6 +182,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         print(listing(options.pattern))
         return 0
+    if options.command == "report":
+        return report_command.run(options)
     if options.command == "init":
         from .init_command import run as write_config
 

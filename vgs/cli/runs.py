@@ -174,6 +174,7 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
         trainer.save_metrics("eval", metrics)
         if trainer.accelerator.is_main_process:
             report({key: round(value, 4) for key, value in metrics.items() if "accuracy" in key}, None)
+    trainer.save_state()
     trainer.create_model_card()
     return trainer
 

@@ -42,6 +42,7 @@ from .rollouts import rollout, samples_of
 from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
 from .settings import VGSConfig
 from .step import StepScorer
+from .term_bins import terms_by_bin
 
 
 class VGSTrainer(HostHooks, DistillationTrainer):
@@ -172,11 +173,15 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         steps = self.args.gradient_accumulation_steps
         position = self._step % steps
         if position == 0 or self._buffered_inputs is None:
-            batch = self.with_teacher(self.sample(generation_batch))
+            with self.clock.phase("sampling"):
+                batch = self.sample(generation_batch)
+            with self.clock.phase("teacher"):
+                batch = self.with_teacher(batch)
             self._buffered_inputs = split_batch(batch, steps, ("teacher",))
             wanted = 0 if self.args.fixed_eta is not None else self.args.eta_batches
             if len(self.steering.ratios) < wanted:
-                self.measure_eta(self._buffered_inputs)
+                with self.clock.phase("eta"):
+                    self.measure_eta(self._buffered_inputs)
         return self._buffered_inputs[position]
 
     def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -279,6 +284,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
         means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+        means |= terms_by_bin(self.accelerator, outputs, self.args.log_terms_by_bin)
         for name, value in means.items():
             self.open_metrics[name].append(value)
         if self.model.training and "student_vds" in means:

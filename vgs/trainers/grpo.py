@@ -38,6 +38,7 @@ from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_
 from .preparation import prepare_models
 from .rollouts import rollout, samples_of
 from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
+from .term_bins import terms_by_bin
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -164,7 +165,10 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             return self.with_teacher(self.sample(generation_batch))
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self.with_teacher(self.sample(generation_batch))
+            with self.clock.phase("sampling"):
+                batch = self.sample(generation_batch)
+            with self.clock.phase("teacher"):
+                batch = self.with_teacher(batch)
             self._buffered_inputs = split_batch(batch, steps, ("teacher", "sampled", "advantages"))
         return self._buffered_inputs[self._step % steps]
 
@@ -264,6 +268,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         else:
             means = means_to_log(self.accelerator, outputs, self.objective, self.args.log_terms)
             means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+            means |= terms_by_bin(self.accelerator, outputs, self.args.log_terms_by_bin)
         if self.model.training and "student_vds" in means:
             self.steering.observe(means, self.current_gradient_accumulation_steps)
         if batch.policy is not None:
