@@ -1,5 +1,5 @@
-"""The command line: ``vgs init | check | train | eval | report | plan | kl-gap | cache-teacher | serve-teacher | keys |
-demo | study``."""
+"""The command line: ``vgs init | check | train | eval | report | geometry | plan | kl-gap | cache-teacher | ... ``, see
+``build_parser``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..digits.studies import STUDIES
 from ..errors import ConfigError
 from ..log import log_to_stderr
-from . import eval_command, report_command
+from . import eval_command, geometry_command, report_command
 from .config import load_config
 from .output import check_file, check_folder
 from .runs import evaluate, train
@@ -26,7 +26,7 @@ OVERRIDES = (
     "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap", "cache-teacher")
+WITH_CONFIG = ("check", "train", "eval", "geometry", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     eval_command.add_options(command, _count)
 
+    command = commands.add_parser(
+        "geometry",
+        help=geometry_command.ABOUT,
+        description=f"{geometry_command.ABOUT}. {OVERRIDES}",
+        allow_abbrev=False,
+    )
+    geometry_command.add_options(command, _count)
+
     about = "several runs side by side: a page, pictures and numbers"
     report_command.add_options(commands.add_parser("report", help=about, description=about, allow_abbrev=False))
 
@@ -182,6 +190,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         print(listing(options.pattern))
         return 0
+    if options.command == "geometry":
+        return geometry_command.run(options, overrides)
     if options.command == "report":
         return report_command.run(options)
     if options.command == "init":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vgs_kernels import __version__
@@ -216,12 +216,22 @@ def _geometry(arms: Sequence[Sequence[RunLog]]) -> list[Numbers]:
     for place, arm in enumerate(arms):
         run = next((run for run in arm if run.geometry), None)
         for record in run.geometry if run is not None else ():
-            for space in ("parameters", "hidden"):
-                if space in record:
-                    head = {"arm": place, "run": run.name, "step": record["step"], "space": space}
-                    kept = {name: record[name] for name in ("method", "tokens", "samples")}
-                    found.append({**head, **kept, "vds": record["vds"], **record[space]})
+            found += geometry_entries(record, place, run.name)
     return found
+
+
+def geometry_entries(record: Mapping[str, Any], arm: int, run: str) -> Iterator[Numbers]:
+    """One measurement, an entry for each space.
+
+    Args:
+        record: of the instrument ``geometry``. arm, run: that it belongs to.
+    """
+    for space in ("parameters", "hidden"):
+        if space in record:
+            head = {"arm": arm, "run": run, "step": record["step"], "space": space}
+            kept = {name: record[name] for name in ("tokens", "samples", "vds")}
+            method = record["method"] if space == "parameters" else "exact"
+            yield {**head, **kept, "method": method, **record[space]}
 
 
 # ---- cost

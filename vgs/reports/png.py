@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .charts import Chart, Line, all_charts, bands, extent, points
+from .charts import Chart, Line, all_charts, bands, extent, geometry_charts, points
+from .collect import geometry_entries
 from .quantities import PHASES
 
 #: What marks a picture as this command's own.
@@ -34,6 +35,16 @@ def pictures(numbers: Mapping[str, Any]) -> dict[str, bytes]:
     if numbers["cost"] is not None:
         found["cost.png"] = _cost(numbers)
     return found
+
+
+def geometry_picture(record: Mapping[str, Any], title: str) -> bytes:
+    """The angles and norms of one measurement as a PNG.
+
+    Args:
+        record: of ``vgs geometry``. title: of the picture.
+    """
+    numbers = {"arms": [{"name": title}], "geometry": list(geometry_entries(record, 0, title))}
+    return _panels(numbers, geometry_charts(numbers), title)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -51,8 +51,11 @@ def write_report(numbers: Mapping[str, Any], out: Path, title: str) -> list[Path
     return list(content)
 
 
-def check_own(path: Path) -> None:
-    """Stop at a file that `vgs report` has not written.
+def check_own(path: Path, kind: str = KIND) -> None:
+    """Stop at a file that this command has not written.
+
+    Args:
+        path: of the file. kind: of its own JSON files.
 
     Raises:
         ConfigError: such a file.
@@ -60,20 +63,20 @@ def check_own(path: Path) -> None:
     if not path.exists():
         return
     try:
-        own = path.is_file() and _is_own(path)
+        own = path.is_file() and _is_own(path, kind)
     except (OSError, ValueError):
         own = False
     if not own:
         raise ConfigError(
-            f"--out would replace {str(path)!r}, which `vgs report` has not written; name another folder."
+            f"--out would replace {str(path)!r}, which this command has not written; name another folder."
         )
 
 
-def _is_own(path: Path) -> bool:
+def _is_own(path: Path, kind: str) -> bool:
     content = path.read_bytes()
     if path.suffix == ".html":
         return f'<meta name="generator" content="{GENERATOR}"'.encode() in content[:4096]
     if path.suffix == ".json":
         found = json.loads(content)
-        return isinstance(found, dict) and found.get("kind") == KIND
+        return isinstance(found, dict) and found.get("kind") == kind
     return content.startswith(b"\x89PNG") and b"Software\0" + SOFTWARE.encode() in content[:4096]

@@ -33,6 +33,7 @@ from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
+from .instruments import add_instruments
 from .micro_batch import MicroBatch, mean_overlap
 from .off_policy import Recorded, check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
@@ -136,6 +137,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         self.recorded = None if args.on_policy_fraction == 1 else Recorded(self)
         head = None if self.prior is None else self.prior.head
         self.step_scorer = StepScorer(self.args, self.accelerator, self.make_teachers(), self.anchor, self.packs, head)
+        add_instruments(self)
 
     def make_teachers(self) -> dict[str, Teacher]:
         """What a step asks, by name."""

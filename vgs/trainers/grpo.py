@@ -31,6 +31,7 @@ from .checkpoints import check_writable
 from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
+from .instruments import add_instruments
 from .micro_batch import MicroBatch, mean_overlap, mean_terms
 from .off_policy import check_caches
 from .passes import Outputs, loss_in_passes, means_to_log
@@ -139,6 +140,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         kind = LonePolicyScorer if args.alpha == 0 else PolicyScorer
         teachers = {} if args.alpha == 0 else make_teachers(self)
         self.step_scorer = kind(self.args, self.accelerator, teachers, self.anchor, self.packs)
+        add_instruments(self)
 
     @property
     def objective(self) -> VGSObjective:

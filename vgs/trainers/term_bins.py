@@ -7,24 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from vgs_kernels import DivergenceOutput, VGSOutput
 
+from ..evaluation.geometry import equal_bins
+
 TERMS = ("standard", "visual", "language", "vds", "student_vds")
-
-
-def equal_bins(scores: Tensor, bins: int) -> list[Tensor]:
-    """Which tokens are in which bin: by rank, so that bins differ by one token at most, also where scores are equal.
-
-    Args:
-        scores: [N] visual dependency scores.
-        bins: how many.
-
-    Returns:
-        The bins' token indices [N_b] int64, from the lowest scores to the highest; empty ones where N is smaller.
-    """
-    return list(torch.tensor_split(torch.argsort(scores, stable=True), bins))
 
 
 def terms_by_bin(
