@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .quantities import TERMS
-
 #: Pairs of gradients whose angle is shown.
 PAIRS = ("language-visual", "standard-visual", "standard-language")
 
@@ -47,6 +45,7 @@ class Chart:
     Attributes:
         name: a word for its file and its anchor. title, note: what it shows. unit: see ``Quantity``.
         x_label: of the horizontal axis. lines: its curves.
+        beside: curves of charts that it is compared with: they set its scale too.
     """
 
     name: str
@@ -55,6 +54,7 @@ class Chart:
     unit: str
     x_label: str
     lines: tuple[Line, ...] = field(default_factory=tuple)
+    beside: tuple[Line, ...] = field(default_factory=tuple)
 
 
 def look_up(numbers: Any, place: str) -> Any:
@@ -101,7 +101,20 @@ def bin_charts(numbers: Mapping[str, Any]) -> list[Chart]:
         title = f"{entry['title']} — {arm}" if len(numbers["arms"]) > 1 else entry["title"]
         name = f"bins-{entry['arm']}-{entry['term']}"
         charts.append(Chart(name, title, entry["meaning"], entry["unit"], "step", tuple(lines)))
-    return charts
+    terms = [entry["term"] for entry in numbers["bins"]]
+    return _comparable(charts, terms)
+
+
+def _comparable(charts: Sequence[Chart], kinds: Sequence[Any]) -> list[Chart]:
+    """Charts of one kind after each other, on one scale."""
+    groups: dict[Any, list[Chart]] = {}
+    for chart, kind in zip(charts, kinds, strict=True):
+        groups.setdefault(kind, []).append(chart)
+    return [
+        replace(chart, beside=tuple(line for other in group if other is not chart for line in other.lines))
+        for group in groups.values()
+        for chart in group
+    ]
 
 
 def _bin_label(number: int, count: int) -> str:
@@ -111,7 +124,7 @@ def _bin_label(number: int, count: int) -> str:
 
 def geometry_charts(numbers: Mapping[str, Any]) -> list[Chart]:
     """Angles and norms of the terms' gradients by bin; of each arm and space the last measurement."""
-    charts = []
+    charts, kinds = [], []
     last = {(entry["arm"], entry["space"]): place for place, entry in enumerate(numbers["geometry"])}
     for place in last.values():
         entry = numbers["geometry"][place]
@@ -120,13 +133,12 @@ def geometry_charts(numbers: Mapping[str, Any]) -> list[Chart]:
         at, name = f"geometry.{place}", f"geometry-{entry['arm']}-{entry['space']}"
         note = f"step {entry['step']}, {where}, {entry['method']}"
         angles = [_by_bin(pair.replace("-", " and "), at, "angles", pair, hue) for hue, pair in enumerate(PAIRS)]
-        norms = [
-            _by_bin(TERMS[term], at, "norms", term, hue) for hue, term in enumerate(("standard", "language", "visual"))
-        ]
+        norms = [_by_bin(term, at, "norms", term, hue) for hue, term in enumerate(("standard", "language", "visual"))]
         x_label = "bin of visual dependency"
         charts.append(Chart(f"{name}-angles", f"Angles{arm}", note, "degrees", x_label, tuple(angles)))
         charts.append(Chart(f"{name}-norms", f"Norms{arm}", note, "", x_label, tuple(norms)))
-    return charts
+        kinds += [("angles", entry["space"]), ("norms", entry["space"])]
+    return _comparable(charts, kinds)
 
 
 def _by_bin(label: str, at: str, what: str, name: str, hue: int) -> Line:
@@ -169,12 +181,13 @@ def bands(numbers: Mapping[str, Any], line: Line) -> list[tuple[float, float, fl
 
 def extent(numbers: Mapping[str, Any], chart: Chart) -> tuple[float, float, float, float]:
     """(left, right, bottom, top) of a chart. A band of few seeds may leave it: the curves set the scale."""
-    found = [point for line in chart.lines for point in points(numbers, line)]
-    found += [point for line in chart.lines for run in line.runs for point in points(numbers, replace(line, y=run))]
+    lines = (*chart.lines, *chart.beside)
+    found = [point for line in lines for point in points(numbers, line)]
+    found += [point for line in lines for run in line.runs for point in points(numbers, replace(line, y=run))]
     xs, ys = [x for x, _ in found] or [0.0, 1.0], [y for _, y in found] or [0.0, 1.0]
     low, high = min(ys), max(ys)
     reach = (high - low) or abs(high) or 1.0
-    outer = [value for line in chart.lines for _, *pair in bands(numbers, line) for value in pair]
+    outer = [value for line in lines for _, *pair in bands(numbers, line) for value in pair]
     low, high = max(min([low, *outer]), low - 0.6 * reach), min(max([high, *outer]), high + 0.6 * reach)
     margin = 0.06 * ((high - low) or reach)
     # Nothing here is below 0 but for policy losses and rewards: where it is near, the axis begins there.

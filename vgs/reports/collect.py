@@ -16,7 +16,7 @@ from .statistics import interval
 
 KIND, FORM = "vgs report", 1
 #: Most points of a curve; of more, neighbours are averaged.
-POINTS = 160
+POINTS = 48
 #: Phases that ``step_time`` contains.
 INSIDE = ("sampling", "teacher", "eta")
 Numbers = dict[str, Any]

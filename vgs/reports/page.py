@@ -293,7 +293,7 @@ class Page:
         parts = [name for name in named if name != "step"]
         bars = "".join(
             f'<div class="arm-{row["arm"]}">{self._arm(row["arm"])}<div class="stack">'
-            f"{_stack(row['seconds'], parts or ['step'], longest)}</div></div>"
+            f"{_stack(row['seconds'], parts or ['step'], longest, 0 if parts else row['arm'])}</div></div>"
             for row in cost["rows"]
         )
         keys = "".join(
@@ -349,10 +349,10 @@ class Page:
         return f'<div class="wide"><table>{body}</table></div>'
 
 
-def _stack(seconds: Mapping[str, Any], parts: Sequence[str], longest: float) -> str:
-    """The phases of a step side by side, as wide as they are long."""
+def _stack(seconds: Mapping[str, Any], parts: Sequence[str], longest: float, first: int = 0) -> str:
+    """The phases of a step side by side, as wide as they are long, in colours from the ``first`` on."""
     bars = []
-    for number, name in enumerate(parts):
+    for number, name in enumerate(parts, first):
         if seconds[name]:
             mean = seconds[name]["mean"]
             style = f"--own:var(--hue-{number % 8});width:{100 * mean / longest:.2f}%"

@@ -10,6 +10,7 @@ from typing import Any
 from .charts import Chart, Line, all_charts, bands, extent, geometry_charts, points
 from .collect import geometry_entries
 from .quantities import PHASES
+from .svg import RIGHT_ANGLE
 
 #: What marks a picture as this command's own.
 SOFTWARE = "vgs report"
@@ -88,6 +89,8 @@ def _panels(numbers: Mapping[str, Any], charts: Sequence[Chart], title: str) -> 
         axis.tick_params(labelsize=8, colors=FAINT)
         if chart.unit == "share":
             axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        if chart.unit == "degrees" and bottom < RIGHT_ANGLE < top:
+            axis.axhline(RIGHT_ANGLE, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11, color=INK)

@@ -31,15 +31,13 @@ MAIN: dict[str, Quantity] = {
     "eta": Quantity("eta", "", "the scale of the whole loss"),
     "gamma": Quantity("gamma", "", "the weight of the visual term in force"),
 }
-#: Angles and norms of the terms' gradients, and the values of a token.
-TERMS = {
-    "standard": "standard",
-    "language": "language",
-    "visual": "visual",
+#: The values of a token; the first is what answers are coloured by unless another is chosen.
+TOKEN_VALUES = {
     "vds": "visual dependency (teacher)",
     "student_vds": "visual dependency (student)",
     "gain": "visual gain (student)",
     "teacher_gain": "visual gain (teacher)",
+    "standard": "KL(student ‖ teacher)",
 }
 PHASES = {
     "sampling": "sampling",

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..trainers.run_folder import INSTRUMENTS
-from .quantities import TERMS
+from .quantities import TOKEN_VALUES
 from .runs import RunLog
 
 #: Most bytes of a picture that is put into a page.
@@ -43,7 +43,7 @@ def collect_samples(arms: Sequence[Sequence[RunLog]]) -> dict[str, Any] | None:
         return None
     answers = [answer for entry in questions.values() for answer in entry["answers"]]
     terms = []
-    for name, title in TERMS.items():
+    for name, title in TOKEN_VALUES.items():
         values = [abs(value) for answer in answers for value in answer["terms"].get(name, ())]
         if values:
             terms.append({"name": name, "title": title, "largest": max(values)})

@@ -12,6 +12,7 @@ from .charts import Chart, Line, bands, extent, points, tick_text, ticks
 
 WIDTH, HEIGHT = 360.0, 224.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 10.0, 34.0
+RIGHT_ANGLE = 90.0
 #: Beside the colour, so that lines can be told apart without it.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 3", "1 2", "6 2 1 2")
 
@@ -55,6 +56,10 @@ def line_chart(numbers: Mapping[str, Any], chart: Chart) -> str:
     parts.append(f'<text x="{middle:g}" y="{HEIGHT - 4:g}" class="middle faint">{chart.x_label}</text>')
     clip = f"clip-{chart.name}"
     box = f'x="{LEFT:g}" y="{TOP:g}" width="{WIDTH - LEFT - RIGHT:g}" height="{HEIGHT - TOP - BOTTOM:g}"'
+    if chart.unit == "degrees" and bottom < RIGHT_ANGLE < top:
+        _, y = place(left, RIGHT_ANGLE)
+        parts.append(f'<line class="mark" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT:g}" y="{y - 4:.1f}" class="end">90°</text>')
     parts.append(f'<clipPath id="{clip}"><rect {box}/></clipPath><g clip-path="url(#{clip})">')
     for line in chart.lines:
         parts.append(_band(numbers, line, place))
