@@ -1,5 +1,5 @@
-"""A report in headless Chromium: it runs without errors and without a network, fits a phone, follows the reader's colours,
-and answers to keys.
+"""A report in headless Chromium: it runs without errors and without a network, fits a phone, follows the reader's
+colours, and answers to keys.
 
 python docs/tools/check_report.py runs/report/report.html --screenshots runs/screenshots
 """
@@ -27,6 +27,7 @@ QUIET = (
 SCREENS = {"light": (1280, 2600, 1), "dark": (1280, 2600, 0), "narrow": (390, 2600, 1), "narrow-dark": (390, 2600, 0)}
 #: Runs at the end of a copy of the page and writes what it has seen.
 PROBE = """
+{
 const seen = {};
 const root = document.documentElement;
 seen.overflow = root.scrollWidth - root.clientWidth;
@@ -40,7 +41,8 @@ press("End"); seen.last = tip.textContent;
 press("ArrowLeft"); seen.before = tip.textContent; seen.shown = !tip.hidden;
 press("Escape"); seen.hidden = tip.hidden;
 const box = document.getElementById("show-0");
-const hidden = () => [...document.querySelectorAll("polyline.arm-0")].every((x) => getComputedStyle(x).display === "none");
+const lines = [...document.querySelectorAll("polyline.arm-0")];
+const hidden = () => lines.every((x) => getComputedStyle(x).display === "none");
 seen.drawn = !hidden();
 box.click(); seen.gone = hidden(); box.click(); seen.back = !hidden();
 const token = document.querySelector(".token");
@@ -51,9 +53,11 @@ if (token) {
   });
   seen.colours = colours.length === new Set(colours).size;
 }
-seen.small = [...document.querySelectorAll("a, summary, label")].filter((x) => x.offsetParent && x.offsetHeight < 18).length;
+const targets = [...document.querySelectorAll("a, summary, label")];
+seen.small = targets.filter((x) => x.offsetParent && x.offsetHeight < 18).length;
 const result = document.createElement("pre");
 result.id = "seen"; result.textContent = JSON.stringify(seen); document.body.append(result);
+}
 """
 
 
