@@ -20,6 +20,7 @@ from vgs.models.heads import read_head
 
 RESPONSES = [[20, 9, 1], [21, 22, 10, 1], [11, 1], [12, 23, 24, 1]]
 BINS = 3
+EXACT = 1e-6  # the norms of transformers compute in float32, whatever comes in
 
 
 @cache
@@ -101,13 +102,13 @@ def test_exact_angles_and_norms_are_those_of_autograd(batch_size):
     before = [p.grad for p in found.student.parameters()]
     record = measure(found, BINS)
     assert [p.grad for p in found.student.parameters()] == before
-    torch.testing.assert_close(found.vds, vds, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.vds, vds, rtol=EXACT, atol=1e-9)
     bins = equal_bins(vds, BINS)
     assert [len(part) for part in bins] == [5, 4, 4] and record["tokens"] == 13
     for number, chosen in enumerate(bins):
-        assert record["vds"][number] == pytest.approx(float(vds[chosen].mean()), rel=1e-9)
+        assert record["vds"][number] == pytest.approx(float(vds[chosen].mean()), rel=EXACT)
         for term in TERMS:
-            assert record["terms"][term][number] == pytest.approx(float(terms[term][chosen].mean()), rel=1e-9)
+            assert record["terms"][term][number] == pytest.approx(float(terms[term][chosen].mean()), rel=EXACT)
     for space, chosen in itertools.product(("parameters", "hidden"), [*bins, torch.arange(13)]):
         gradients = expected(space, chosen)
         whole = len(chosen) == 13
@@ -117,9 +118,9 @@ def test_exact_angles_and_norms_are_those_of_autograd(batch_size):
             return values if whole else values[next(n for n, x in enumerate(bins) if x is chosen)]
 
         for a, b in PAIRS:
-            assert at(part["angles"][f"{a}-{b}"]) == pytest.approx(angle(gradients[a], gradients[b]), abs=1e-5)
+            assert at(part["angles"][f"{a}-{b}"]) == pytest.approx(angle(gradients[a], gradients[b]), abs=1e-4)
         for term in TERMS:
-            assert at(part["norms"][term]) == pytest.approx(float(gradients[term].norm()), rel=1e-8)
+            assert at(part["norms"][term]) == pytest.approx(float(gradients[term].norm()), rel=EXACT)
 
 
 def test_projections_agree_within_their_errors():
