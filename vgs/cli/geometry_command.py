@@ -32,7 +32,9 @@ def add_options(command: argparse.ArgumentParser, count: Callable[[str], int]) -
         metavar="CHECKPOINT|CONFIG.yaml",
         help="a run, a checkpoint of it, any model; or a config",
     )
-    command.add_argument("--config", metavar="CONFIG.yaml", help="data and teacher of a checkpoint outside of a run")
+    command.add_argument(
+        "--config", dest="source", metavar="CONFIG.yaml", help="data and teacher of a checkpoint outside of a run"
+    )
     command.add_argument("--samples", type=count, default=64, help="first so many questions of data.eval (64)")
     command.add_argument("--bins", type=count, default=10, help="bins of equal count (10)")
     command.add_argument("--batch-size", type=count, default=8, help="responses in one forward pass (8)")
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from ..reports.png import geometry_picture
     from ..reports.write import check_own
 
-    config, model, out = find(options.checkpoint, options.config, overrides)
+    config, model, out = find(options.checkpoint, options.source, overrides)
     out, step = options.out or out, step_of(model)
     target, picture = (out / f"geometry-{step:06d}{ending}" for ending in (".json", ".png"))
     check_folder(out)
