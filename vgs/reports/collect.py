@@ -256,7 +256,8 @@ def _phases(run: RunLog) -> dict[str, float]:
     whole = median("step_time") or run.finals.get("seconds_per_step")
     if whole is None:
         return {}
-    found = {name: value for name in PHASES if (value := median(f"step_time_{name}")) is not None}
+    # A phase without time in most steps (eta is measured once) is not a cost of a step.
+    found = {name: value for name in PHASES if (value := median(f"step_time_{name}"))}
     if inside := [found[name] for name in INSIDE if name in found]:
         found["student"] = max(whole - sum(inside), 0.0)
     return {**found, "step": whole + found.get("optimizer", 0.0)}

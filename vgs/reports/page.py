@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -166,13 +166,17 @@ class Page:
         key = (
             f'<p class="scale"><span>lowest dependency</span><span class="steps">{scale}</span><span>highest</span></p>'
         )
-        return f'{key}<div class="grid-of-charts">{"".join(map(self._figure, charts))}</div>'
+        return f"{key}{self._paired(map(self._figure, charts))}"
 
     def _geometry(self) -> str:
         charts = self.charts["geometry"]
-        return (
-            f'<div class="grid-of-charts">{"".join(self._figure(x, key=True) for x in charts)}</div>' if charts else ""
-        )
+        return self._paired(self._figure(chart, key=True) for chart in charts) if charts else ""
+
+    def _paired(self, figures: Iterable[str]) -> str:
+        """A grid in which, where there is room, the arms of one kind of chart stand side by side."""
+        count = len(self.arms)
+        columns = {1: 3, 2: 4}.get(count, min(count, 4))
+        return f'<div class="grid-of-charts paired" style="--columns:{columns}">{"".join(figures)}</div>'
 
     def _figure(self, chart: Chart, key: bool = False) -> str:
         unit = {"nats": "nats per token", "share": "", "degrees": "degrees"}.get(chart.unit, chart.unit)
@@ -238,11 +242,24 @@ class Page:
         question = self.numbers["samples"]["questions"][place]
         images = "".join(f'<img src="{image}" alt="picture {n + 1}"/>' for n, image in enumerate(question["images"]))
         gold = f" <small>answer: {text(question['answer'])}</small>" if question["answer"] is not None else ""
-        answers = "".join(self._answer(place, row) for row in range(len(question["answers"])))
+        answers = self._answers(place)
         return (
             f'<article class="card"><div class="pictures">{images or "<small>no picture</small>"}</div><div>'
             f"<h3>{text(question['question'])}{gold}</h3>{answers}{self._values(place)}</div></article>"
         )
+
+    def _answers(self, place: int) -> str:
+        """Each arm's first and last answer to a question; those between can be opened."""
+        rows = self.numbers["samples"]["questions"][place]["answers"]
+        parts = []
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            said = [self._answer(place, number) for number, row in enumerate(rows) if row["arm"] == arm]
+            between = said[1:-1]
+            if len(between) > 2:
+                summary = f"<summary>{len(between)} answers between</summary>"
+                between = [f'<details class="arm-{arm}">{summary}{"".join(between)}</details>']
+            parts += [*said[:1], *between, *said[1:][-1:]]
+        return "".join(parts)
 
     def _answer(self, place: int, row: int) -> str:
         answer = self.numbers["samples"]["questions"][place]["answers"][row]

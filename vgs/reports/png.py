@@ -67,7 +67,7 @@ def _colour(line: Line) -> Any:
         return HUES[(line.arm if line.arm is not None else line.hue or 0) % len(HUES)]
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("bins", ["#cfd9e6", "#12305c"])(line.shade)
+    return LinearSegmentedColormap.from_list("bins", ["#b4c5dc", "#12305c"])(line.shade)
 
 
 def _panels(numbers: Mapping[str, Any], charts: Sequence[Chart], title: str) -> bytes:

@@ -59,7 +59,7 @@ def line_chart(numbers: Mapping[str, Any], chart: Chart) -> str:
     if chart.unit == "degrees" and bottom < RIGHT_ANGLE < top:
         _, y = place(left, RIGHT_ANGLE)
         parts.append(f'<line class="mark" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT:g}" y="{y - 4:.1f}" class="end">90°</text>')
+        parts.append(f'<text x="{LEFT + 4:g}" y="{y - 4:.1f}">90°</text>')
     parts.append(f'<clipPath id="{clip}"><rect {box}/></clipPath><g clip-path="url(#{clip})">')
     for line in chart.lines:
         parts.append(_band(numbers, line, place))
