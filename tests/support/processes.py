@@ -84,12 +84,12 @@ MIXED = {"split": (1, 4), "settings": TRAJECTORY, "samples": "mixed"}
 GENERATIONS = {"split": (2, 2), "settings": {**TRAJECTORY, "num_generations": 2}}
 BUDGET = {
     "split": (4, 1),
-    "settings": {**RANKS, "max_tokens_per_pass": 70, "gradient_checkpointing": True},
+    "settings": {**RANKS, "max_tokens_per_pass": 70, "gradient_checkpointing": True, "log_terms_by_bin": 3},
     "tie": False,
 }
 SILENCE = {
     "split": (4, 1),
-    "settings": {**RANKS, "max_tokens_per_pass": 90, "shuffle_dataset": False, "lp_every": 2},
+    "settings": {**RANKS, "max_tokens_per_pass": 90, "shuffle_dataset": False, "lp_every": 2, "log_terms_by_bin": 2},
     "samples": "silent",
     "tie": False,
 }
