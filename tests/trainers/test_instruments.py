@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from grpo_runs import grpo_trainer
+from peft import LoraConfig
+from selves import make_self_trainer
 from tiny import plain_rows, tiny_model, tiny_samples, trainer_options
 from trainers import loss_of, make_trainer, rollout
 
@@ -107,6 +110,34 @@ def test_values_of_tokens_are_those_of_whole_tables(tmp_path: Path) -> None:
 
 def tiny_teacher() -> torch.nn.Module:
     return tiny_model(1, hidden=48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["self", "grpo", "adapter"])
+def test_other_trainers_look_too(tmp_path: Path, kind: str) -> None:
+    options = {"save_samples": 2, "geometry_every": 1, "max_steps": 1}
+    if kind == "self":  # whose teacher is in the student's own modules
+        trainer = make_self_trainer(tmp_path, **options, preset="visual_opsd")
+    elif kind == "grpo":
+        trainer = grpo_trainer(tmp_path, **{**options, "alpha": 0.3})
+    else:
+        peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+        trainer = make_self_trainer(tmp_path, **options, preset="opsd", peft_config=peft_config)
+    trainer.train()
+    for step in (0, 1):
+        record = json.loads((tmp_path / "instruments" / f"geometry-{step:06d}.json").read_text())
+        angles = record["parameters"]["all"]["angles"]
+        assert all(value is None or 0 <= value <= 180 for value in angles.values())
+        samples = json.loads((tmp_path / "instruments" / f"samples-{step:06d}.json").read_text())["samples"]
+        if kind == "self" and step == 0:  # the teacher is the student, and sees the same here
+            assert angles["language-visual"] is None
+            assert all(max(map(abs, sample["terms"]["standard"])) < 1e-5 for sample in samples)
+            assert all(sample["terms"]["vds"] == sample["terms"]["student_vds"] for sample in samples)
+
+
+def test_grpo_alone_has_no_teacher_to_look_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_samples needs a teacher that can score new answers"):
+        grpo_trainer(tmp_path, alpha=0.0, save_samples=2)
 
 
 @pytest.mark.parametrize(

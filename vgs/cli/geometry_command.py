@@ -155,7 +155,7 @@ def _probe(options: argparse.Namespace, config: Mapping[str, Any], model: str | 
 
     @contextmanager
     def opened() -> Any:
-        with found.as_trained(), teacher.ready(), teacher.head(output_layer(student).weight.dtype) as head:
+        with found.as_trained(), teacher.head(output_layer(student).weight.dtype) as head:
             if options.recorded:
                 answers = _recorded(processor, samples, **found.template_options)
             else:

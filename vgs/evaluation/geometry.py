@@ -320,12 +320,14 @@ def measure(
         numbers), ``angles`` by pair, ``norms`` by term, their standard ``errors`` (None where exact), and ``all``.
 
     Raises:
-        ValueError: fewer tokens than bins, or a number out of its range.
+        ValueError: fewer tokens than bins, a number out of its range, or a student of which nothing is trained.
     """
     if bins < 1 or len(probe.vds) < bins:
         raise ValueError(f"bins must lie in [1, {len(probe.vds)}], the number of tokens, got {bins}.")
     if projections is not None and not 2 <= projections <= MOST:
         raise ValueError(f"projections must lie in [2, {MOST}] or be None, got {projections}.")
+    if parameters and not any(parameter.requires_grad for parameter in probe.student.parameters()):
+        raise ValueError("the student must have parameters that are trained, got none.")
     chosen = [*equal_bins(probe.vds, bins), torch.arange(len(probe.vds), device=probe.vds.device)]
     products, terms = probe.hidden(chosen)
     record: dict[str, Any] = {

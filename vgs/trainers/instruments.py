@@ -6,7 +6,6 @@ Nothing of it changes what is learned: answers are greedy, no gradient is left b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,15 @@ GEOMETRY_SAMPLES, BINS, PROJECTIONS = 8, 10, 8
 def both_views(teacher: Teacher) -> Callable[[list[PromptGroup]], tuple[Tensor, Tensor]]:
     """A teacher as a function from groups to its [N, Dt] hidden states with and without images.
 
+    It is ready during the call alone: a teacher in the student's own modules must not stay there.
+
     Args:
-        teacher: that is ready.
+        teacher: of a run.
     """
 
     def states(groups: list[PromptGroup]) -> tuple[Tensor, Tensor]:
-        found = teacher.states(groups, True, lambda rows: {"image": rows[0], "text": rows[1]})
+        with teacher.ready():
+            found = teacher.states(groups, True, lambda rows: {"image": rows[0], "text": rows[1]})
         return found["image"], found["text"]
 
     return states
@@ -73,7 +75,7 @@ class Instruments(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         args = trainer.args
         self.trainer, self.folder = trainer, Path(args.output_dir, INSTRUMENTS)
-        self._last = -1
+        self._looked: set[tuple[str, int]] = set()
         named = "save_samples" if args.save_samples else "geometry_every"
         if trainer.accelerator.distributed_type not in UNSHARDED:
             raise ConfigError(f"{named} needs whole parameters (one process, or DDP); leave it out here.")
@@ -109,11 +111,16 @@ class Instruments(TrainerCallback):
         def due(every: int | None) -> bool:
             return step == 0 or last or (every is not None and step % every == 0)
 
-        samples = bool(args.save_samples) and due(args.save_samples_every)
-        geometry = args.geometry_every is not None and due(args.geometry_every)
-        if step == self._last or not (samples or geometry) or not self.trainer.accelerator.is_main_process:
+        wanted = set()
+        if args.save_samples and due(args.save_samples_every):
+            wanted.add(("samples", step))
+        if args.geometry_every is not None and due(args.geometry_every):
+            wanted.add(("geometry", step))
+        wanted -= self._looked  # the last step may have been due by itself
+        if not wanted or not self.trainer.accelerator.is_main_process:
             return
-        self._last = step
+        self._looked |= wanted
+        samples, geometry = (("samples", step) in wanted, ("geometry", step) in wanted)
         device = self.trainer.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self._look(step, samples, geometry)
@@ -162,8 +169,7 @@ class Instruments(TrainerCallback):
             places = iter([place for place, own in enumerate(names) if own == name])
             while chosen := list(islice(places, args.per_device_eval_batch_size)):
                 part = [groups[place] for place in chosen]
-                with teacher.ready():
-                    taught = both_views(teacher)(part)
+                taught = both_views(teacher)(part)
                 rows = score_groups(student, part)
                 with teacher.head(rows[0].dtype) as teacher_head:
                     columns = token_values(
@@ -188,10 +194,7 @@ class Instruments(TrainerCallback):
         own = [group for group, found in zip(groups, names, strict=True) if found == name]
         teacher, size = self.trainer.step_scorer.teachers[name], args.per_device_eval_batch_size
         batches = [own[first : first + size] for first in range(0, len(own), size)]
-        with ExitStack() as stack:
-            stack.enter_context(teacher.ready())
-            dtype = read_head(student, torch.float32).weight.dtype
-            head = stack.enter_context(teacher.head(dtype))
+        with teacher.head(read_head(student, torch.float32).weight.dtype) as head:
             probe = GeometryProbe(
                 student, batches, both_views(teacher), head, args.temperature_of_loss, args.vocab_size
             )
