@@ -21,7 +21,7 @@ OLDEST_TESTS := tests/test_environment.py \
 	tests/models tests/test_one_step.py tests/cli \
 	$(addprefix tests/trainers/test_,distillation.py grpo.py host_hooks.py self_distillation.py)
 
-.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval test-verl test-swift test-hosts gate emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
+.PHONY: demo test test-slow test-all test-oldest lmms-eval test-eval test-verl test-swift test-hosts gate test-report emulate gpu-session gpu-rehearsal lint types docs docs-serve bench bench-gpu bench-step mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgs demo --out runs/demo
@@ -53,6 +53,11 @@ test-swift: .venv-swift/installed  # inside ms-swift 4.6.0, whole trainer; some 
 
 test-hosts:  # a minute, once a week, not in CI, for it asks the package index: what of vgs installs beside each host
 	$(PYTHON) tests/hosts/resolve.py
+
+test-report: $(INSTALLED)  # a report on tiny runs, looked at in Chromium, which must be installed; pictures in runs/test-report
+	rm -rf runs/test-report && mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/reports --basetemp=runs/test-report
+	$(BIN)/python docs/tools/check_report.py runs/test-report/report0/report.html --screenshots runs/test-report/screenshots
 
 mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1

@@ -46,6 +46,7 @@ setup(
         "vgs": ["py.typed"],
         "vgs_kernels": ["py.typed", "rows/*.c"],
         "vgs.evaluation.benchmarks": ["tasks/*"],
+        "vgs.reports": ["page.css", "page.js"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={

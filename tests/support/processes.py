@@ -80,16 +80,17 @@ class Case:
 # equal a single process there.
 TRAJECTORY = {"eta": 0.5, "loss_reduction": "trajectory", "vds_scope": "trajectory"}
 RANKS = {"eta": 0.5, "loss_reduction": "token", "vds_scope": "ranks", "schedule": "adaptive"}
+LOOKING = {"save_samples": 2, "geometry_every": 1}  # the main process alone, while the others wait
 MIXED = {"split": (1, 4), "settings": TRAJECTORY, "samples": "mixed"}
 GENERATIONS = {"split": (2, 2), "settings": {**TRAJECTORY, "num_generations": 2}}
 BUDGET = {
     "split": (4, 1),
-    "settings": {**RANKS, "max_tokens_per_pass": 70, "gradient_checkpointing": True},
+    "settings": {**RANKS, "max_tokens_per_pass": 70, "gradient_checkpointing": True, "log_terms_by_bin": 3},
     "tie": False,
 }
 SILENCE = {
     "split": (4, 1),
-    "settings": {**RANKS, "max_tokens_per_pass": 90, "shuffle_dataset": False, "lp_every": 2},
+    "settings": {**RANKS, "max_tokens_per_pass": 90, "shuffle_dataset": False, "lp_every": 2, "log_terms_by_bin": 2},
     "samples": "silent",
     "tie": False,
 }
@@ -100,7 +101,7 @@ THREE = {**SILENCE, "ranks": 3, "split": (2, 1), "settings": {**SILENCE["setting
 CASES = {
     "ddp_mixed": Case("ddp", **MIXED),
     "ddp_generations": Case("ddp", **{**GENERATIONS, "settings": {**GENERATIONS["settings"], "eta": "measure"}}),
-    "ddp_budget": Case("ddp", **{**BUDGET, "settings": {**BUDGET["settings"], "eta": "measure"}}),
+    "ddp_budget": Case("ddp", **{**BUDGET, "settings": {**BUDGET["settings"], "eta": "measure", **LOOKING}}),
     "ddp_silent": Case("ddp", **SILENCE),
     "ddp_weighed": Case("ddp", **WEIGHED),
     "ddp_prior": Case("ddp", **PRIOR),

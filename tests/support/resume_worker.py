@@ -71,7 +71,7 @@ def everything(trainer: VGSTrainer) -> dict[str, Any]:
         "scheduler": trainer.lr_scheduler.state_dict(),
         "rng": [torch.get_rng_state(), random.getstate(), keys.tolist(), position],
         "logs": [
-            {name: value for name, value in entry.items() if not name.endswith(TIMES)}
+            {name: value for name, value in entry.items() if not any(part in name for part in TIMES)}
             for entry in trainer.state.log_history
         ],
         "steering": trainer.steering.state(),

@@ -34,6 +34,7 @@ LAYERS = (
     "trainers",
     "integrations",
     "planning",
+    "reports",
     "digits",
     "cli",
     "vgs",
@@ -186,6 +187,7 @@ def recorded_graph(picture: Path = PICTURE) -> Graph:
 ABOUT = {
     "cli": "the command vgs: one YAML file, one run",
     "digits": "the built-in task, its demo and studies",
+    "reports": "runs side by side, as a page",
     "planning": "memory and work of a run, predicted",
     "integrations": "inside other people's trainers",
     "trainers": "distillation, self-distillation, GRPO",
@@ -201,6 +203,7 @@ ABOUT = {
 COLOURS = {
     "cli": "#7a5195",
     "digits": "#bc5090",
+    "reports": "#5c6bc0",
     "planning": "#8d6e63",
     "integrations": "#c2185b",
     "trainers": "#e8685d",

@@ -91,6 +91,8 @@ def test_ranks_equal_one_process(name: str, reports: Any, single: Any) -> None:
         names.append("accuracy")
     if case.split[1] == 1:  # the host logs the mean over micro-batches
         names += ["standard", "visual", "language", "vds", "student_vds", "entropy", "vds_q40", "vds_q70"]
+    bins = case.settings.get("log_terms_by_bin", 0)
+    names += [f"{term}_bin_{number}" for term in ("standard", "vds") for number in range(bins)]
     for theirs, ours in zip(ranks[0]["logs"][:2], one.state.log_history[:2], strict=True):
         assert ("gate" in theirs) == ("gate" in ours)  # not in steps without the language term
         logged = [*names, "gate"] if "gate" in ours and "standard" in names else names

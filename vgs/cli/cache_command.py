@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import encode_groups
 from ..data.recorded import end_of_turn, recorded_ids
-from ..errors import ConfigError, config_errors
+from ..errors import ConfigError
 from ..evaluation.sampling import Sampling, sample_responses
 from ..models.families import placeholder_ids
 from ..models.groups import PromptGroup, response_lengths, select_responses
 from ..models.tokenizers import tokenizer_of
-from ..models.wrappers import to_device
 from ..teachers.cache import VIEWS, CacheWriter, Entry, Manifest
 from ..teachers.fingerprints import (
     autocast_name,
@@ -29,13 +28,12 @@ from ..teachers.fingerprints import (
 )
 from ..teachers.local import LocalTeacher
 from ..teachers.protocol import Teacher
-from ..teachers.served import connect
 from ..trainers.batching import plan_passes
 from ..trainers.kinds import teacher_sections, trainer_kind
-from ..trainers.vocabulary import load_teacher
 from .preflight import Preflight
-from .resolved import LOADING, model_options, training_arguments
+from .resolved import training_arguments
 from .runs import load_student
+from .teacher import open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +71,8 @@ class Builder:
 
     def teacher(self, section: Mapping[str, Any]) -> tuple[Teacher, str]:
         """A teacher, and the fingerprint of its weights."""
-        options = {"share_prefix": self.args.share_prefix, "kernel": self.args.packed_attention}
-        if "url" in section:
-            served = connect(section["url"], section.get("token_file"), self.device, **options)
-            return served, served.weights
-        if "path" not in section:
-            raise ConfigError("cache-teacher needs the teacher's path or url: a cache alone computes nothing.")
-        with config_errors(f"teacher.path {section['path']!r} cannot be loaded", *LOADING):
-            model = load_teacher(section["path"], self.args, 1, model_options(section))
-        model = to_device(model, self.device).eval()
-        return LocalTeacher(model, **options), weights_fingerprint(model)
+        found = open_teacher(section, self.args, self.device, "cache-teacher")
+        return found, weights_fingerprint(found.model) if isinstance(found, LocalTeacher) else found.weights
 
     def rows(self, name: str) -> list[int]:
         """The places of the samples whose teacher has this name."""

@@ -96,6 +96,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     config = {} if config is None else config
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must hold sections of keys, got {type(config).__name__}.")
+    override(config, overrides)
+    return check_config(config, str(path))
+
+
+def override(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put command-line arguments into the content of a YAML file.
+
+    Args:
+        config: changed in place. overrides: as of ``load_config``.
+
+    Raises:
+        ConfigError: an argument without a value, or a key below one that is no section.
+    """
     for keys, value in _overrides(overrides):
         section = config
         for key in keys[:-1]:
@@ -105,7 +118,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             if not isinstance(section, dict):
                 raise ConfigError(f"--{'.'.join(keys)}: {key!r} is not a section of keys.")
         section[keys[-1]] = value
-    return check_config(config, str(path))
 
 
 def check_config(config: Mapping[str, Any], name: str = "the config") -> dict[str, Any]:

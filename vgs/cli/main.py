@@ -1,5 +1,5 @@
-"""The command line: ``vgs init | check | train | eval | plan | kl-gap | cache-teacher | serve-teacher | keys | demo``
-and ``study``."""
+"""The command line: ``vgs init | check | train | eval | report | geometry | plan | kl-gap | cache-teacher | ... ``, see
+``build_parser``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..digits.studies import STUDIES
 from ..errors import ConfigError
 from ..log import log_to_stderr
-from . import eval_command
+from . import eval_command, geometry_command, report_command
 from .config import load_config
 from .numbers import count, port, positive
 from .output import check_file, check_folder
@@ -27,7 +27,7 @@ OVERRIDES = (
     "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("check", "train", "eval", "plan", "kl-gap", "cache-teacher")
+WITH_CONFIG = ("check", "train", "eval", "geometry", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,17 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", help=eval_command.ABOUT[0], description=f"{eval_command.ABOUT[1]} {OVERRIDES}", allow_abbrev=False
     )
     eval_command.add_options(command)
+
+    command = commands.add_parser(
+        "geometry",
+        help=geometry_command.ABOUT,
+        description=f"{geometry_command.ABOUT}. {OVERRIDES}",
+        allow_abbrev=False,
+    )
+    geometry_command.add_options(command)
+
+    about = "several runs side by side: a page, pictures and numbers"
+    report_command.add_options(commands.add_parser("report", help=about, description=about, allow_abbrev=False))
 
     command = with_config("plan", "predicted memory of a training run, by part")
     command.add_argument(
@@ -157,6 +168,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         print(listing(options.pattern))
         return 0
+    if options.command == "geometry":
+        return geometry_command.run(options, overrides)
+    if options.command == "report":
+        return report_command.run(options)
     if options.command == "init":
         from .init_command import run as write_config
 

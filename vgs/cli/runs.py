@@ -44,14 +44,24 @@ def _digits_run(config: Mapping[str, Any], eval_split: str = "validation") -> Ru
     else:
         from ..digits.task import build, pretrained, scorer
 
-        teacher, processor = pretrained("teacher", cache, seed=options.get("teacher_seed", 0))
-        student, _ = pretrained("student", cache, seed=options.get("student_seed", 0))
+        teacher = digits_teacher(config)
+        student, processor = pretrained("student", cache, seed=options.get("student_seed", 0))
     seed = options.get("data_seed", 0)
     train, held_out = (
         build(split, options.get(key, size), seed)
         for split, key, size in (("train", "train_size", 4096), (eval_split, "eval_size", 512))
     )
     return Run(student, teacher, processor, train, held_out, scorer)
+
+
+def digits_teacher(config: Mapping[str, Any]) -> Any:
+    """The built-in task's teacher, as a config has it."""
+    from ..digits.task import pretrained
+
+    options = config.get("digits", {})
+    cache = Path(options.get("cache", "~/.cache/vgs")).expanduser()
+    teacher, _ = pretrained("teacher", cache, seed=options.get("teacher_seed", 0))
+    return teacher
 
 
 def _on_main(args: Any, function: Callable[[], None]) -> None:
@@ -174,6 +184,7 @@ def _train(checks: Any, args: Any, resume: str | bool | None) -> Any:
         trainer.save_metrics("eval", metrics)
         if trainer.accelerator.is_main_process:
             report({key: round(value, 4) for key, value in metrics.items() if "accuracy" in key}, None)
+    trainer.save_state()
     trainer.create_model_card()
     return trainer
 

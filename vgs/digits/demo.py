@@ -92,6 +92,7 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         "runs": runs,
     }
     draw(out, results, settings)
+    results["questions"] = asked(settings.shown)
     results["seconds"] = {"models": prepared, "total": time.perf_counter() - started}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
@@ -247,6 +248,26 @@ def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
     ]
     title = "Held-out pictures, answers before and after distillation"
     answer_sheets(out / "answers.png", sheets, title, "visual dependency of a word (nats)")
+
+
+def asked(count: int) -> list[dict[str, Any]]:
+    """The questions whose answers are kept word by word, with their pictures as data URIs, for `vgs report`.
+
+    Args:
+        count: how many.
+    """
+    import base64
+    import io
+
+    from .pictures import take
+
+    questions = []
+    for example in take("test", count, seed=0):
+        content = io.BytesIO()
+        example.image.save(content, format="PNG")
+        picture = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+        questions.append({"question": example.question, "answer": example.answer, "images": [picture]})
+    return questions
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the demo and the studies do alike: short runs with a progress bar, their curves, and intervals over seeds."""
+"""What the demo and the studies do alike: short runs with a progress bar, and their curves."""
 
 from __future__ import annotations
 
@@ -73,21 +73,6 @@ def short_run(trainer: Any, title: str, line: int, curves: Sequence[str], accura
             "accuracy": [entry[accuracy] for entry in checks],
         },
     }
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t-interval (NaN for a single value).
-
-    Args:
-        values: one per seed.
-        level: the interval's confidence.
-    """
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return statistics.fmean(values), float("nan")
-    half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), float(half)
 
 
 def smooth(values: Sequence[float], window: int = 5) -> list[float]:

@@ -33,6 +33,7 @@ from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
+from .instruments import add_instruments
 from .micro_batch import MicroBatch, mean_left_out, mean_overlap
 from .off_policy import Recorded, check_caches
 from .passes import Outputs, loss_in_passes, means_to_log, note
@@ -42,6 +43,7 @@ from .rollouts import rollout, samples_of
 from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
 from .settings import VGSConfig
 from .step import StepScorer
+from .term_bins import terms_by_bin
 
 
 class VGSTrainer(HostHooks, DistillationTrainer):
@@ -135,6 +137,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         self.recorded = None if args.on_policy_fraction == 1 else Recorded(self)
         head = None if self.prior is None else self.prior.head
         self.step_scorer = StepScorer(self.args, self.accelerator, self.make_teachers(), self.anchor, self.packs, head)
+        add_instruments(self)
 
     def make_teachers(self) -> dict[str, Teacher]:
         """What a step asks, by name."""
@@ -175,10 +178,14 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         steps = self.args.gradient_accumulation_steps
         position = self._step % steps
         if position == 0 or self._buffered_inputs is None:
-            batch = self.with_teacher(self.sample(generation_batch))
+            with self.clock.phase("sampling"):
+                batch = self.sample(generation_batch)
+            with self.clock.phase("teacher"):
+                batch = self.with_teacher(batch)
             self._buffered_inputs = split_batch(batch, steps, ("teacher",))
             if eta_measurement.is_due(self):
-                self.measure_eta(self._buffered_inputs)
+                with self.clock.phase("eta"):
+                    self.measure_eta(self._buffered_inputs)
         return self._buffered_inputs[position]
 
     def sample(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -270,6 +277,7 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         """Adds a micro-batch to the metrics and, in training, to what is watched for collapse."""
         means = means_to_log(self.accelerator, outputs, batch.objective, self.args)
         means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+        means |= terms_by_bin(self.accelerator, outputs, self.args.log_terms_by_bin)
         if self.model.training and self.args.gradient_tolerance > 0:
             means |= mean_left_out(self.accelerator, outputs)
         note(self, means)

@@ -31,6 +31,7 @@ from .checkpoints import check_writable
 from .checks import check_processor
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
+from .instruments import add_instruments
 from .micro_batch import MicroBatch, mean_left_out, mean_overlap, mean_terms
 from .off_policy import check_caches
 from .passes import Outputs, loss_in_passes, means_to_log, note
@@ -38,6 +39,7 @@ from .policy_scoring import LonePolicyScorer, PolicyScorer, clip_ratios, policy_
 from .preparation import prepare_models
 from .rollouts import rollout, samples_of
 from .routes import itself, make_teachers, open_teachers, place_teachers, routes_of
+from .term_bins import terms_by_bin
 
 
 class VGSGRPOTrainer(HostHooks, GRPOTrainer):
@@ -138,6 +140,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         kind = LonePolicyScorer if args.alpha == 0 else PolicyScorer
         teachers = {} if args.alpha == 0 else make_teachers(self)
         self.step_scorer = kind(self.args, self.accelerator, teachers, self.anchor, self.packs)
+        add_instruments(self)
 
     @property
     def objective(self) -> VGSObjective:
@@ -165,7 +168,10 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
             return self.with_teacher(self.sample(generation_batch))
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self.with_teacher(self.sample(generation_batch))
+            with self.clock.phase("sampling"):
+                batch = self.sample(generation_batch)
+            with self.clock.phase("teacher"):
+                batch = self.with_teacher(batch)
             self._buffered_inputs = split_batch(batch, steps, ("teacher", "sampled", "advantages"))
         return self._buffered_inputs[self._step % steps]
 
@@ -267,6 +273,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         else:
             means = means_to_log(self.accelerator, outputs, batch.objective, self.args)
             means |= mean_overlap(self.accelerator, batch, self.args.log_overlap)
+            means |= terms_by_bin(self.accelerator, outputs, self.args.log_terms_by_bin)
         if self.model.training and self.args.gradient_tolerance > 0:
             means |= mean_left_out(self.accelerator, outputs)
         if batch.policy is not None:

@@ -28,6 +28,7 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 from ..data.prompts import unexpanded_ids
 from ..errors import ConfigError
 from ..evaluation.sampling import own_generation_config
+from .clock import StepClock
 from .collapse_watch import SteeringState
 from .model_card import write_card
 from .resume import ExactResume
@@ -170,6 +171,7 @@ class HostHooks:
     Attributes:
         steering: the measured eta, and the watch for collapse.
         resume: writes checkpoints that are whole or absent, and continues from them.
+        clock: the seconds of a step's phases.
         extra_columns: columns of the data that are kept beside the host's.
 
     Raises:
@@ -184,7 +186,8 @@ class HostHooks:
         classes = type(self).__mro__
         check_signatures(classes[classes.index(HostHooks) + 1])
         self.steering, self.resume = SteeringState(), ExactResume(self)
-        super().__init__(callbacks=[*(callbacks or []), self.steering], **arguments)
+        self.clock = StepClock(lambda name, value: self.open_metrics[name].append(value))
+        super().__init__(callbacks=[*(callbacks or []), self.steering, self.clock], **arguments)
         check_attributes(self)
 
     @property

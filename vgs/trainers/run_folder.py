@@ -2,6 +2,7 @@
 
 run.json    the resolved config, versions and data that the run began with
 run.lock    held while a run lives
+instruments samples and gradients that a run has looked at, if it was asked to
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ from ..errors import ConfigError
 logger = logging.getLogger(__name__)
 
 RECORD, LOCK, OWNER = "run.json", "run.lock", "run.owner.json"
+INSTRUMENTS = "instruments"  # a folder: what the run has measured of itself, beside its log
 PACKAGES = ("vgs-kernels", "torch", "triton", "transformers", "trl", "accelerate", "peft", "datasets")
 # What a trainer leaves behind: a folder with one of these holds a run or a model.
-TRACES = ("checkpoint-*", RECORD, "trainer_state.json", "*.safetensors", "config.json", "adapter_config.json")
+TRACES = (
+    "checkpoint-*",
+    RECORD,
+    "trainer_state.json",
+    "*.safetensors",
+    "config.json",
+    "adapter_config.json",
+    INSTRUMENTS,
+)
 #: Settings that change neither the numbers of a run nor what it can resume from, by their last name.
 HARMLESS = frozenset(
     {
@@ -43,6 +53,7 @@ HARMLESS = frozenset(
         ),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
         *("output_dir", "on_bad_row", "cache"),
+        *("log_terms_by_bin", "save_samples", "save_samples_every", "geometry_every"),
     }
 )
 

@@ -21,6 +21,7 @@ from ..objectives.eta import ETA_MODES, ETA_PRESETS
 from ..objectives.fixed_prior import anchored
 from ..objectives.presets import Preset, find_preset
 from ..objectives.weighting import LOSS_REDUCTIONS
+from .instrument_settings import InstrumentOptions
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def least_pass(options: Any) -> int:
 
 
 @dataclass
-class VGSOptions:
+class VGSOptions(InstrumentOptions):
     """What the trainers' settings share; a mixin in front of a TRL config.
 
     Args:
@@ -187,6 +188,7 @@ class VGSOptions:
         if self.teacher_reload and self.teacher_offload:
             raise ConfigError("teacher_reload and teacher_offload exclude each other: from disk, or from host memory.")
         self._check_prior()
+        self._check_instruments(self.preset_in_force)
         self._check_budget()
         fixed_eta = self.fixed_eta
         self.objective(1.0 if fixed_eta is None else fixed_eta)  # validates its fields

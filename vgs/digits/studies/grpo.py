@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...reports.statistics import interval
 from ..demo import prepare, quick_settings
-from ..short_runs import interval, short_run, short_run_options, smooth
+from ..short_runs import short_run, short_run_options, smooth
 from ..workers import line, quiet, versions, workers
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..short_runs import interval, short_run, short_run_options, smooth
+from ...reports.statistics import interval
+from ..short_runs import short_run, short_run_options, smooth
 from ..workers import line, quiet, versions, workers
 
 if TYPE_CHECKING:
