@@ -59,7 +59,7 @@ test-report: $(INSTALLED)  # a report on tiny runs, looked at in Chromium, which
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/reports --basetemp=runs/test-report
 	$(BIN)/python docs/tools/check_report.py runs/test-report/report0/report.html --screenshots runs/test-report/screenshots
 
-mutations: $(INSTALLED)  # how sharp the tests are: 33 faults, one at a time
+mutations: $(INSTALLED)  # how sharp the tests are: some forty faults, one at a time
 	$(BIN)/python -m tests.mutations run --out runs/mutations.json --select "not slow" --files 1
 
 emulate: $(INSTALLED)  # the CUDA path without a GPU: call forms counted, then the GPU tests of tests/kernels; an hour on two cores

@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .faults import MUTATIONS, Mutation
+from .faults import MUTATIONS
+from .mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
 #: What a copy of the checkout does without.
