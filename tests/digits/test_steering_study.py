@@ -33,6 +33,8 @@ def test_the_quick_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> 
         assert len(run["right"]) == 8 and np.mean(run["right"]) == run["test"]["answers"]
         assert all(len(values) == steering.BINS for values in run["bins"].values())
         assert run["bins"]["vds"] == sorted(run["bins"]["vds"]), "bins are in the order of visual dependency"
+    (before,) = stored["before"]
+    assert len(before["geometry"]["parameters"]["angles"]["language-visual"]) == steering.BINS
     for name in ("phase_diagram.png", "bins.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200

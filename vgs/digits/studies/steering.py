@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from ..pretraining import Recipe
 
 PLAIN = {"gamma": 0.0, "lam": 0.0, "eta": 1.0}
-STEERED = {"gamma": 2.0, "lam": 0.01, "eta": "measure"}
+STEERED = {"gamma": 2.0, "lam": 0.01, "eta": "measure", "gamma_guard": False}
 #: Arms that every student is trained with: what the phase diagram shows.
 ARMS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "gamma 0.5": {**STEERED, "gamma": 0.5},
     "gamma 1": {**STEERED, "gamma": 1.0},
     "gamma 2": STEERED,
+    "gamma 2, guarded": {**STEERED, "gamma_guard": True},
 }
 #: Arms that change one part of "gamma 2", of the middle student alone and at its learning rate.
 PARTS: dict[str, dict[str, Any]] = {
@@ -227,9 +228,11 @@ def compute(cell: Cell, settings: StudySettings, cache: Path, out: Path) -> dict
     if cell.seed == settings.tuning_seed:
         return run
     test = take("test", settings.test_size, seed=0, noise=noise)
+    found = assess(student, teacher, processor, test)
     if cell.arm == BEFORE:
         run["teacher"] = accuracy(teacher, processor, test)
-    return {**run, **assess(student, teacher, processor, test)}
+        run["geometry"] = geometry(student, teacher, processor, validation)
+    return {**run, **found}
 
 
 def supervise(student: Any, processor: Any, cell: Cell, settings: StudySettings) -> None:
@@ -294,3 +297,21 @@ def assess(student: Any, teacher: Any, processor: Any, questions: Sequence[Any])
     bins = {term: [part.mean().item() for part in tokens[term][order].tensor_split(BINS)] for term in TERMS}
     right = [int(scorer(text, question.answer)) for text, question in zip(texts, questions, strict=True)]
     return {"test": grade(processor, questions, answers), "right": right, "bins": bins}
+
+
+def geometry(student: Any, teacher: Any, processor: Any, questions: Sequence[Any]) -> dict[str, Any]:
+    """Angles and norms of the gradients of the terms by visual dependency, on sampled responses; see `measure`."""
+    from ...data.prompts import encode_groups
+    from ...evaluation.geometry import GeometryProbe, measure
+    from ...evaluation.kl_gap import on_policy
+    from ...evaluation.sampling import Sampling
+    from ...models.families import placeholder_ids
+    from ...models.forward import score_groups
+    from ...models.heads import read_head
+
+    records = [question.record() for question in questions]
+    answers = on_policy(student, processor, records, Sampling(greedy=False, max_new_tokens=32), seed=0, batch_size=128)
+    groups = encode_groups(processor, records, [[ids] for ids in answers], placeholder_ids(student.config), "cpu")
+    batches = [groups[first : first + 32] for first in range(0, len(groups), 32)]
+    head = read_head(teacher, teacher.dtype)
+    return measure(GeometryProbe(student, batches, lambda groups: score_groups(teacher, groups), head), BINS)

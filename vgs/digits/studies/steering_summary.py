@@ -151,7 +151,16 @@ def table(results: Mapping[str, Any]) -> str:
             rows.append(["", row["arm"], f"{rate:g}", *cells, percent(row["collapsed"])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    angles = []
+    for cell in results["before"]:
+        found = cell["geometry"]["parameters"]
+        shown = [
+            "none" if x is None else f"{x:.0f}"
+            for x in (found["all"]["angles"]["language-visual"], found["angles"]["language-visual"][-1])
+        ]
+        angles.append(f"{cell['student']} {shown[0]} ({shown[1]} in the bin of highest visual dependency)")
     settings, teacher = results["settings"], results["before"][0]["teacher"]["answers"]
     note = f"{settings['test_size']} questions about held-out pictures, greedy answers; differences seed by seed, mean "
     note += f"and 95 % bootstrap interval over {len(settings['seeds'])} seeds; the teacher answers {percent(teacher)}."
+    note += "\nAngle between the gradients of language and visual before training, degrees: " + ", ".join(angles) + "."
     return "\n".join(["", *lines, "", note, f"{results['seconds']:.0f} s in this call"])
