@@ -14,6 +14,7 @@ from vgs.reports.quantities import shown
 from vgs.reports.runs import read_runs
 from vgs.reports.statistics import interval, t_quantile
 
+ROOT = Path(__file__).parents[2]
 HISTORY = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
 
 
@@ -80,6 +81,37 @@ def test_a_run_that_is_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["report", str(folder), f"{folder}/../x", "--out", str(tmp_path / "out")])
     assert "is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "message"),
+    [
+        ("{tmp}/alone", [], "is in no run (no run.json): name its data and teacher by --config"),
+        ("{tmp}/broken", [], "broken/run.json cannot be read"),
+        ("{tmp}/none.yaml", [], "none.yaml' cannot be read"),
+        ("configs/digits_visual_opsd.yaml", [], "geometry needs a separate teacher, which self-distillation has not"),
+        ("configs/digits.yaml", ["--lora.r", "4"], "geometry looks at whole weights: leave section lora out"),
+        ("configs/digits.yaml", ["--gama", "4"], "Unknown key 'gama'"),
+    ],
+)
+def test_geometry_of_what_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture, checkpoint: str, options: list[str], message: str
+) -> None:
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{}")
+    given = checkpoint.format(tmp=tmp_path) if "{" in checkpoint else str(ROOT / checkpoint)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["geometry", given, "--out", str(tmp_path / "out"), *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_geometry_replaces_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "geometry-000000.json").write_text('{"kind": "mine"}')
+    with pytest.raises(SystemExit):
+        cli.main(["geometry", str(ROOT / "configs/digits.yaml"), "--out", str(tmp_path)])
+    assert "which this command has not written" in capsys.readouterr().err
+    assert (tmp_path / "geometry-000000.json").read_text() == '{"kind": "mine"}'
 
 
 def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Pairs of gradients whose angle is shown.
+SPACES = {"parameters": "parameters", "hidden": "last hidden states"}
 PAIRS = ("language-visual", "standard-visual", "standard-language")
 
 
@@ -129,15 +130,31 @@ def geometry_charts(numbers: Mapping[str, Any]) -> list[Chart]:
     for place in last.values():
         entry = numbers["geometry"][place]
         arm = f" — {numbers['arms'][entry['arm']]['name']}" if len(numbers["arms"]) > 1 else ""
-        where = "parameters" if entry["space"] == "parameters" else "last hidden states"
         at, name = f"geometry.{place}", f"geometry-{entry['arm']}-{entry['space']}"
-        note = f"step {entry['step']}, {where}, {entry['method']}"
+        note = f"step {entry['step']}, {SPACES[entry['space']]}, {entry['method']}"
         angles = [_by_bin(pair.replace("-", " and "), at, "angles", pair, hue) for hue, pair in enumerate(PAIRS)]
         norms = [_by_bin(term, at, "norms", term, hue) for hue, term in enumerate(("standard", "language", "visual"))]
         x_label = "bin of visual dependency"
         charts.append(Chart(f"{name}-angles", f"Angles{arm}", note, "degrees", x_label, tuple(angles)))
         charts.append(Chart(f"{name}-norms", f"Norms{arm}", note, "", x_label, tuple(norms)))
         kinds += [("angles", entry["space"]), ("norms", entry["space"])]
+    for place, entry in enumerate(numbers.get("course", ())):
+        for tokens, title in (("all", "all tokens"), ("highest", "highest bin")):
+            lines = [
+                Line(
+                    pair.replace("-", " and "),
+                    f"course.{place}.steps",
+                    f"course.{place}.{tokens}.{pair}",
+                    hue=hue,
+                    dots=True,
+                )
+                for hue, pair in enumerate(PAIRS)
+            ]
+            name = f"course-{entry['arm']}-{entry['space']}-{tokens}"
+            arm = f" — {numbers['arms'][entry['arm']]['name']}" if len(numbers["arms"]) > 1 else ""
+            note = f"{title}, over training, {SPACES[entry['space']]}"
+            charts.append(Chart(name, f"Angles{arm}", note, "degrees", "step", tuple(lines)))
+            kinds.append(("course", entry["space"], tokens))
     return _comparable(charts, kinds)
 
 

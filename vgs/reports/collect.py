@@ -29,12 +29,12 @@ def collect(runs: Sequence[RunLog]) -> Numbers:
         runs: of ``runs.read_runs``, at least one.
 
     Returns:
-        ``arms``, ``summary``, ``curves``, ``bins``, ``geometry``, ``samples``, ``cost``, ``differences``, ``settings``
-        and ``versions``; lists are in the order in which they are shown, and ``arm`` is a place in ``arms``. A value
-        that a run has not is None.
+        ``arms``, ``summary``, ``curves``, ``bins``, ``geometry``, ``course`` (of its angles), ``samples``, ``cost``,
+        ``differences``, ``settings`` and ``versions``; lists are in the order in which they are shown, and ``arm`` is a
+        place in ``arms``. A value that a run has not is None.
     """
     arms = arms_of(runs)
-    curves = _curves(arms)
+    curves, geometry = _curves(arms), _geometry(arms)
     return {
         "kind": KIND,
         "form": FORM,
@@ -43,7 +43,8 @@ def collect(runs: Sequence[RunLog]) -> Numbers:
         "summary": _summary(arms),
         "curves": curves,
         "bins": _bins(arms),
-        "geometry": _geometry(arms),
+        "geometry": geometry,
+        "course": _course(geometry),
         "samples": collect_samples(arms),
         "cost": _cost(arms),
         "differences": _differences(arms),
@@ -232,6 +233,23 @@ def geometry_entries(record: Mapping[str, Any], arm: int, run: str) -> Iterator[
             kept = {name: record[name] for name in ("tokens", "samples", "vds")}
             method = record["method"] if space == "parameters" else "exact"
             yield {**head, **kept, "method": method, **record[space]}
+
+
+def _course(geometry: Sequence[Numbers]) -> list[Numbers]:
+    """The angles over the steps, of all tokens and of the bin that depends most on the image; where there are two."""
+    groups: dict[tuple[int, str], list[Numbers]] = {}
+    for entry in geometry:
+        groups.setdefault((entry["arm"], entry["space"]), []).append(entry)
+    found = []
+    for (arm, space), entries in groups.items():
+        pairs = entries[0]["angles"]
+        tokens = {
+            "all": {pair: [entry["all"]["angles"][pair] for entry in entries] for pair in pairs},
+            "highest": {pair: [entry["angles"][pair][-1] for entry in entries] for pair in pairs},
+        }
+        if len(entries) > 1:
+            found.append({"arm": arm, "space": space, "steps": [entry["step"] for entry in entries], **tokens})
+    return found
 
 
 # ---- cost

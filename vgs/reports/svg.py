@@ -11,7 +11,7 @@ from typing import Any
 from .charts import Chart, Line, bands, extent, points, tick_text, ticks
 
 WIDTH, HEIGHT = 360.0, 224.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 10.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 10.0, 37.0
 RIGHT_ANGLE = 90.0
 #: Beside the colour, so that lines can be told apart without it.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 3", "1 2", "6 2 1 2")
@@ -49,7 +49,7 @@ def line_chart(numbers: Mapping[str, Any], chart: Chart) -> str:
     for value in ticks(left, right, 5):
         if value == int(value):
             x, _ = place(value, bottom)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14:g}" class="middle">{int(value)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16:g}" class="middle">{int(value)}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{base:g}" y2="{base:g}"/>')
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
