@@ -164,6 +164,15 @@ DRIVERS = [
         KERNELS,
     ),
     Mutation(
+        "misjudged-tokens-stay",
+        "A language term that was formed by a guess of the gate is not taken back.",
+        "vgs_kernels/steering.py",
+        "missing = missing - torch.cat(self._formed).to(self.dtype)",
+        "missing = (missing - torch.cat(self._formed).to(self.dtype)).clamp(min=0)",
+        ("test_phases",),
+        KERNELS,
+    ),
+    Mutation(
         "guessed-threshold-unchecked",
         "A threshold guessed from a sample of the columns is taken without summing what it leaves out.",
         "vgs_kernels/active_columns.py",
