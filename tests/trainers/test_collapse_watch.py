@@ -28,7 +28,7 @@ def test_collapse_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert observe(climbing, student_vds=0.1) == 1, "once"
     assert "language 0.800 -> 4.000" in caplog.text
-    assert "Lower gamma" in caplog.text
+    assert "Guard gamma" in caplog.text
     assert observe(climbing, student_vds=0.9) == 0, "a student that looks at the image"
     assert observe([0.8] * 30, student_vds=0.1) == 0, "a prior that stays"
     assert observe([0.8] * 5 + [4.0] * 4, student_vds=0.1) == 0, "too early to tell"
