@@ -75,7 +75,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], share: 
 def test_equals_the_trainers_step(tmp_path: Path, teacher: nn.Module, preset: str, settings: dict[str, Any]) -> None:
     samples = tiny_samples(8 // settings.get("num_generations", 1))
     repeated = [sample for sample in samples for _ in range(8 // len(samples))]
-    options = {"per_device_train_batch_size": 8, "eta": 1.0, **settings}
+    options = {"per_device_train_batch_size": 8, "eta": 1.0, "gamma_guard": False, **settings}
     trainer = make_trainer(tmp_path, preset=preset, samples=repeated, **options)
     batch = rollout(trainer)
     trainer.current_gradient_accumulation_steps = 1

@@ -9,6 +9,7 @@ import pytest
 
 from vgs.errors import ConfigError
 from vgs.trainers.collapse_watch import SteeringState
+from vgs.trainers.gamma_guard import allowed
 
 
 @pytest.mark.parametrize("norms", [(0.0, 1.0), (1.0, 0.0), (1.0, math.nan), (math.inf, 1.0)])
@@ -27,7 +28,7 @@ def test_collapse_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert observe(climbing, student_vds=0.1) == 1, "once"
     assert "language 0.800 -> 4.000" in caplog.text
-    assert "Lower gamma" in caplog.text
+    assert "Guard gamma" in caplog.text
     assert observe(climbing, student_vds=0.9) == 0, "a student that looks at the image"
     assert observe([0.8] * 30, student_vds=0.1) == 0, "a prior that stays"
     assert observe([0.8] * 5 + [4.0] * 4, student_vds=0.1) == 0, "too early to tell"
@@ -50,5 +51,5 @@ def test_what_a_checkpoint_holds() -> None:
     state.add_ratio(1.0, 2.0)
     state.observe({"language": 1.0, "student_vds": 0.5, "vds": 1.0, "sight": 0.5}, micro_batches=1)
     stored = {"ratios": [0.5], "language_start": [1.0], "recent": [], "warned": False}
-    stored |= {"ratio": None, "sight": 0.5, "language": 1.0}
+    stored |= {"ratio": None, "sight": 0.5, "language": 1.0, "guard": allowed(0.5, 1.0, 1.0)}
     assert type(state).__name__ == "SteeringState" and state.state() == {"args": {}, "attributes": stored}

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import ConfigError
 from ..objectives.eta import eta_at
-from .gamma_guard import guard_factor, running_mean
+from .gamma_guard import allowed, followed, running_mean
 
 if TYPE_CHECKING:
     from .settings import VGSOptions
@@ -46,6 +46,7 @@ class SteeringState(TrainerCallback, ExportableState):
         recent: the last ``window`` observations of language, student_vds and vds.
         warned: whether the collapse warning has been given.
         sight, language: running means for the guard of gamma, see ``gamma_guard``; None before the first step.
+        guard: what it multiplies gamma with, in [0, 1].
     """
 
     window = 5
@@ -61,12 +62,13 @@ class SteeringState(TrainerCallback, ExportableState):
         self.recent: list[list[float]] = []
         self.sight: float | None = None
         self.language: float | None = None
+        self.guard = 1.0
         # Sums of this optimizer step's micro-batches, each with its number of tokens; empty between two steps.
         self._step: list[list[float]] = []
         self._norms: list[list[float]] = []  # likewise, of gradients
 
     def state(self) -> dict[str, Any]:
-        names = ("ratios", "language_start", "recent", "warned", "ratio", "sight", "language")
+        names = ("ratios", "language_start", "recent", "warned", "ratio", "sight", "language", "guard")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(
@@ -118,12 +120,6 @@ class SteeringState(TrainerCallback, ExportableState):
         self._norms.clear()
         return math.sqrt(standard / steered) if 0 < standard < math.inf and 0 < steered < math.inf else None
 
-    @property
-    def guard(self) -> float:
-        """What the guard multiplies gamma with, in [0, 1]."""
-        start = fmean(self.language_start) if self.language_start else None
-        return guard_factor(self.sight, self.language, start)
-
     def gamma(self, options: VGSOptions, step: int) -> float:
         """gamma in an optimizer step: of the settings, times the warm-up, times the guard.
 
@@ -156,6 +152,7 @@ class SteeringState(TrainerCallback, ExportableState):
         self.language = running_mean(self.language, language)
         if vds > NO_EVIDENCE:
             self.sight = running_mean(self.sight, seen / vds)
+        self.guard = followed(self.guard, allowed(self.sight, self.language, fmean(self.language_start)))
 
     def watch(self, language: float, student_vds: float, vds: float) -> bool:
         """Observe one step's mean terms (nats per token); warn once, and return whether this call did."""
