@@ -58,8 +58,9 @@ def vgs_step(
     responses with tokens (reduction "token": all tokens) of an optimizer step, pass ``num_items=M / (R * A)``.
 
     Args:
-        student: a vision-language model (a text-only one, where texts are the evidence) as the loop holds it: bare, PEFT, prepared by accelerate, DDP, FSDP2
-            (``fully_shard``) or a DeepSpeed engine; in the mode (``train()``) and mixed precision it should run in.
+        student: a vision-language model (a text-only one, where texts are the evidence) as the loop holds it: bare,
+            PEFT, prepared by accelerate, DDP, FSDP2 (``fully_shard``) or a DeepSpeed engine; in the mode (``train()``)
+            and mixed precision it should run in.
         teacher: with the student's vocabulary and image tokens, held in any of these ways; in evaluation mode.
         processor: the student's; renders prompts and prepares images.
         samples: B dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty). What the
