@@ -59,11 +59,13 @@ def vgs_step(
     responses with tokens (reduction "token": all tokens) of an optimizer step, pass ``num_items=M / (R * A)``.
 
     Args:
-        student: a vision-language model as the loop holds it: bare, PEFT, prepared by accelerate, DDP, FSDP2
-            (``fully_shard``) or a DeepSpeed engine; in the mode (``train()``) and mixed precision it should run in.
+        student: a vision-language model (a text-only one, where texts are the evidence) as the loop holds it: bare,
+            PEFT, prepared by accelerate, DDP, FSDP2 (``fully_shard``) or a DeepSpeed engine; in the mode (``train()``)
+            and mixed precision it should run in.
         teacher: with the student's vocabulary and image tokens, held in any of these ways; in evaluation mode.
         processor: the student's; renders prompts and prepares images.
-        samples: B dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty).
+        samples: B dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images, may be empty). What the
+            text-only view lacks are the images and all marked texts, see ``vgs.data.messages``.
         responses: of every sample G responses, each a list of token ids. Any G, and any length, 0 included.
         objective: ``VGSObjective(gamma, lam, eta, ...)``; or a preset, or its name, with images and text alone.
         reduction: ``"trajectory"``: mean over the tokens of each response, then over responses (the paper's);

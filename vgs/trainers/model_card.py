@@ -250,9 +250,12 @@ def _objective(trainer: Any, preset: Preset) -> dict[str, Any]:
     rows: dict[str, Any] = {"divergence": f"{divergence.divergence}, support {divergence.support}"}
     unread = {"prior_decay"} if args.prior == "live" else set()
     unread |= {"adaptive_quantile"} if args.schedule != "adaptive" else set()
-    rows |= {name: getattr(args, name) for name in sorted(SETTINGS - unread) if preset.reads(name)}
+    read = {name: getattr(args, name) for name in sorted(SETTINGS - unread) if preset.reads(name)}
+    rows |= {name: value for name, value in read.items() if value is not None}
     if preset.steered:
-        measured = " (measured)" if trainer.steering.ratios else " (to be measured)"
+        rows["gamma_guard"] = args.guards_gamma
+        known = trainer.steering.ratios or trainer.steering.ratio is not None
+        measured = f" ({args.eta})" if known else " (to be measured)"
         rows |= {"eta": f"{trainer.objective.eta:.4g}{'' if args.fixed_eta is not None else measured}"}
         rows |= {"prior": args.prior}
     return rows | common
