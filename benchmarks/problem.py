@@ -119,8 +119,8 @@ def _of_entropy(student: Tensor, weight: Tensor, nats: float, generator: torch.G
     """Hidden states whose rows have the tails of a language model's, in these directions.
 
     Of Gemma 3 270M (V 262,144), 256 tokens together need 34 % of the columns for all but 1 % of each one's gradient at
-    3.2 nats, and 4 % for all but 0.1 % at 1.15 nats; of these rows (V 151,936) 20 to 36 % and 4 to 7 %. Other entropies are the
-    same rows at another temperature.
+    3.2 nats, and 4 % for all but 0.1 % at 1.15 nats; of these rows (V 151,936) 20 to 36 % and 4 to 7 %. Other
+    entropies are the same rows at another temperature.
     """
     common = torch.randn(student.shape[1], generator=generator, device=student.device)
     lengths = torch.randn(len(student), 1, generator=generator, device=student.device).mul(_LENGTHS).exp()
