@@ -100,6 +100,17 @@ def test_inputs_look_like_a_trained_pair():
     assert dependence.quantile(0.9) > 20 * dependence.quantile(0.3) > 0
 
 
+def test_rows_of_an_entropy(nats=1.2):
+    """Which every table shows; the tolerance is a method of their own, and these rows have something to leave out."""
+    problem = make_problem(Shape(8000, 64, 96), 64, torch.float32, "cpu", nats=nats)
+    rows = loss.measure_job(problem, "gate", "reverse-kl", ("tolerance-1e-2",), "cpu", rounds=3)
+    assert rows[0]["entropy"] == pytest.approx(nats, abs=0.05)
+    assert 1e-5 < max(rows[1]["gradient_errors"].values()) < 1e-2
+    results = Results(None, {})
+    results.rows = rows
+    assert f"rows of {nats:.1f} nats" in report.tables(results)
+
+
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Mean over the tokens, from float64 logits; GKD (arXiv 2306.13649, Eq. 1), whose P is the teacher."""
     q, p = (torch.softmax(x, -1) for x in (student, teacher))
@@ -251,7 +262,7 @@ def test_a_failure_among_the_timed_calls_leaves_no_time(problem, monkeypatch):
 
 
 def test_what_cannot_be_set_up_is_named(tmp_path, monkeypatch, small_shape):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loss, "make_problem", fail)
