@@ -195,7 +195,9 @@ class LinearSource(Source):
         own = [view.dtype.itemsize for view in views if not view.in_place]
         # Blocks beside a view that lies in the slabs are tied to its tokens.
         sizes = (count * dtype.itemsize, sum(own)) if len(own) == len(views) else (count * dtype.itemsize + sum(own), 0)
-        plan = Plan.fit(n, shard.largest, *sizes, workspace_bytes, MAX_ROWS.get(device.type))
+        most = MAX_ROWS.get(device.type)
+        most = most and most // max(len(part.views) for part in parts)
+        plan = Plan.fit(n, shard.largest, *sizes, workspace_bytes, most)
         #: Whether tiles span the vocabulary, on all ranks that share it.
         self.spans = plan.columns >= shard.largest
         # Every rank of a group cuts the tokens alike, for their statistics are merged tile by tile.
