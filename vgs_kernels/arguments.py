@@ -40,8 +40,8 @@ def numbers_tensor(values: Sequence[float]) -> Tensor:
     """[K] float64 on the CPU, to be read without waiting. Traced, numbers stay numbers that may change."""
     if torch.compiler.is_compiling():
         # Of all ways to make a tensor of a number, a product alone does not compile its value in.
-        return torch.stack([torch.ones((), dtype=torch.float64) * value for value in values])
-    return torch.tensor(values, dtype=torch.float64)
+        return torch.stack([torch.ones((), dtype=torch.float64, device="cpu") * value for value in values])
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class Call:

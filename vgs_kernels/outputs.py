@@ -26,7 +26,8 @@ class VGSOutput:
         policy: [...] values of the policy term, before its weights.
         counted: [...] bool, the tokens that take part: neither ignored nor of weight 0; None: all.
         gradient_kept: [...] share of the vocabulary whose gradients were multiplied out; this and the following over
-            all views of a token, and None without a ``gradient_tolerance``.
+            all views of a token, and None without a ``gradient_tolerance``, with ``reduction="none"``, and where
+            nothing wants a gradient.
         gradient_lost: [...] share of the L1 norm of the token's logit gradients that was left out.
         gradient_tail: [...] their sum, as a share of that norm: a logit gradient sums to 0 over the vocabulary, and
             what is left out has a sign. Above 0, columns are spared that should have become less probable.

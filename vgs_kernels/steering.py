@@ -91,15 +91,18 @@ class VGSLoss(Loss):
         gate = vds > limits[-1][rows]
         return gate if self._counted is None else gate & self._counted[rows]
 
-    def form_now(self, vds: Tensor, rows: slice) -> Tensor:
+    def form_now(self, state: Tensor, rows: slice) -> Tensor:
         """Indices among these tokens of those whose language term is to be formed now: those that pass the gate or,
-        before its limit is known, the quantile of the tokens so far. A few of these are wrong, see ``unformed``."""
+        before its limit is known, the quantile of the tokens so far. A few of these are wrong, see ``unformed``; what
+        is not finite could not be taken back and waits."""
+        x = Statistics(state)
+        vds = x.kl("t_view_gap")
         limits = self.limits
         if limits is None:
             self._seen.append(vds.to(self.dtype))
             counted = None if self._counted is None else self._counted[: rows.stop]
             limits = gating.thresholds(torch.cat(self._seen), self.objective, counted=counted)
-        self._formed.append(self.gate_of(vds, rows, limits))
+        self._formed.append(self.gate_of(vds, rows, limits) & x.kl("a_gap").isfinite())
         return self._formed[-1].nonzero().squeeze(1)
 
     def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,29 +181,33 @@ def linear(call: Call) -> Outcome:
         views.append(gradients.view("student_hidden"))
     if prior:
         views.append(gradients.view("student_text_hidden"))
-    source = LinearSource(
-        [StackedRows(student, [hidden, text], call.live), teacher_rows], transforms, *source_options, views
-    )
-
-    # Language preservation, the pair (a, w) of the gated tokens.
+    # Language preservation, the pair (a, w) of the gated tokens. A gate that is known beforehand, or guessed by the
+    # tokens so far, lets the term be formed while its rows are in memory. Elsewhere than on a CPU the host would wait
+    # for each tile's gated tokens, too few for a product of their own; where gradients collect in blocks, the first one
+    # would overwrite the term's part of the head's; and a rank of a group may hold no column at all.
     language = objective.lam > 0 and text_gradient
+    at_once = language and (loss.limits is not None or loss.of_call) and not prior
+    at_once = at_once and hidden.device.type == "cpu" and shard.group is None
+    at_once = at_once and gradients.view("student_text_hidden").in_place
+    source = LinearSource(
+        [StackedRows(student, [hidden, text], call.live), teacher_rows],
+        transforms,
+        *source_options,
+        views,
+        copied=2 if at_once else 0,
+    )
+    at_once = at_once and source.spans
 
     def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
         pair = loss.preservation(weights, shard)
         sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
 
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
-        gated = loss.form_now(Statistics(state).kl("t_view_gap"), rows)
+        gated = loss.form_now(state, rows)
         view = gradients.view("student_text_hidden", objective.lam, gated + rows.start)
         pair = TileSource(tile.pair_at(gated, text=True), shard, state)
         preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
 
-    # A gate that is known beforehand, or guessed by the tokens so far, lets the term be formed while its rows are in
-    # memory. Elsewhere than on a CPU the host would wait for each tile's gated tokens, too few for a product of their
-    # own; and where gradients collect in blocks, the first one would overwrite the term's part of the head's.
-    in_memory = hidden.device.type == "cpu" and gradients.view("student_text_hidden").in_place and source.spans
-    in_memory = in_memory and shard.group is None  # a rank may hold no column at all
-    at_once = language and (loss.limits is not None or loss.of_call) and not prior and in_memory
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
     )

@@ -106,8 +106,7 @@ def test_rows_of_an_entropy(nats=1.2):
     rows = loss.measure_job(problem, "gate", "reverse-kl", ("tolerance-1e-2",), "cpu", rounds=3)
     assert rows[0]["entropy"] == pytest.approx(nats, abs=0.05)
     assert 1e-5 < max(rows[1]["gradient_errors"].values()) < 1e-2
-    results = Results(None, {})
-    results.rows = rows
+    (results := Results(None, {})).add(*rows)
     assert f"rows of {nats:.1f} nats" in report.tables(results)
 
 
@@ -395,8 +394,7 @@ def test_loss_command_writes_a_result_file(tmp_path, command, monkeypatch):
         *("loss", "--shape", "gate", "--tokens", "16", "--jobs", "reverse-kl", "--methods", "ours", "trl"),
         *("--rounds", "3", "--out", str(path)),
     )
-    assert run.code == 0, run.err
-    assert "| gate | 16 | reverse-kl |" in run.out
+    assert run.code == 0 and "| gate | 16 | reverse-kl |" in run.out, run.err
     rows = {row["method"]: row for row in Results.load(path).rows}
     assert set(rows) == {FLOOR, "ours", "trl"}
     assert rows["ours"]["dtype"] == "float32" and rows["ours"]["gradient_errors"]["student"] < 1e-4

@@ -11,8 +11,8 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from vgs.digits import short_runs
 from vgs.digits.studies import grpo
+from vgs.reports.statistics import interval
 
 
 @pytest.mark.slow
@@ -30,9 +30,9 @@ def test_the_quick_study_writes_results_and_a_picture(tmp_path) -> None:
 
 
 def test_intervals_are_students() -> None:
-    mean, half = short_runs.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-5)
-    assert math.isnan(short_runs.interval([1.0])[1])
+    assert math.isnan(interval([1.0])[1])
 
 
 def run(arm: str, seed: int, right: float) -> dict:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiles import make_tile
 
 import vgs_kernels
-from vgs_kernels import rows, vgs_loss
+from vgs_kernels import divergence_loss, rows, vgs_loss
 from vgs_kernels.divergence import Divergence
 from vgs_kernels.rows import compile_loops, entries_torch, rows_loops, rows_torch
 from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, new_state
@@ -97,6 +97,41 @@ def test_what_is_not_finite_is_what_it_is_in_the_specification(row, place, value
         assert found["torch"][0][1].isnan() and not found["loops"][0][1].isfinite()
     for ours, specified in zip(found["loops"], found["torch"], strict=True):
         torch.testing.assert_close(ours, specified, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("row", range(2))
+@pytest.mark.parametrize("divergence", [{}, {"divergence": "forward_kl"}, {"divergence": "jsd", "beta": 0.1}], ids=str)
+def test_what_is_not_finite_in_a_pair(divergence, row, value):
+    """A loss of NaN with a finite gradient would pass every guard of gradient norms."""
+    torch.manual_seed(0)
+    logits = [3 * torch.randn(3, 2000) for _ in range(2)]
+    logits[row][1, 700] = value
+    found = {}
+    for backend in ("torch", "loops"):
+        student = logits[0].clone().requires_grad_()
+        out = divergence_loss(student, [(1.0, logits[1])], backend=backend, reduction="none", **divergence)
+        out.loss.sum().backward()
+        found[backend] = [out.loss.detach(), student.grad]
+    assert (value == -torch.inf) or found["torch"][1][1].isnan().any()
+    for ours, specified in zip(found["loops"], found["torch"], strict=True):
+        torch.testing.assert_close(ours, specified, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def test_a_library_that_others_may_write_is_not_loaded(fresh):
+    folder = fresh / "cache" / "vgs_kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert compile_loops.library().answer() == 42 and not list(folder.iterdir())
+    folder.chmod(0o700)
+    compile_loops._found.cache_clear()
+    assert compile_loops.library().answer() == 42
+    (kept,) = folder.iterdir()
+    kept.chmod(0o666)  # compiled anew, and replaced
+    compile_loops._found.cache_clear()
+    assert compile_loops.library().answer() == 42
+    (kept,) = folder.iterdir()
+    assert not kept.stat().st_mode & 0o022
 
 
 @pytest.mark.parametrize("offset", [0.0, 40.0])

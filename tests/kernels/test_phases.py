@@ -175,3 +175,18 @@ def test_the_gate_is_guessed_from_the_tokens_so_far(monkeypatch, order, ignored)
         assert 0 < wrong < 0.06 * 600
     else:
         assert wrong > 60 and taken_back == (wrong if order == "ascending" else 0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "loops"])
+def test_a_wrong_guess_of_what_is_not_finite(backend):
+    """A term of NaN that was added could not be taken back: it waits until the gate is known, and is not gated."""
+    problem = make_problem(600, VOCAB, bias=True)
+    options = {"objective": VGSObjective(lam=0.4, gamma=0.0), "backend": backend, "workspace_bytes": 2**30}
+    problem = problem.rows(evaluate(fused_linear_vgs_loss, problem, **options).output.vds.argsort())
+    problem.student_text_hidden[250] = torch.nan  # among the highest of the first tile, and the lowest of all
+    ours = evaluate(fused_linear_vgs_loss, problem, **options)
+    known = evaluate(fused_linear_vgs_loss, problem, **options, vds=ours.output.vds)
+    assert ours.output.language[250].isnan() and not ours.output.gate[250]
+    for name, gradient in ours.gradients.items():
+        assert gradient.isfinite().all(), name
+        torch.testing.assert_close(gradient, known.gradients[name], rtol=1e-3, atol=1e-6)

@@ -203,3 +203,15 @@ def test_a_teacher_from_inference_mode(kind, reduction):
     assert inferred.teacher_hidden.is_inference()
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert all(x.any() for x in results[0])
+
+
+def test_another_default_device():
+    """Tensors say where a loss is computed, whatever torch makes new ones on."""
+    logits = [torch.randn(3, 57) for _ in range(4)]
+    expected = vgs_loss(*logits).loss
+    torch.set_default_device("meta")
+    try:
+        found = vgs_loss(*logits).loss
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

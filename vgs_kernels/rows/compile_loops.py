@@ -10,13 +10,15 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("loops.c")
 #: No OpenMP library is needed: its ``simd`` is a matter of the compiler alone.
-_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC"]
+_FLAGS = ["-O3", "-fno-fast-math", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+_FLAGS += ["-shared", "-fPIC"]
 #: For this very processor, in the words of GCC and of Clang on ARM; the last choice is any of its kind.
 _PROCESSOR_FLAGS = (["-march=native"], ["-mcpu=native"], [])
 
@@ -57,13 +59,24 @@ def _load() -> ctypes.CDLL:
     name = f"loops-{hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:16]}.so"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home) / "vgs_kernels"
-    with contextlib.suppress(OSError):  # not there, or torn
-        return ctypes.CDLL(str(folder / name))
     try:
+        if not folder.is_absolute():
+            raise OSError("no absolute path")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _ours_alone(folder):
+            raise OSError("somebody else may write there")
+        with contextlib.suppress(OSError):  # not there, or torn
+            if _ours_alone(folder / name):
+                return ctypes.CDLL(str(folder / name))
         return _built(compiler, name, folder)
-    except OSError:  # nobody may write there, or run what is written
+    except OSError:  # nobody may write there, or run what is written, or others may
         return _built(compiler, name, None)
+
+
+def _ours_alone(path: Path) -> bool:
+    """Whether this user owns a file or folder, and nobody else may write to it: what is loaded from there is run."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _built(compiler: list[str], name: str, folder: Path | None) -> ctypes.CDLL:
@@ -83,7 +96,8 @@ def _built(compiler: list[str], name: str, folder: Path | None) -> ctypes.CDLL:
 
 def _processor() -> str:
     """What code for this processor depends on: homes may be shared by machines."""
+    found = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-    return platform.platform() + platform.processor()
+        told = ("flags", "Features", "features", "model name", "cpu\t", "isa", "uarch")
+        found += sorted({x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(told)})
+    return "\n".join(found)

@@ -57,7 +57,8 @@ INLINE float log1p_f32(float y) {
     p = FMA(p, f, -1.6668057665e-1f), p = FMA(p, f, 2.0000714765e-1f);
     p = FMA(p, f, -2.4999993993e-1f), p = FMA(p, f, 3.3333331174e-1f);
     float rest = FMA(-0.5f, z, FMA((float)e, -2.12194440e-4f, f * z * p));
-    return f + rest + (float)e * 0.693359375f;
+    float found = f + rest + (float)e * 0.693359375f;
+    return y == y ? found : y; /* the bits of a NaN are no number */
 }
 
 INLINE float tanh_f32(float x) {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..divergence import Divergence
+from ..divergence import DIVERGENCES, Divergence
 from . import entries_torch, rows_torch
 from .compile_loops import library
 from .layout import (
@@ -34,7 +34,6 @@ from .layout import (
     named,
 )
 
-_KINDS = ("reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl")
 #: Elements of a row that are worth the start of a thread, some 0.1 ms.
 _THREAD_ELEMENTS = 1 << 16
 
@@ -98,6 +97,8 @@ def _run(function: Callable[..., None], tile: RowTile, *arguments: object) -> No
         _Transform.of(tile.student_transform), _Transform.of(tile.target_transform), tile.may_be_masked,
     )  # fmt: skip
 
+    job.kept = rows  # also where an interrupt lets the caller go before the threads
+
     def work() -> None:
         given = (_pointer(x) if isinstance(x, Tensor) else x for x in arguments)
         function(ctypes.byref(job), *given)
@@ -134,7 +135,7 @@ def statistics(tile: RowTile, state: Tensor) -> None:
         state[known:] = torch.nan
         return rows_torch.statistics(tile, state[:known])
     names = VGS_STATE + VGS_RESTS if tile.four else PAIR_STATE + PAIR_RESTS
-    found = torch.empty(state.shape[1], len(names), dtype=torch.float64)
+    found = state.new_empty(state.shape[1], len(names), dtype=torch.float64)
     _run(library().four_statistics if tile.four else library().pair_statistics, tile, found)
     merged = state.double()  # maxima of both are summed and subtracted
     before, here = RunningStatistics(merged), RunningStatistics(found.t()[: len(state)])
@@ -153,7 +154,7 @@ def totals(
     if limit is not None or divergence.clip is not None or not _supports(tile, state):
         return entries_torch.totals(tile, state, divergence, limit, sums, tails)
     table, kind = _of_pair(state, divergence, [None, None, None, None, LARGE])
-    found = torch.empty(state.shape[1], len(sums), dtype=torch.float64)
+    found = state.new_empty(state.shape[1], len(sums), dtype=torch.float64)
     _run(library().pair_totals, tile, table, *kind, found)
     sums += found.t()
 
@@ -174,16 +175,17 @@ def gradient(
     chosen = None if x.chosen is None else x.chosen.contiguous()
     text = (out_text.data_ptr(), out_text.stride(0)) if x.live_prior else (None, 0)
     of_policy = None if chosen is None else chosen.data_ptr()
-    to = ctypes.byref(_Target(out.data_ptr(), text[0], out.stride(0), text[1], of_policy))
+    to = _Target(out.data_ptr(), text[0], out.stride(0), text[1], of_policy)
+    to.kept = out, out_text, chosen
     if tile.four:
         of = named(state)
         anchors = [anchor(of[f"{name}_max"]) for name in "stawq"]
         scales = [of["s_sum"].reciprocal(), of["q_sum"].reciprocal()]
         table = _table(state, [*anchors, *scales, x.weight, x.mean, x.gamma, x.policy])
-        _run(library().four_gradient, tile, table, to)
+        _run(library().four_gradient, tile, table, ctypes.byref(to))
     else:
         table, kind = _of_pair(state, divergence, [x.weight, x.mean, x.top, x.policy, SATURATED])
-        _run(library().pair_gradient, tile, table, *kind, to)
+        _run(library().pair_gradient, tile, table, *kind, ctypes.byref(to))
 
 
 def _of_pair(state: Tensor, divergence: Divergence, scalars: Sequence[Tensor | float | None]) -> tuple[Tensor, list]:
@@ -192,4 +194,4 @@ def _of_pair(state: Tensor, divergence: Divergence, scalars: Sequence[Tensor | f
     anchors = [anchor(x["s_max"]), anchor(x["t_max"])]
     scales = [x["s_sum"].reciprocal(), x["t_sum"].reciprocal()]
     table = _table(state, [*anchors, *scales, Statistics(state).log_sums, *scalars])
-    return table, [ctypes.c_int64(_KINDS.index(divergence.kind)), ctypes.c_float(divergence.beta)]
+    return table, [ctypes.c_int64(DIVERGENCES.index(divergence.kind)), ctypes.c_float(divergence.beta)]
