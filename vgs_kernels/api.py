@@ -110,8 +110,8 @@ def fused_linear_vgs_loss(
             none to ``student_text_hidden``. Terms that are not formed are None.
         backend: ``"triton"``; ``"loops"``, in C, for CPUs and anything but float64; ``"torch"``; or ``"auto"``, the
             first of these that can run here. The loops are compiled where they are first needed (some seconds, kept in
-            the user's cache; ``CC`` names a compiler); they leave to PyTorch what they do not know, see
-            docs/how_it_works.md.
+            the user's cache; ``CC`` names a compiler); they leave to PyTorch what they do not know, such as logits
+            that are given in 16 bits, see docs/how_it_works.md.
 
     Returns:
         :class:`VGSOutput`; zero tokens give a loss of 0 that is connected to every input that requires grad.
