@@ -1,7 +1,7 @@
 """What student and teacher think of every token of some answers, kept in files with the pictures that were asked about.
 
-``samples-STEP.json`` holds the answers of one step and names its pictures, which are made small: ``sample-HASH.png``, by
-the hash of what they show. So one that many steps ask about is kept once, and another never takes its place.
+``samples-STEP.json`` holds the answers of one step and names its pictures, which are made small: ``sample-HASH.png``,
+by the hash of what they show. So one that many steps ask about is kept once, and another never takes its place.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ ABOUT = {
     "samples": "The same questions, answered greedily at several steps. The stronger a token's colour, the larger the "
     "chosen value; blue is below 0. Visual dependency: how much the image changes the distribution, in nats. Visual "
     "gain: how much likelier the image makes the token itself, log p(y | image) − log p(y | text).",
-    "cost": "Means over the steps but the first, which starts things up. What sampling, teacher and eta leave of a step is the student's.",
+    "cost": "Means over the steps but the first, which starts things up. "
+    "What sampling, teacher and eta leave of a step is the student's.",
     "settings": "In which settings the arms differ; below, all settings of each.",
     "versions": "Of the libraries under each arm.",
 }
