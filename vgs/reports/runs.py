@@ -1,7 +1,8 @@
 """What a run has left in its folder: settings, versions, the log, and what its instruments have seen.
 
 Two kinds of folders are read: of `vgs train` (``run.json``, ``trainer_state.json``, ``instruments/``), and of
-`vgs demo` or `vgs study` (``results.json``), which hold several runs; those that were not logged have final values alone.
+`vgs demo` or `vgs study` (``results.json``), which hold several runs. Those that were not logged have final
+values alone.
 """
 
 from __future__ import annotations

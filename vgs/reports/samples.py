@@ -28,8 +28,8 @@ def collect_samples(arms: Sequence[Sequence[RunLog]]) -> dict[str, Any] | None:
 
     Returns:
         ``terms`` (name, title, largest absolute value) and ``questions``: text, gold answer, pictures as data URIs, and
-        ``answers``: arm, step, tokens, right, and a list of values for each term that ``TOKEN_VALUES`` names; a value is
-        None where it was not finite. None where no run kept samples.
+        ``answers``: arm, step, tokens, right, and a list of values for each term that ``TOKEN_VALUES`` names, None
+        where one was not finite. None where no run kept samples.
 
     Raises:
         ConfigError: a picture that is no PNG, or cannot be read.
