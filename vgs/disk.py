@@ -1,13 +1,28 @@
-"""Results that take long to compute, kept on disk as JSON."""
+"""Files that are written whole or not at all, and results that take long to compute, kept as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, and no other file on the way.
+
+    Args:
+        path: of the file; its folder is made if missing. content: of the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder, as a temporary file would keep others from reading what it becomes.
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as staged:
+        part = Path(staged) / path.name
+        part.write_bytes(content)
+        part.replace(path)
 
 
 def remembered(path: Path, compute: Callable[[], Any], keep: Callable[[Any], bool] = lambda _: True) -> Any:

@@ -13,6 +13,7 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from vgs.cli import main as cli
 from vgs.digits.pictures import NOISE, take
 from vgs.digits.studies import steering, steering_summary
 from vgs.errors import ConfigError
@@ -38,6 +39,10 @@ def test_the_quick_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> 
     for name in ("phase_diagram.png", "bins.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 200
+
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    names = {arm["name"] for arm in json.loads((tmp_path / "report" / "report.json").read_text())["arms"]}
+    assert names == {"weak, supervised", "weak, plain", "weak, gamma 2", "weak, frozen prior"}
 
     lost = next((out / "cells").glob("weak-gamma_2-*-0.json"))
     before = json.loads(lost.read_text())

@@ -61,7 +61,7 @@ def empty(folder: Path) -> Path:
         (lambda folder: training(folder, state="{"), "trainer_state.json must hold JSON, but cannot be read"),
         (lambda folder: training(folder, state=[]), "must have a trainer's state as a JSON object, got list"),
         (lambda folder: training(folder, state={"global_step": 1}), "must have a list log_history with entries"),
-        (lambda folder: study(folder, {"kind": "speed"}), "must have runs with curves, as `vgs demo` writes them"),
+        (lambda folder: study(folder, {"kind": "speed"}), "must have runs with an arm and curves or a test"),
         (of_another_form, "must be of kind 'geometry' in form 1, got kind 'geometry' in form 99"),
     ],
 )

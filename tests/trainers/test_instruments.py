@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from grpo_runs import grpo_trainer
 from peft import LoraConfig
+from PIL import Image
 from selves import make_self_trainer
-from tiny import plain_rows, tiny_model, tiny_samples, trainer_options
+from tiny import plain_rows, tiny_image, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import loss_of, make_trainer, rollout
 
 from vgs import VGSConfig, score_responses
 from vgs.errors import ConfigError
 from vgs.evaluation.geometry import equal_bins
+from vgs.evaluation.token_values import write_samples
 
 TERMS = ("standard", "visual", "language", "vds", "student_vds")
 
@@ -106,6 +109,31 @@ def test_values_of_tokens_are_those_of_whole_tables(tmp_path: Path) -> None:
     assert set(entry["terms"]) == set(expected)
     for name, values in expected.items():
         assert entry["terms"][name] == pytest.approx(values.tolist(), abs=2e-4)
+
+
+def test_a_student_of_nan_does_not_end_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_samples=2, geometry_every=1, eta=0.5)
+    for weight in trainer.student.parameters():
+        weight.data.fill_(math.nan)
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    record = json.loads((tmp_path / "instruments" / "samples-000000.json").read_text())
+    for sample in record["samples"]:
+        assert sample["tokens"] and set(sample["terms"]["standard"]) == {None}
+        assert None not in sample["terms"]["vds"]  # the teacher is whole
+    assert (tmp_path / "instruments" / "geometry-000000.json").exists()
+
+
+def test_pictures_are_kept_by_what_they_show(tmp_path: Path) -> None:
+    processor = tiny_processor()
+    for step, number in enumerate((0, 1, 0)):  # another question in the same place, and the first again
+        sample = {"prompt": "what ?", "images": [tiny_image(number), tiny_image(number)]}
+        write_samples(tmp_path, step, processor, [sample], [[1]], [{"vds": torch.ones(1)}], [None])
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("samples-*.json"))]
+    images = [record["samples"][0]["images"] for record in records]
+    assert images[0] == images[2] != images[1] and len(list(tmp_path.glob("*.png"))) == 2
+    for number, (name, _) in enumerate(images[:2]):
+        with Image.open(tmp_path / name) as kept:
+            assert kept.tobytes() == tiny_image(number).convert("RGB").tobytes()
 
 
 def tiny_teacher() -> torch.nn.Module:

@@ -1,11 +1,15 @@
 """What student and teacher think of every token of some answers, kept in files with the pictures that were asked about.
 
-``samples-STEP.json`` holds the answers of one step, ``sample-N-M.png`` picture M of question N, made small.
+``samples-STEP.json`` holds the answers of one step and names its pictures, which are made small: ``sample-HASH.png``,
+by the hash of what they show. So one that many steps ask about is kept once, and another never takes its place.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from vgs_kernels import fused_linear_divergence
 
+from ..disk import write_whole
 from ..models.heads import Head, token_logps, visual_dependency
 from ..models.tokenizers import tokenizer_of
 
@@ -92,26 +97,17 @@ def write_samples(
         answers: token ids, one answer to each. values: of ``token_values``, one entry an answer.
         right: whether they are; None where nobody knows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    for number, (sample, ids, own) in enumerate(zip(samples, answers, values, strict=True)):
-        names = []
-        for place, image in enumerate(sample["images"]):
-            name = f"sample-{number}-{place}.png"
-            if not (folder / name).exists():
-                small = image.convert("RGB")
-                small.thumbnail((PIXELS, PIXELS))
-                small.save(folder / name)
-            names.append(name)
+    for sample, ids, own, verdict in zip(samples, answers, values, right, strict=True):
         entries.append(
             {
                 "question": _question(sample["prompt"]),
                 "answer": sample.get("answer"),
-                "images": names,
+                "images": [_keep_picture(folder, image) for image in sample["images"]],
                 "tokens": token_texts(processor, ids[:TOKENS]),
                 "left_out": max(len(ids) - TOKENS, 0),
                 "terms": {name: [round(x, 5) for x in column[:TOKENS].tolist()] for name, column in own.items()},
-                "right": right[number],
+                "right": verdict,
             }
         )
     keep(folder / f"samples-{step:06d}.json", {"kind": "samples", "form": FORM, "step": step, "samples": entries})
@@ -121,12 +117,29 @@ def keep(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record of an instrument, whole or not at all.
 
     Args:
-        path: of the file. record: plain JSON.
+        path: of the file. record: plain JSON; NaN and infinities, which JSON has not, become null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    staged.replace(path)
+    write_whole(path, (json.dumps(_finite(record), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_picture(folder: Path, image: Any) -> str:
+    """The name of a picture's file, which is written unless it is there."""
+    small = image.convert("RGB")
+    small.thumbnail((PIXELS, PIXELS))
+    content = io.BytesIO()
+    small.save(content, "PNG")
+    name = f"sample-{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.png"
+    if not (folder / name).exists():
+        write_whole(folder / name, content.getvalue())
+    return name
 
 
 def _question(prompt: Any) -> str:

@@ -62,7 +62,7 @@ def _arms(arms: Sequence[Sequence[RunLog]]) -> list[Numbers]:
         {
             "name": name,
             "runs": [{"name": run.name, "folder": run.folder.resolve().name, "seed": run.seed} for run in arm],
-            "steps": min(_last_step(run) for run in arm),
+            "steps": min(_last_step(run) for run in arm) or None,  # None: final values alone
         }
         for name, arm in zip(names, arms, strict=True)
     ]
@@ -169,7 +169,8 @@ def _summary(arms: Sequence[Sequence[RunLog]]) -> list[Numbers]:
     finals = {name for arm in arms for run in arm for name in run.finals}
     logged = {name for arm in arms for run in arm for name in run.series}
     held_out = sorted(name for name in logged if HELD_OUT.fullmatch(name) and name not in MAIN)
-    test = sorted(name for name in finals if name.startswith("test "))
+    test = sorted(name for name in finals if name.startswith(("test ", "gap ", "to_start ")))
+    test.sort(key=lambda name: not name.startswith("test "))
     keys = [*test, *held_out, *(key for key in MAIN if key in logged or key in finals)]
     keys += [key for key in ("seconds_per_step",) if key in finals]
     rows = []
@@ -256,26 +257,32 @@ def _course(geometry: Sequence[Numbers]) -> list[Numbers]:
 
 
 def _cost(arms: Sequence[Sequence[RunLog]]) -> Numbers | None:
-    """Seconds of a step by phase: medians over a run's log, then over its seeds."""
+    """Seconds of a step by phase: means over a run's log, then over its seeds."""
     rows = []
     for place, arm in enumerate(arms):
         phases = [found for run in arm if (found := _phases(run))]
         if phases:
-            seconds = {name: _spread([found[name] for found in phases if name in found]) for name in PHASES}
+            known = {name for found in phases for name in found}
+            seconds = {
+                name: _spread([found.get(name, 0.0) for found in phases]) if name in known else None for name in PHASES
+            }
             rows.append({"arm": place, "seconds": seconds})
     return {"rows": rows} if rows else None
 
 
 def _phases(run: RunLog) -> dict[str, float]:
-    def median(name: str) -> float | None:
-        values = run.series.get(name)
-        return statistics.median(values.values()) if values else None
+    steps = sorted(run.series.get("step_time", ()))
+    steps = steps[1:] or steps  # the first one starts things up
 
-    whole = median("step_time") or run.finals.get("seconds_per_step")
+    def mean(name: str) -> float:
+        """Over all steps; one that did without the phase took no time for it."""
+        values = run.series.get(name, {})
+        return statistics.fmean(values.get(step, 0.0) for step in steps) if steps else 0.0
+
+    whole = mean("step_time") or run.finals.get("seconds_per_step")
     if whole is None:
         return {}
-    # A phase without time in most steps (eta is measured once) is not a cost of a step.
-    found = {name: value for name in PHASES if (value := median(f"step_time_{name}"))}
+    found = {name: value for name in PHASES if (value := mean(f"step_time_{name}"))}
     if inside := [found[name] for name in INSIDE if name in found]:
         found["student"] = max(whole - sum(inside), 0.0)
     return {**found, "step": whole + found.get("optimizer", 0.0)}

@@ -37,7 +37,8 @@ ABOUT = {
     "samples": "The same questions, answered greedily at several steps. The stronger a token's colour, the larger the "
     "chosen value; blue is below 0. Visual dependency: how much the image changes the distribution, in nats. Visual "
     "gain: how much likelier the image makes the token itself, log p(y | image) − log p(y | text).",
-    "cost": "Medians over the steps. What sampling, teacher and eta leave of a step is the student's.",
+    "cost": "Means over the steps but the first, which starts things up. "
+    "What sampling, teacher and eta leave of a step is the student's.",
     "settings": "In which settings the arms differ; below, all settings of each.",
     "versions": "Of the libraries under each arm.",
 }
@@ -66,7 +67,8 @@ class Page:
         value = look_up(self.numbers, place)
         if value is None:
             return '<span class="none" title="not measured">–</span>'
-        return f'<data value="{value!r}" data-place="{place}" data-unit="{unit}">{text(shown(value, unit))}</data>'
+        said = text(shown(value, unit))
+        return f'<data value="{text(repr(value))}" data-place="{text(place)}" data-unit="{text(unit)}">{said}</data>'
 
     def whole(self) -> str:
         """The page."""
@@ -115,9 +117,10 @@ class Page:
         for place, arm in enumerate(self.arms):
             count = len(arm["runs"])
             seeds = f"{count} seeds" if count > 1 else "1 seed"
+            steps = "no curves" if arm["steps"] is None else f"{self.number(f'arms.{place}.steps')} steps"
             rows.append(
                 f'<label><input type="checkbox" id="show-{place}" checked="checked"/>{self._arm(place)} '
-                f"<small>{seeds}, {self.number(f'arms.{place}.steps')} steps</small></label>"
+                f"<small>{seeds}, {steps}</small></label>"
             )
         return f'<fieldset class="legend"><legend>Arms</legend>{"".join(rows)}</fieldset>'
 
@@ -136,6 +139,8 @@ class Page:
                 f'<tr><th scope="row" title="{text(row["meaning"])}">{text(row["title"])}{unit}</th>{cells}</tr>'
             )
         note = "Last value of each run: mean over seeds ± half of the 95 % t-interval."
+        if bare := [arm["name"] for arm in self.arms if arm["steps"] is None]:
+            note += f" Of {' · '.join(map(text, bare))} there are final values alone, no curves."
         table = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
         return f'<div class="wide"><table><caption>{note}</caption>{table}</table></div>'
 
@@ -240,7 +245,9 @@ class Page:
 
     def _question(self, place: int) -> str:
         question = self.numbers["samples"]["questions"][place]
-        images = "".join(f'<img src="{image}" alt="picture {n + 1}"/>' for n, image in enumerate(question["images"]))
+        images = "".join(
+            f'<img src="{text(image)}" alt="picture {n + 1}"/>' for n, image in enumerate(question["images"])
+        )
         gold = f" <small>answer: {text(question['answer'])}</small>" if question["answer"] is not None else ""
         answers = self._answers(place)
         return (
@@ -267,7 +274,7 @@ class Page:
         largest = {term["name"]: term["largest"] or 1.0 for term in self.numbers["samples"]["terms"]}
         spans = []
         for number, token in enumerate(answer["tokens"]):
-            values = {name: column[number] for name, column in answer["terms"].items()}
+            values = {name: column[number] for name, column in answer["terms"].items() if column[number] is not None}
             style = ";".join(
                 f"--{name}:{value / largest[name]:.3f}" for name, value in values.items() if name in largest
             )

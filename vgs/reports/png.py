@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +33,10 @@ def pictures(numbers: Mapping[str, Any]) -> dict[str, bytes]:
         numbers: of ``collect.collect``.
     """
     charts = all_charts(numbers)
-    found = {f"{name}.png": _panels(numbers, charts[name], title) for name, title in PICTURES.items() if charts[name]}
-    if numbers["cost"] is not None:
-        found["cost.png"] = _cost(numbers)
+    with _plain_text():
+        found = {f"{name}.png": _panels(numbers, charts[name], text) for name, text in PICTURES.items() if charts[name]}
+        if numbers["cost"] is not None:
+            found["cost.png"] = _cost(numbers)
     return found
 
 
@@ -45,7 +47,15 @@ def geometry_picture(record: Mapping[str, Any], title: str) -> bytes:
         record: of ``vgs geometry``. title: of the picture.
     """
     numbers = {"arms": [{"name": title}], "geometry": list(geometry_entries(record, 0, title))}
-    return _panels(numbers, geometry_charts(numbers), title)
+    with _plain_text():
+        return _panels(numbers, geometry_charts(numbers), title)
+
+
+def _plain_text() -> AbstractContextManager[None]:
+    """Names are shown as they are: a ``$`` in one is no formula."""
+    from matplotlib import rc_context
+
+    return rc_context({"text.parse_math": False})
 
 
 def _figure(width: float, height: float) -> Any:

@@ -29,7 +29,8 @@ MAIN: dict[str, Quantity] = {
     "entropy": Quantity("Entropy", "nats", "of the student, per token"),
     "gate": Quantity("Gated tokens", "share", "tokens that the language term counts"),
     "eta": Quantity("eta", "", "the scale of the whole loss"),
-    "gamma": Quantity("gamma", "", "the weight of the visual term in force"),
+    "gamma_effective": Quantity("gamma in force", "", "the weight of the visual term, as a guard may have lowered it"),
+    "sight": Quantity("Sight", "share", "the share of the teacher's visual dependency that the student has"),
 }
 #: The values of a token; the first is what answers are coloured by unless another is chosen.
 TOKEN_VALUES = {
@@ -60,6 +61,11 @@ def quantity(key: str) -> Quantity:
         return Quantity(f"Right answers, {match[1]}", "share", f"greedy answers to the questions of {match[1]}")
     if key.startswith("test "):
         return Quantity(f"Test: {key[5:]}", "share", "greedy answers after the run")
+    if key.startswith("gap "):
+        return Quantity(f"Gap to itself, {key[4:]}", "nats", "KL(the model with this context ‖ without), its answers")
+    if key.startswith("to_start "):
+        meaning = "KL(the model before the run with this context ‖ after it without), the latter's answers"
+        return Quantity(f"Gap to the start, {key[9:]}", "nats", meaning)
     if key in ("seconds_per_step", "step_time"):
         return Quantity("Seconds per step", "seconds")
     if key.startswith("eval_") and key[5:] in MAIN:

@@ -1,7 +1,8 @@
 """What a run has left in its folder: settings, versions, the log, and what its instruments have seen.
 
 Two kinds of folders are read: of `vgs train` (``run.json``, ``trainer_state.json``, ``instruments/``), and of
-`vgs demo` or `vgs study` (``results.json``), which hold several runs.
+`vgs demo` or `vgs study` (``results.json``), which hold several runs. Those that were not logged have final
+values alone.
 """
 
 from __future__ import annotations
@@ -153,35 +154,68 @@ def _of_results(folder: Path) -> Iterator[RunLog]:
     path = folder / RESULTS
     results = _section(_read(path), path, "results")
     runs = results.get("runs")
-    if not isinstance(runs, list) or not runs or not all(isinstance(x, Mapping) and "curves" in x for x in runs):
-        raise ConfigError(f"{path} must have runs with curves, as `vgs demo` writes them; this file has other results.")
+    if not isinstance(runs, list) or not runs or not all(map(_is_entry, runs)):
+        raise ConfigError(
+            f"{path} must have runs with an arm and curves or a test, as `vgs demo` and `vgs study` write them; this "
+            "file has other results."
+        )
     settings = _section(results.get("settings", {}), path, "settings")
     arms = _section(settings.get("arms", {}), path, "settings.arms")
     common = {name: value for name, value in settings.items() if name not in ("arms", "seeds", "recipes")}
-    before = results.get("before") or {}
     shown: set[str] = set()
     for entry in runs:
-        arm, seed = str(entry["arm"]), entry.get("seed")
+        of, seed = str(entry["arm"]), entry.get("seed")
+        own = {name: entry[name] for name in ("student", "rate") if name in entry}
+        arm = f"{own['student']}, {of}" if "student" in own else of
+        before = _before(results.get("before") or {}, own.get("student"))
         run = RunLog(folder, f"{arm}, seed {seed}", arm, seed, versions=results.get("versions") or {})
-        run.config = {**common, "arm": arms.get(arm, {})}
-        curves = _section(entry["curves"], path, "curves")
-        for name, values in curves.items():
-            if name != "step":
-                run.series[name] = dict(zip(curves["step"], values, strict=True))
-        checks = entry.get("validation") or {"step": [], "accuracy": []}
-        run.series["eval_accuracy"] = dict(zip(checks["step"], checks["accuracy"], strict=True))
-        if _is_number(before.get("validation")):
-            run.series["eval_accuracy"][0] = before["validation"]
-        flat = entry.get("test") or {}
-        run.finals = {f"test {name}": value for name, value in flat.items() if _is_number(value)}
-        run.finals |= {name: entry[name] for name in ("eta", "seconds_per_step") if _is_number(entry.get(name))}
-        if results.get("questions") and arm not in shown:
+        run.config = {**common, **own, "arm": arms.get(of, {})}
+        run.series, run.finals = _series(entry, before, path), _finals(entry)
+        if results.get("questions") and arm not in shown and "curves" in entry:
             shown.add(arm)
             run.samples = [
                 _answers(results["questions"], spoken, step)
-                for spoken, step in ((before, 0), (entry, max(curves["step"])))
+                for spoken, step in ((before, 0), (entry, max(entry["curves"]["step"])))
             ]
         yield run
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "arm" in entry and ("curves" in entry or "test" in entry)
+
+
+def _before(before: Any, student: str | None) -> Mapping[str, Any]:
+    """What was measured before the runs: one student's, or of the one whose runs these are."""
+    if isinstance(before, Mapping):
+        return before
+    return next((cell for cell in before if cell.get("student") == student), {})
+
+
+def _series(entry: Mapping[str, Any], before: Mapping[str, Any], path: Path) -> Series:
+    """The curves of a run; of one that was not logged, none."""
+    if "curves" not in entry:
+        return {}
+    curves = dict(_section(entry["curves"], path, "curves"))
+    steps = curves.pop("step")
+    found = {name: _numbers(steps, values) for name, values in curves.items()}
+    checks = entry.get("validation") or {"step": [], "accuracy": []}
+    start = before.get("validation", before.get("validation_end"))
+    found["eval_accuracy"] = _numbers([0, *checks["step"]], [start, *checks["accuracy"]])
+    return found
+
+
+def _numbers(steps: Sequence[int], values: Sequence[Any]) -> dict[int, float]:
+    return {step: value for step, value in zip(steps, values, strict=True) if _is_number(value)}
+
+
+def _finals(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What a run was found to be at its end."""
+    found = {name: entry.get(name) for name in ("eta", "seconds_per_step")}
+    found["eval_accuracy"] = entry.get("validation_end")
+    for kind in ("test", "gap", "to_start"):
+        flat = flat_settings(entry.get(kind) or {})
+        found |= {f"{kind} {name.replace('.', ' ')}": value for name, value in flat.items()}
+    return {name: value for name, value in found.items() if _is_number(value)}
 
 
 def _answers(questions: Sequence[Mapping[str, Any]], spoken: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import write_whole
 from ..errors import ConfigError
 from .collect import KIND
 from .page import GENERATOR, Page
@@ -27,7 +28,8 @@ def write_report(numbers: Mapping[str, Any], out: Path, title: str) -> list[Path
         title: of the page.
 
     Raises:
-        ConfigError: a file of one of these names that this command has not written. Nothing is changed then.
+        ConfigError: a file of one of these names that this command has not written, or a file where the folder of the
+            figures would be. Nothing is changed then.
     """
     # The page shows what the file has, digit by digit.
     stored = json.dumps(numbers, indent=1, allow_nan=False) + "\n"
@@ -41,13 +43,12 @@ def write_report(numbers: Mapping[str, Any], out: Path, title: str) -> list[Path
         logger.warning("No pictures are drawn, only the page: %s (pip install matplotlib).", error)
         drawn = {}
     content |= {out / FIGURES / name: png for name, png in drawn.items()}
+    if (out / FIGURES).exists() and not (out / FIGURES).is_dir():
+        raise ConfigError(f"--out needs the folder {str(out / FIGURES)!r}, which is a file; name another folder.")
     for path in content:
         check_own(path)
     for path, found in content.items():
-        path.parent.mkdir(exist_ok=True)
-        staged = path.with_name(f"{path.name}.new")
-        staged.write_bytes(found)
-        staged.replace(path)
+        write_whole(path, found)
     return list(content)
 
 
