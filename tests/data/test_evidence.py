@@ -24,7 +24,7 @@ from transformers import (
 
 from vgs import ConfigError, vgs_step
 from vgs.data.checks import check_rows
-from vgs.data.conversations import BadRow
+from vgs.data.conversations import BadRow, read_evidence
 from vgs.data.messages import remove_evidence
 from vgs.data.prompts import encode_groups, unexpanded_ids
 from vgs.data.sources import DataSource, load_samples
@@ -136,6 +136,36 @@ def test_a_column_of_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert [(x.column, x.sentence) for x in found] == [
         ("document", "'document' is 3, expected text or a list of texts")
     ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ("[0.2, 0.7]", ["[0.2, 0.7]"]),
+        ('[{"a": 1}]', ['[{"a": 1}]']),
+        ('["one", 2]', ['["one", 2]']),
+        ("[1] one two", ["[1] one two"]),
+        ("[]", ["[]"]),
+        ('["one", "", "two"]', ["one", "two"]),
+        ('[" "]', []),
+        ("  ", []),
+        ("", []),
+    ],
+)
+def test_a_document_may_look_like_json(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cell: str, texts: list[str]
+) -> None:
+    path = rows(tmp_path, {"question": "red ?", "answer": "a", "document": cell})
+    samples = load_samples(DataSource(str(path), images=None, evidence_column="document"))
+    content = samples[0]["prompt"][0]["content"]
+    found = [] if isinstance(content, str) else [part["text"] for part in content if part.get("evidence")]
+    assert found == [f"{text}\n\n" for text in texts]
+    assert ("document in 1 of 1 rows is null or empty" in caplog.text) == (not texts)
+
+
+@pytest.mark.parametrize("cell", [[], [""], None])
+def test_lists_without_a_document(cell: list[str] | None) -> None:
+    assert read_evidence(cell, "document") == []
 
 
 def test_marks_in_messages_of_a_file(tmp_path: Path) -> None:

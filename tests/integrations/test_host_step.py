@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from vgs import ConfigError, encode_groups, placeholder_ids, vgs_step
 from vgs.integrations.models import check_models
 from vgs.integrations.options import HostOptions
-from vgs.integrations.rows import host_row
+from vgs.integrations.rows import host_row, words_alone
 from vgs.integrations.signatures import check_signatures
 from vgs.integrations.step import HostRows, HostStep, sums
 from vgs.models.groups import PromptGroup
@@ -161,3 +161,23 @@ def test_a_method_with_other_parameters_is_named() -> None:
     check_signatures("torch", "2", {method: "self, data"})
     with pytest.raises(ConfigError, match=r"method of torch .* has the parameters \(self, data\), but VGS knows"):
         check_signatures("torch", "2", {method: "self"})
+
+
+def test_a_hosts_messages_without_their_evidence() -> None:
+    """As swift has them: marks for pictures in texts, content parts that a table fills up, and ids of a response."""
+    parts = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "red is one. ", "evidence": True},
+        {"type": "text", "text": "<image>red ?", "evidence": None},
+    ]
+    tool = {"role": "tool", "content": [{"type": "text", "text": "two"}]}
+    given = [{"role": "user", "content": parts}, tool, {"role": "assistant", "content": [20, 1]}]
+    words = [{"role": "user", "content": [{"type": "text", "text": "red ?", "evidence": None}]}, *given[1:]]
+    assert words_alone([{"role": "system", "content": "a<image>b"}, *given], "<image>") == [
+        {"role": "system", "content": "ab"},
+        *words,
+    ]
+    with pytest.raises(ConfigError, match="tool's message is marked as evidence"):
+        words_alone([{"role": "tool", "content": parts[1:2]}], "<image>")
+    with pytest.raises(ConfigError, match="must be true or false, got 3"):
+        words_alone([{"role": "user", "content": [{**parts[1], "evidence": 3}]}], "<image>")

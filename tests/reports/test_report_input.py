@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vgs.cli import main as cli
+from vgs.cli.geometry_command import step_of
 from vgs.reports.collect import collect
 from vgs.reports.quantities import shown
 from vgs.reports.runs import read_runs
@@ -90,6 +91,11 @@ def test_a_run_that_is_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture
         ("{tmp}/broken", [], "broken/run.json cannot be read"),
         ("{tmp}/none.yaml", [], "none.yaml' cannot be read"),
         ("configs/digits_visual_opsd.yaml", [], "geometry needs a separate teacher, which self-distillation has not"),
+        (
+            "configs/digits_grpo.yaml",
+            ["--alpha", "0"],
+            "geometry needs a separate teacher, which GRPO alone (training.alpha: 0) has not",
+        ),
         ("configs/digits.yaml", ["--lora.r", "4"], "geometry looks at whole weights: leave section lora out"),
         ("configs/digits.yaml", ["--gama", "4"], "Unknown key 'gama'"),
     ],
@@ -104,6 +110,12 @@ def test_geometry_of_what_has_none(
     with pytest.raises(SystemExit) as stop:
         cli.main(["geometry", given, "--out", str(tmp_path / "out"), *options])
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("state", ["[3]", "{", '{"global_step": null}', "{}"])
+def test_a_step_that_nothing_tells_is_0(tmp_path: Path, state: str) -> None:
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert step_of(str(tmp_path)) == 0
 
 
 def test_geometry_replaces_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

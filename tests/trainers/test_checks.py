@@ -83,6 +83,13 @@ def test_plain_distillation_needs_no_images(tmp_path: Path) -> None:
         make_trainer(tmp_path, samples=without("images"), gamma=0.0, lam=0.1)
 
 
+def test_evidence_of_a_later_row_counts(tmp_path: Path) -> None:
+    document = {"type": "text", "text": "red is one ", "evidence": True}
+    samples = without("images")
+    samples[1] = {**samples[1], "prompt": [{"role": "user", "content": [document, {"type": "text", "text": "red ?"}]}]}
+    assert make_trainer(tmp_path, samples=samples).packs
+
+
 def test_columns_as_far_as_they_are_known() -> None:
     assert has_column([], "images") and has_column(tiny_samples(1), "images") and not has_column(without("x"), "x")
     assert has_column(SimpleNamespace(), "images") and has_column(SimpleNamespace(column_names=None), "images")
@@ -120,6 +127,18 @@ def test_a_text_only_student_trains_where_no_image_is_needed(tmp_path: Path, pre
     trainer = text_trainer(tmp_path, preset=preset)
     trainer.train()
     assert all(math.isfinite(x["loss"]) and x["loss"] > 0 for x in trainer.state.log_history[:2])
+
+
+def test_a_rank_without_responses_to_a_text_only_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pass is empty where another rank still has one."""
+    trainer = text_trainer(tmp_path, preset="gkd", max_tokens_per_pass=60)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    batch = trainer.with_teacher(trainer.sample(list(trainer.train_dataset)))
+    passes = trainer.plan_passes(batch, batch["num_items_in_batch"], trainer.objective, terms=False)
+    loss, output = trainer.step_scorer.pass_loss(trainer.student, passes, [])
+    loss.backward()
+    assert loss.item() == 0 and len(output.divergence) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.student.model.parameters())
 
 
 def test_reinforcement_learning_alone_needs_no_images(tmp_path: Path) -> None:

@@ -18,6 +18,15 @@ def test_eta_of_a_vanishing_gradient_is_an_error(norms: tuple[float, float]) -> 
         SteeringState().add_ratio(*norms)
 
 
+def test_a_run_that_measures_eta_otherwise_takes_its_own_ratio() -> None:
+    state = SteeringState()
+    state.keep_ratio(0.8, 0.0)
+    assert state.eta_at("measure", 1.0, 0.1) == 0.8, "until there is one"
+    state.add_ratio(1.0, 2.0)
+    assert state.eta_at("measure", 1.0, 0.1) == 0.5 and state.eta_at("tracked", 1.0, 0.1) == 0.8
+    assert SteeringState().eta_at("cheap", 1.0, 0.1) == 0.1
+
+
 def observe(language: list[float], student_vds: float) -> int:
     state = SteeringState()
     return sum(state.watch(value, student_vds, vds=1.0) for value in language)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_runs import grpo_trainer
+<<<<<<< HEAD
 from peft import LoraConfig
 from PIL import Image
+=======
+>>>>>>> wt-fixs
 from selves import make_self_trainer
 from tiny import plain_rows, tiny_image, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import loss_of, make_trainer, rollout
@@ -141,26 +144,31 @@ def tiny_teacher() -> torch.nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["self", "grpo", "adapter"])
-def test_other_trainers_look_too(tmp_path: Path, kind: str) -> None:
-    options = {"save_samples": 2, "geometry_every": 1, "max_steps": 1}
-    if kind == "self":  # whose teacher is in the student's own modules
-        trainer = make_self_trainer(tmp_path, **options, preset="visual_opsd")
-    elif kind == "grpo":
-        trainer = grpo_trainer(tmp_path, **{**options, "alpha": 0.3})
-    else:
-        peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
-        trainer = make_self_trainer(tmp_path, **options, preset="opsd", peft_config=peft_config)
+def test_reinforcement_looks_too(tmp_path: Path) -> None:
+    trainer = grpo_trainer(tmp_path, save_samples=2, geometry_every=1, max_steps=1, alpha=0.3)
     trainer.train()
     for step in (0, 1):
         record = json.loads((tmp_path / "instruments" / f"geometry-{step:06d}.json").read_text())
         angles = record["parameters"]["all"]["angles"]
         assert all(value is None or 0 <= value <= 180 for value in angles.values())
         samples = json.loads((tmp_path / "instruments" / f"samples-{step:06d}.json").read_text())["samples"]
-        if kind == "self" and step == 0:  # the teacher is the student, and sees the same here
-            assert angles["language-visual"] is None
-            assert all(max(map(abs, sample["terms"]["standard"])) < 1e-5 for sample in samples)
-            assert all(sample["terms"]["vds"] == sample["terms"]["student_vds"] for sample in samples)
+        assert len(samples) == 2
+
+
+@pytest.mark.parametrize("options", [{"save_samples": 2, "preset": "opsd"}, {"geometry_every": 1}])
+def test_self_distillation_has_no_teacher_of_the_same_prompt(tmp_path: Path, options: dict) -> None:
+    """Of the student's own prompt its teacher says nothing: at the start it is the student itself."""
+    name = next(iter(options))
+    with pytest.raises(ConfigError, match=rf"^{name}={options[name]} needs a separate teacher .* privileged context"):
+        make_self_trainer(tmp_path, **{"preset": "visual_opsd", **options})
+
+
+@pytest.mark.parametrize("prior", ["frozen", "ema"])
+def test_bins_of_terms_that_are_not_formed(tmp_path: Path, prior: str) -> None:
+    trainer = make_trainer(tmp_path, log_terms_by_bin=2, prior=prior, gamma=0.0, lam=0.5, eta=0.5)
+    loss_of(trainer, rollout(trainer))
+    found = {name.partition("_bin_")[0] for name in trainer.open_metrics if "_bin_" in name}
+    assert found == set(TERMS) - {"visual"}
 
 
 def test_grpo_alone_has_no_teacher_to_look_at(tmp_path: Path) -> None:

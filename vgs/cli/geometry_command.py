@@ -74,7 +74,7 @@ def step_of(model: str | None) -> int:
     state = Path(model or "", "trainer_state.json")
     try:
         return int(json.loads(state.read_text())["global_step"]) if model else 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -126,12 +126,14 @@ def _probe(options: argparse.Namespace, config: Mapping[str, Any], model: str | 
     from ..models.vocabulary import common_rows
     from ..teachers.local import LocalTeacher
     from ..trainers.instruments import both_views
-    from ..trainers.kinds import teacher_sections, trainer_kind
+    from ..trainers.kinds import needs_teacher, teacher_sections, trainer_kind
     from .runs import digits_teacher, load_for_eval
     from .teacher import open_teacher
 
     if trainer_kind(config) == "self":
         raise ConfigError("geometry needs a separate teacher, which self-distillation has not.")
+    if not needs_teacher(config):
+        raise ConfigError("geometry needs a separate teacher, which GRPO alone (training.alpha: 0) has not.")
     if config.get("lora"):
         raise ConfigError("geometry looks at whole weights: leave section lora out.")
     if "teachers" in config:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,12 +203,21 @@ def _with_evidence(
 
 
 def read_evidence(value: Any, column: str) -> list[str]:
-    """Texts that are evidence: one, a list, or none.
+    """Texts that are evidence: one, a list, a list of texts written as JSON (in a CSV cell), or none.
+
+    A document may begin as JSON does: any other text is one text. Empty texts are left out.
 
     Raises:
         BadRow: something else.
     """
-    texts = [text for text in as_list(value) if text != ""]
+    texts = [value]
+    if isinstance(value, (list, tuple)):
+        texts = list(value)
+    elif isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            texts = found if found and all(isinstance(text, str) for text in found) else texts
+    texts = [text for text in texts if text is not None]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise BadRow(column, f"is {_short(wrong[0])}, expected text or a list of texts")
     return [text for text in texts if text.strip()]

@@ -275,6 +275,14 @@ def _say(source: DataSource, column: str, total: int, found: Sequence[int], what
         )
 
 
+def _is_empty(value: Any, column: str) -> bool:
+    """Whether a cell of the column of evidence holds none."""
+    try:
+        return not read_evidence(value, column)
+    except BadRow:
+        return False  # found by ``check_rows``
+
+
 def _say_answers(source: DataSource, column: str, answers: Iterable[Any]) -> None:
     """One line for each way in which gold answers are not taken as they stand."""
     empty, numbers, lists, total = [], [], [], 0
@@ -314,7 +322,7 @@ def open_samples(source: DataSource) -> Samples:
     if len(rows) == 0:
         raise ConfigError(f"{source.path} has no rows.")
     if columns.evidence is not None:
-        empty = [index for index, value in enumerate(rows[columns.evidence]) if not value]
+        empty = [index for index, value in enumerate(rows[columns.evidence]) if _is_empty(value, columns.evidence)]
         what = "is null or empty: without pictures such a row has nothing to steer by, and is distilled plainly"
         _say(source, columns.evidence, len(rows), empty, what)
     if columns.answer is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..data.messages import has_evidence, is_evidence
+from ..errors import ConfigError, config_errors
 from ..models.families import backbone
 from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
 from ..models.image_fields import MULTIMODAL_FIELDS
@@ -50,6 +51,36 @@ def host_row(
     # The host's fields per token may be padded, or go on behind the prompt.
     kinds = {key: images[key][..., : len(ids)].reshape(-1) for key in images.keys() & set(PER_TOKEN_FIELDS)}
     return PromptGroup(ids, text_prompt_ids.cpu(), (response.cpu(),), images | kinds)
+
+
+def words_alone(messages: Sequence[Mapping[str, Any]], place: str) -> list[dict[str, Any]]:
+    """A host's chat messages without their evidence: pictures, videos, sounds and marked parts.
+
+    Args:
+        messages: whose ``content`` is a string, content parts, or token ids, which stay.
+        place: what stands for a picture in a text.
+
+    Raises:
+        ConfigError: a marked part of a tool's, whose parts the host writes as JSON; or a mark that means nothing.
+    """
+
+    def words(message: Mapping[str, Any]) -> Any:
+        content = message.get("content")
+        if isinstance(content, str):
+            return content.replace(place, "")
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            return content
+        if message["role"].startswith("tool"):
+            if has_evidence([message]):
+                raise ConfigError(
+                    "A part of a tool's message is marked as evidence; the host takes it as a text alone."
+                )
+            return content
+        parts = [part for part in content if not is_evidence(part) and part["type"] == "text"]
+        return [{**part, "text": part["text"].replace(place, "")} for part in parts]
+
+    with config_errors("messages", ValueError):
+        return [{**message, "content": words(message)} for message in messages]
 
 
 def with_token_types(model: nn.Module, row: PromptGroup) -> PromptGroup:

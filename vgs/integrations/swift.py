@@ -15,7 +15,6 @@ from swift.rlhf_trainers.gkd_trainer import GKDTrainer
 from swift.rlhf_trainers.utils import encode_sample
 from swift.trainers.trainer_factory import TrainerFactory
 from torch import Tensor, nn
-from transformers import ProcessorMixin
 
 from ..data.prompts import anchor_group
 from ..errors import ConfigError
@@ -23,7 +22,7 @@ from ..models.families import placeholder_ids
 from ..models.tokenizers import load_tokenizer
 from .models import check_models
 from .options import read_options
-from .rows import host_row, with_token_types
+from .rows import host_row, with_token_types, words_alone
 from .signatures import check_signatures
 from .step import HostRows, HostStep, Scored, sums
 
@@ -97,7 +96,7 @@ class VGSTrainer(GKDTrainer):
             template_options=options.template_options,
         )
         anchor = None
-        if self.accelerator.num_processes > 1 and isinstance(processor, ProcessorMixin):
+        if self.accelerator.num_processes > 1:
             anchor = anchor_group(processor, self.placeholders, self.accelerator.device, **options.template_options)
         self.step = HostStep(options, anchor, self.accelerator.autocast)
 
@@ -163,13 +162,10 @@ def _forbid(student: nn.Module, ids: Sequence[int]) -> None:
 
 
 def _without_images(sample: Any) -> Any:
-    """The sample with its words alone."""
+    """The sample without its evidence."""
     text = copy.copy(sample)
     text.images, text.videos, text.audios = [], [], []
-    text.messages = [
-        {**x, "content": x["content"].replace(IMAGE_MARK, "")} if isinstance(x["content"], str) else x
-        for x in sample.messages
-    ]
+    text.messages = words_alone(sample.messages, IMAGE_MARK)
     return text
 
 

@@ -77,9 +77,9 @@ def check_columns_for(preset: Preset, data: Any, needs_text: bool) -> None:
         needs_text: whether the run compares prompts with and without evidence.
 
     Raises:
-        ConfigError: neither a column ``images`` (or TRL's ``image``) nor evidence in the first prompt.
+        ConfigError: neither a column ``images`` (or TRL's ``image``) nor evidence in the first prompts.
     """
-    if has_column(data, "images") or has_column(data, "image") or has_evidence(data[0].get("prompt") or ""):
+    if has_column(data, "images") or has_column(data, "image") or marks_evidence(data):
         return
     if "control" in preset.views:
         raise ConfigError(f"preset={preset.name!r} degrades images, but train_dataset has no column 'images'.")

@@ -83,10 +83,17 @@ class SteeringState(TrainerCallback, ExportableState):
         """Mean of the measured ratios."""
         return fmean(self.ratios)
 
-    def eta_at(self, share: float, unknown: float) -> float:
-        """eta with a share of gamma in force; ``unknown`` is the ratio to take before any was measured."""
-        measured = fmean(self.ratios) if self.ratios else unknown
-        return eta_at(measured if self.ratio is None else self.ratio, share)
+    def eta_at(self, mode: str, share: float, unknown: float) -> float:
+        """eta with a share of gamma in force.
+
+        Args:
+            mode: how it is measured. A run that had another one before starts from the ratio of that.
+            share: of gamma.
+            unknown: the ratio to take before any was measured.
+        """
+        measured = fmean(self.ratios) if self.ratios else None
+        found = (measured, self.ratio) if mode == "measure" else (self.ratio, measured)
+        return eta_at(next((ratio for ratio in found if ratio is not None), unknown), share)
 
     @staticmethod
     def quotient(standard_norm: float, steered_norm: float) -> float:

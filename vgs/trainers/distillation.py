@@ -151,7 +151,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         if self.model.training:
             gamma = self.steering.gamma(args, self.state.global_step)
         if eta is None:
-            eta = self.steering.eta_at(gamma / args.gamma, 1 / (1 + args.gamma) if args.eta == "cheap" else 1.0)
+            unknown = 1 / (1 + args.gamma) if args.eta == "cheap" else 1.0
+            eta = self.steering.eta_at(args.eta, gamma / args.gamma, unknown)
         objective, every = args.objective(eta, gamma), args.lp_every
         if not self.model.training or every == 1:
             return objective

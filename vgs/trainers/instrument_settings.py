@@ -38,7 +38,7 @@ class InstrumentOptions:
     )
 
     def _check_instruments(self, preset: Any) -> None:
-        """The settings in their ranges, and a preset that has what they show.
+        """The settings in their ranges, and a preset that has what they show, of a teacher that sees what they ask.
 
         Raises:
             ConfigError: naming the setting.
@@ -51,6 +51,12 @@ class InstrumentOptions:
             raise ConfigError(f"save_samples must lie in [0, {MOST_SAMPLES}], got {self.save_samples}.")
         if self.save_samples_every is not None and not self.save_samples:
             raise ConfigError(f"save_samples_every={self.save_samples_every} needs save_samples, got 0.")
+        if (self.save_samples or self.geometry_every) and "privileged" in preset.views:
+            name = "save_samples" if self.save_samples else "geometry_every"
+            raise ConfigError(
+                f"{name}={getattr(self, name)} needs a separate teacher that reads the student's prompt; that of "
+                f"preset={preset.name!r} has privileged context. Leave it out."
+            )
         if self.log_terms_by_bin is not None and not (preset.has_terms and self.log_terms):
             reason = "log_terms=True" if preset.has_terms else f"a preset with terms, which {preset.name!r} has not"
             raise ConfigError(f"log_terms_by_bin={self.log_terms_by_bin} needs {reason}.")

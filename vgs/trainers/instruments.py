@@ -35,7 +35,7 @@ GEOMETRY_SAMPLES, BINS, PROJECTIONS = 8, 10, 8
 def both_views(teacher: Teacher) -> Callable[[list[PromptGroup]], tuple[Tensor, Tensor]]:
     """A teacher as a function from groups to its [N, Dt] hidden states with and without images.
 
-    It is ready during the call alone: a teacher in the student's own modules must not stay there.
+    It is ready during the call alone: one that is offloaded must not stay on the device.
 
     Args:
         teacher: of a run.

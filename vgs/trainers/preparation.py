@@ -151,10 +151,7 @@ def _words(trainer: Any) -> Tensor:
     return words
 
 
-def anchor_prompt(trainer: Any) -> PromptGroup | None:
-    """A prompt with a small image and one token to it, see ``vgs.models.forward.score_with_anchor``; None for a model
-    that takes no images."""
-    if not isinstance(trainer.processing_class, ProcessorMixin):
-        return None
+def anchor_prompt(trainer: Any) -> PromptGroup:
+    """What a pass without responses runs, so that ranks run the same: see ``vgs.models.forward.score_with_anchor``."""
     options = {"device": trainer.accelerator.device, **trainer.chat_template_kwargs}
     return anchor_group(trainer.processing_class, trainer.placeholder_ids, **options)

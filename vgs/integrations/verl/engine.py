@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
-from transformers import AutoConfig, ProcessorMixin
+from transformers import AutoConfig
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine.base import EngineRegistry
@@ -124,7 +124,7 @@ class VGSEngine(FSDPEngineWithLMHead):
         if self.rank == 0:
             print(f"VGS: the student runs {ways[0]}, the teacher {ways[1]}.")
         self._placeholders, anchor = placeholder_ids(self.module.config), None
-        if dist.get_world_size() > 1 and isinstance(processor, ProcessorMixin):
+        if dist.get_world_size() > 1:
             anchor = anchor_group(processor, self._placeholders, get_device_id(), **options.template_options)
         self._step = HostStep(options, anchor, self._autocast)
 
