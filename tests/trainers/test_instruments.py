@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_runs import grpo_trainer
-<<<<<<< HEAD
-from peft import LoraConfig
 from PIL import Image
-=======
->>>>>>> wt-fixs
 from selves import make_self_trainer
 from tiny import plain_rows, tiny_image, tiny_model, tiny_processor, tiny_samples, trainer_options
 from trainers import loss_of, make_trainer, rollout
