@@ -33,7 +33,11 @@ EXACTNESS = ("test_loss_*.py", "test_divergence*.py", "test_policy_term.py", "te
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if CUDA:  # the loops are for CPUs
+        of_cpu = {x for x in items if hasattr(x, "callspec") and x.callspec.params.get("backend") == "loops"}
+        items[:] = [x for x in items if x not in of_cpu]
+        config.hook.pytest_deselected(items=list(of_cpu))
     for item in items:
         if CUDA and any(item.path.match(pattern) for pattern in EXACTNESS):
             item.add_marker(pytest.mark.gpu)
