@@ -279,10 +279,10 @@ class RandomCall:
     def _trained(self) -> list[str]:
         return [name for name in TRAINABLE if getattr(self.clean, name) is not None]
 
-    def exact(self, problem: Problem, dtype: torch.dtype) -> Evaluation:
+    def exact(self, problem: Problem, dtype: torch.dtype, **given: Tensor) -> Evaluation:
         left_out = ("workspace_bytes", "vocab_size", "reduction")
         options = {name: x for name, x in self.options.items() if name not in left_out}
-        options |= {"token_weights": self.effective, "target_ids": self.clean.target_ids}
+        options |= {"token_weights": self.effective, "target_ids": self.clean.target_ids, **given}
         if "policy" in options:
             policy = options["policy"]
             options["policy"] = policy._replace(weights=policy.weights.masked_fill(self.ignored, 0))
