@@ -153,11 +153,35 @@ def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) 
 def train(
     student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
 ) -> dict[str, Any]:
-    """Distils the student in place; returns the run's eta and what `short_runs.short_run` returns.
+    """Distils the student in place; returns what `distillation` returns.
 
     Args:
         student, teacher, processor: of the task.
         arm, seed, settings, out: see `distil`.
+    """
+    options = short_run_options(settings, out, arm, seed) | ARMS[arm]
+    return distillation(student, teacher, processor, options, settings, seed, f"{arm}, seed {seed}")
+
+
+def distillation(
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    options: Mapping[str, Any],
+    settings: Any,
+    seed: int,
+    title: str,
+    **pictures: Any,
+) -> dict[str, Any]:
+    """Distils a student in place; returns the run's eta and what `short_runs.short_run` returns.
+
+    Args:
+        student, teacher, processor: of the task.
+        options: of the trainer.
+        settings: a budget: steps, batch_size, validation_size.
+        seed: of the questions.
+        title: of the progress bar.
+        **pictures: how they are drawn, see `task.build`.
     """
     from ..trainers.distillation import VGSTrainer
     from ..trainers.settings import VGSConfig
@@ -167,17 +191,16 @@ def train(
         model=student,
         teacher_model=teacher,
         args=VGSConfig(
-            **short_run_options(settings, out, arm, seed),
             per_device_train_batch_size=settings.batch_size,
             lr_scheduler_type="linear",
-            **ARMS[arm],
+            **options,
         ),
-        train_dataset=build("train", settings.steps * settings.batch_size, seed=100 + seed),
-        eval_dataset=build("validation", settings.validation_size, seed=0),
+        train_dataset=build("train", settings.steps * settings.batch_size, seed=100 + seed, **pictures),
+        eval_dataset=build("validation", settings.validation_size, seed=0, **pictures),
         processing_class=processor,
         scorer=scorer,
     )
-    run = short_run(trainer, f"{arm}, seed {seed}", line(), TERMS, "eval_accuracy")
+    run = short_run(trainer, title, line(), TERMS, "eval_accuracy")
     eta = next(entry["eta"] for entry in reversed(trainer.state.log_history) if "eta" in entry)
     return {"eta": eta, **run}
 

@@ -70,8 +70,9 @@ class Anchored(WithPrior):
         if return_terms:
             terms = self._terms(*rows, objective, weights, prior_head, **options)
             found = terms if vds is None else {**terms, "vds": vds}
-        gated = objective.lam > 0 or (objective.schedule == "adaptive" and objective.gamma > 0)
-        limits = limits_of(found["vds"], objective, trajectory_ids, vds_threshold) if gated else None
+        limits = None
+        if self.needs_vds(objective, split=False):
+            limits = limits_of(found["vds"], objective, trajectory_ids, vds_threshold)
         if objective.gamma > 0:
             gamma = torch.full_like(weights, objective.gamma)
             if limits is not None:

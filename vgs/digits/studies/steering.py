@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...disk import write_whole
 from ...errors import ConfigError
-from ..short_runs import short_run, short_run_options
+from ..demo import TERMS, distillation
+from ..short_runs import short_run_options
 from ..workers import line, quiet, versions, workers
 from . import steering_summary
 
@@ -47,7 +49,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "adaptive gamma": {**STEERED, "preset": "vgs_adaptive"},
 }
 SUPERVISED, BEFORE = "supervised", "before"
-TERMS = ("standard", "visual", "language", "vds", "student_vds")
 BINS = 10
 
 
@@ -200,9 +201,7 @@ def cell_of(cell: Cell, settings: StudySettings, cache: Path, out: Path) -> dict
         return json.loads(path.read_text())
     with quiet():
         found = {**dataclasses.asdict(cell), **compute(cell, settings, cache, out)}
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(found) + "\n")
-    unfinished.replace(path)  # whole or not at all
+    write_whole(path, (json.dumps(found) + "\n").encode())
     return found
 
 
@@ -247,29 +246,10 @@ def supervise(student: Any, processor: Any, cell: Cell, settings: StudySettings)
 
 
 def train(student: Any, teacher: Any, processor: Any, cell: Cell, settings: StudySettings, out: Path) -> dict[str, Any]:
-    """Distils the student in place; returns the run's eta and what `short_runs.short_run` returns."""
-    from ...trainers.distillation import VGSTrainer
-    from ...trainers.settings import VGSConfig
-    from ..task import build, scorer
-
+    """Distils the student in place; returns what `demo.distillation` returns."""
+    options = short_run_options(settings, out, cell.name, cell.seed, cell.rate) | {**ARMS, **PARTS}[cell.arm]
     noise = settings.recipes["teacher"].noise
-    trainer = VGSTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=VGSConfig(
-            **short_run_options(settings, out, cell.name, cell.seed, cell.rate),
-            per_device_train_batch_size=settings.batch_size,
-            lr_scheduler_type="linear",
-            **{**ARMS, **PARTS}[cell.arm],
-        ),
-        train_dataset=build("train", settings.steps * settings.batch_size, 100 + cell.seed, noise),
-        eval_dataset=build("validation", settings.validation_size, 0, noise),
-        processing_class=processor,
-        scorer=scorer,
-    )
-    run = short_run(trainer, cell.name, line(), TERMS, "eval_accuracy")
-    eta = next(entry["eta"] for entry in reversed(trainer.state.log_history) if "eta" in entry)
-    return {"eta": eta, **run}
+    return distillation(student, teacher, processor, options, settings, cell.seed, cell.name, noise=noise)
 
 
 def assess(student: Any, teacher: Any, processor: Any, questions: Sequence[Any]) -> dict[str, Any]:
@@ -284,6 +264,7 @@ def assess(student: Any, teacher: Any, processor: Any, questions: Sequence[Any])
     from vgs_kernels import VGSObjective
 
     from ...data.responses import response_texts
+    from ...evaluation.geometry import equal_bins
     from ...evaluation.token_terms import score_responses
     from ..grading import grade, greedy_answers
     from ..pictures import scorer
@@ -293,8 +274,8 @@ def assess(student: Any, teacher: Any, processor: Any, questions: Sequence[Any])
     records = [question.record() for question in questions]
     rows = score_responses(student, teacher, processor, records, answers, VGSObjective())
     tokens = {term: torch.cat([row[term] for row in rows]) for term in TERMS}
-    order = tokens["vds"].argsort()
-    bins = {term: [part.mean().item() for part in tokens[term][order].tensor_split(BINS)] for term in TERMS}
+    parts = equal_bins(tokens["vds"], BINS)
+    bins = {term: [tokens[term][part].mean().item() for part in parts] for term in TERMS}
     right = [int(scorer(text, question.answer)) for text, question in zip(texts, questions, strict=True)]
     return {"test": grade(processor, questions, answers), "right": right, "bins": bins}
 
