@@ -32,19 +32,19 @@ STEERED = {"gamma": 2.0, "lam": 0.01, "eta": "measure", "gamma_guard": False}
 #: Arms that every student is trained with: what the phase diagram shows.
 ARMS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
-    "gamma 0.5": {**STEERED, "gamma": 0.5},
     "gamma 1": {**STEERED, "gamma": 1.0},
     "gamma 2": STEERED,
     "gamma 2, guarded": {**STEERED, "gamma_guard": True},
+    "gamma 2, frozen prior": {**STEERED, "prior": "frozen"},
 }
 #: Arms that change one part of "gamma 2", of the middle student alone and at its learning rate.
 PARTS: dict[str, dict[str, Any]] = {
+    "gamma 0.5": {**STEERED, "gamma": 0.5},
     "lam 0": {**STEERED, "lam": 0.0},
     "lam 1": {**STEERED, "lam": 1.0},
     "eta 1": {**STEERED, "eta": 1.0},
     "every token gated": {**STEERED, "lam": 1.0, "vds_quantile": 0.0},
     "prior with gradient": {**STEERED, "detach_prior": False},
-    "frozen prior": {**STEERED, "prior": "frozen"},
     "quantile of a trajectory": {**STEERED, "vds_scope": "trajectory"},
     "adaptive gamma": {**STEERED, "preset": "vgs_adaptive"},
 }
@@ -61,7 +61,7 @@ class StudySettings:
     batch_size: int = 32
     rates: tuple[float, ...] = (3e-4, 1e-3)
     tuning_seed: int = 50
-    validate_every: int = 16
+    validate_every: int = 32
     validation_size: int = 200
     test_size: int = 600
     workers: int = 2
@@ -93,7 +93,7 @@ def recipes() -> dict[str, Recipe]:
     noise = 0.2
     found = {"teacher": dataclasses.replace(RECIPES["teacher"], noise=noise)}
     base = RECIPES["student"]
-    for name, captions, pictures in (("blind", 60, 40), ("weak", 100, 40), ("fair", 150, 132)):
+    for name, captions, pictures in (("weak", 100, 40), ("fair", 150, 132), ("good", 150, 210)):
         phases = (Phase(captions, **CAPTIONS), Phase(600, **TEXT), Phase(pictures, learning_rate=2e-3))
         found[name] = Recipe(base.shape, phases, Habits(base.habits.readings, base.habits.conclusions), noise)
     return found
@@ -105,7 +105,7 @@ def quick_study() -> StudySettings:
 
     tiny = quick_settings().recipes
     models = {"teacher": tiny["teacher"], "weak": tiny["student"]}
-    return StudySettings((0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("frozen prior",), models)
+    return StudySettings((0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("lam 0",), models)
 
 
 def run_study(

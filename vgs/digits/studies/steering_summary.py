@@ -115,7 +115,7 @@ def draw(out: Path, results: Mapping[str, Any], arms: Sequence[str]) -> None:
     terms = ("standard", "visual", "language")
     figure = Figure(figsize=(3.4 * len(terms), 2.6 * len(students) + 0.5), dpi=150, layout="constrained")
     axes = figure.subplots(len(students), len(terms), squeeze=False, sharex=True)
-    shown = ("before", arms[0], arms[-1])
+    shown = ("before", *(arm for arm in arms if arm in ("plain", "gamma 2", "gamma 2, frozen prior")))
     for line, student, cell in zip(axes, students, results["before"], strict=True):
         bins = {"before": cell["bins"], **{arm: rows[student, arm]["bins"] for arm in shown[1:]}}
         for axis, term in zip(line, terms, strict=True):
@@ -128,7 +128,7 @@ def draw(out: Path, results: Mapping[str, Any], arms: Sequence[str]) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("bin of visual dependency", fontsize=8)
     figure.suptitle("Terms on held-out questions, nats per token", fontsize=10, color=INK)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False)
     save(figure, out / "bins.png")
 
 
