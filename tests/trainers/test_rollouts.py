@@ -11,7 +11,8 @@ from torch import nn
 from trainers import make_trainer, rollout
 
 from vgs import VGSTrainer
-from vgs.trainers.rollouts import expand_images_once, forbid_tokens, greedy_decoding
+from vgs.trainers import rollouts
+from vgs.trainers.rollouts import Questions, expand_images_once, forbid_tokens, greedy_decoding
 
 
 def test_placeholders_are_suppressed_while_sampling(tmp_path: Path) -> None:
@@ -194,3 +195,26 @@ def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_prompt_length=20)
     with pytest.raises(ValueError, match="more than max_prompt_length=20"):
         rollout(trainer)
+
+
+def test_images_are_encoded_once_for_all_responses_to_a_prompt(tmp_path: Path) -> None:
+    """And the responses are those of prompts that are repeated, which the host would ask."""
+    trainer = make_trainer(tmp_path, num_generations=2, samples=[x for x in tiny_samples(4) for _ in range(2)])
+    trainer.model.train()
+    patches: list[int] = []
+    tower = trainer.student.model.visual
+    handle = tower.register_forward_hook(lambda module, inputs, output: patches.append(len(inputs[0])))
+    inputs = list(trainer.train_dataset)
+    torch.manual_seed(0)
+    _, groups = rollouts.rollout(trainer, inputs, 2)
+    handle.remove()
+    assert sum(patches) == sum(len(group.images["pixel_values"]) for group in groups)
+    questions = rollouts.encode_questions(trainer, inputs, 2)
+    torch.manual_seed(0)
+    repeated = trainer.host_rollout(Questions(questions.samples, questions.rows, 1))
+    expected = Questions(questions.samples, questions.groups, 2).answered(
+        repeated["completion_ids"], repeated["completion_mask"]
+    )
+    assert [[x.tolist() for x in group.responses] for group in groups] == [
+        [x.tolist() for x in group.responses] for group in expected
+    ]

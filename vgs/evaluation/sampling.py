@@ -119,32 +119,35 @@ def sample_responses(
     samples: Sequence[Mapping[str, Any]],
     sampling: Sampling,
     *,
+    num_generations: int = 1,
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[list[int]]:
-    """A response of the model to each sample.
+    """A response of the model to each sample, or several that share its images.
 
     Args:
         model: a vision-language model; answers in eval mode and is left in the mode it came in.
         processor: its processor.
         samples: dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images).
         sampling: how it is asked; random numbers are those of torch's global generator.
-        batch_size: prompts per generation.
+        num_generations: responses to each sample, G; above 1 they must be sampled, not greedy.
+        batch_size: responses per generation.
         progress: show a progress bar.
 
     Returns:
-        Token ids of each response, up to and including the end token.
+        Token ids of each response, up to and including the end token; those to one sample follow each other.
 
     Raises:
         ConfigError: a sample that cannot be encoded; its number is named.
     """
     tokenizer, responses, sharded = tokenizer_of(processor), [], is_sharded(model)
     config, forbidden = sampling.generation_config(model, tokenizer), placeholder_ids(model.config)
+    config.num_return_sequences, prompts = num_generations, max(1, batch_size // num_generations)
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
-            batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+        for start in tqdm(range(0, len(samples), prompts), desc="answering", disable=not progress):
+            batch = [samples[i] for i in range(start, min(start + prompts, len(samples)))]
             ids, mask, fields = encode_prompts(processor, batch, forbidden, first=start, **sampling.template_options)
             inputs = {"input_ids": ids, "attention_mask": mask, **fields}
             inputs = {name: value.to(model.device) for name, value in inputs.items()}
@@ -177,7 +180,7 @@ def respond(
         processor: its processor.
         samples: B dicts with ``prompt`` (chat messages) and ``images`` (list of PIL images).
         num_generations: responses to each sample, G.
-        batch_size: prompts per generation.
+        batch_size: responses per generation.
         **settings: of ``Sampling``, such as ``max_new_tokens=512``; ``greedy`` is False if left out.
 
     Returns:
@@ -189,7 +192,9 @@ def respond(
     """
     if num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}.")
-    asked = [sample for sample in samples for _ in range(num_generations)]
     sampling = Sampling(**{"greedy": False, **settings})
-    found = sample_responses(unwrap(student), processor, asked, sampling, batch_size=batch_size, progress=False)
+    shared = 1 if sampling.greedy else num_generations
+    asked = [sample for sample in samples for _ in range(num_generations // shared)]
+    options = {"num_generations": shared, "batch_size": batch_size, "progress": False}
+    found = sample_responses(unwrap(student), processor, asked, sampling, **options)
     return [found[first : first + num_generations] for first in range(0, len(found), num_generations)]

@@ -5,6 +5,7 @@ A packed row holds many sequences, so no model can infer positions from it; they
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
     inner = backbone(model)
     if not hasattr(inner, "get_rope_index"):
         return torch.arange(len(prompt_ids))[None]
-    wanted = inspect.signature(inner.get_rope_index).parameters
+    wanted = _rope_arguments(type(inner))
     sizes = {name: images[name].cpu() for name in images if name in wanted and name not in PER_TOKEN_FIELDS}
     placeholders = prompt_ids == inner.config.image_token_id if sizes else torch.zeros_like(prompt_ids)
     if "image_grid_thw" in sizes:
@@ -47,10 +48,15 @@ def prompt_positions(model: nn.Module, prompt_ids: Tensor, images: Mapping[str, 
     return _rope_index(inner, prompt_ids, kinds, sizes)
 
 
+@functools.cache
+def _rope_arguments(body: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(body.get_rope_index).parameters)
+
+
 def _rope_index(inner: nn.Module, ids: Tensor, kinds: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
     """[R, P] of ids [P] whose types are ``kinds``, by the body's own method with those arguments that it has."""
     known = {"attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": kinds[None].int(), **sizes}
-    wanted = inspect.signature(inner.get_rope_index).parameters
+    wanted = _rope_arguments(type(inner))
     return inner.get_rope_index(ids[None], **{name: known[name] for name in known if name in wanted})[0][:, 0]
 
 

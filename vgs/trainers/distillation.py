@@ -32,6 +32,7 @@ from . import eta_measurement
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
+from .encoding import encode_ahead
 from .host_hooks import HostHooks, check_signatures, repeat_prompts
 from .instruments import add_instruments
 from .micro_batch import MicroBatch, mean_left_out, mean_overlap
@@ -138,6 +139,8 @@ class VGSTrainer(HostHooks, DistillationTrainer):
         head = None if self.prior is None else self.prior.head
         self.step_scorer = StepScorer(self.args, self.accelerator, self.make_teachers(), self.anchor, self.packs, head)
         add_instruments(self)
+        if self.recorded is None:
+            encode_ahead(self)
 
     def make_teachers(self) -> dict[str, Teacher]:
         """What a step asks, by name."""

@@ -29,6 +29,7 @@ from ..teachers.sources import TeacherSource, as_sources
 from .batching import split_batch
 from .checkpoints import check_writable
 from .checks import check_processor
+from .encoding import encode_ahead
 from .grpo_settings import VGSGRPOConfig
 from .host_hooks import HostHooks
 from .instruments import add_instruments
@@ -141,6 +142,7 @@ class VGSGRPOTrainer(HostHooks, GRPOTrainer):
         teachers = {} if args.alpha == 0 else make_teachers(self)
         self.step_scorer = kind(self.args, self.accelerator, teachers, self.anchor, self.packs)
         add_instruments(self)
+        encode_ahead(self)
 
     @property
     def objective(self) -> VGSObjective:

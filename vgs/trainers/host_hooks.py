@@ -32,7 +32,7 @@ from .clock import StepClock
 from .collapse_watch import SteeringState
 from .model_card import write_card
 from .resume import ExactResume
-from .rollouts import Questions, greedy_decoding
+from .rollouts import Questions, as_host_prompts, greedy_decoding, several_answers
 from .step import UNSHARDED
 from .weights import load_renamed_weights
 
@@ -249,11 +249,16 @@ class HostHooks:
     def _tokenize_prompts(self, prompts: list) -> tuple:
         return self._questions.host_prompts
 
-    def _generate_single_turn(self, prompt_ids: list, images: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list, images: Any, fields: Any, *args: Any, **kwargs: Any) -> Any:
         greedy = self.args.eval_greedy and not self.model.training
-        images = self._questions.images if self.use_vllm else None
-        with own_generation_config(self.student), greedy_decoding(self) if greedy else nullcontext():
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        several = nullcontext()
+        if self.use_vllm:
+            images = self._questions.images
+        elif not (greedy or self._questions.count == 1 or getattr(self, "use_transformers_continuous_batching", False)):
+            prompt_ids, _, fields = as_host_prompts(self._questions.groups)
+            several = several_answers(self, self._questions.count)
+        with own_generation_config(self.student), greedy_decoding(self) if greedy else several:
+            return super()._generate_single_turn(prompt_ids, images, fields, *args, **kwargs)
 
     def unexpanded_prompts(self) -> list[list[int]]:
         """Token ids of the prompts that are being asked, one per response, with one mark per image."""

@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.messages import fill_images, prompt_images, shared_format
-from ..data.prompts import encode_groups
 from ..data.responses import response_texts
 from ..errors import ConfigError
 from ..evaluation.sampling import GREEDY
 from ..models.groups import PromptGroup
 from ..models.image_fields import join_images
 from ..models.padding import token_fields
+from .encoding import ENCODED, encoded_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,7 @@ class Questions:
     @property
     def host_prompts(self) -> tuple[list[list[int]], None, dict[str, Any]]:
         """What the host's own tokenization would have returned: token ids, no images, fields of the whole batch."""
-        rows = self.rows
-        fields: dict[str, Any] = join_images([group.images for group in rows])
-        fields |= {name: [x.tolist() for x in values] for name, values in token_fields(rows).items()}
-        return [group.prompt_ids.tolist() for group in rows], None, fields
+        return as_host_prompts(self.rows)
 
     @property
     def host_messages(self) -> list[Any]:
@@ -148,6 +145,32 @@ class Questions:
         ]
 
 
+def as_host_prompts(rows: Sequence[PromptGroup]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    """Prompts as a host's tokenization returns them: token ids, no images, and the fields of all.
+
+    Args:
+        rows: one prompt each.
+    """
+    fields: dict[str, Any] = join_images([group.images for group in rows])
+    fields |= {name: [x.tolist() for x in values] for name, values in token_fields(rows).items()}
+    return [group.prompt_ids.tolist() for group in rows], None, fields
+
+
+@contextmanager
+def several_answers(trainer: Any, count: int) -> Iterator[None]:
+    """Make ``generate`` sample ``count`` responses to each prompt that it is given, one behind the other.
+
+    It encodes the images of each prompt once then, instead of once for every response.
+    """
+    before = trainer.generation_config
+    trainer.generation_config = copy(before)
+    trainer.generation_config.num_return_sequences = count
+    try:
+        yield
+    finally:
+        trainer.generation_config = before
+
+
 def encode_questions(trainer: Any, inputs: Sequence[dict[str, Any]], count: int) -> Questions:
     """The prompts of a generation batch, each encoded once.
 
@@ -167,15 +190,9 @@ def encode_questions(trainer: Any, inputs: Sequence[dict[str, Any]], count: int)
                 f"prompts {first} to {first + count - 1} differ, expected {count} responses to one prompt."
             )
     own = samples[::count]
-    options = {"device": trainer.accelerator.device, "chat_template": trainer.chat_template}
-    groups = encode_groups(
-        trainer.processing_class,
-        own,
-        [()] * len(own),
-        trainer.placeholder_ids,
-        **options,
-        **trainer.chat_template_kwargs,
-    )
+    groups = encoded_prompts(trainer, own)
+    for sample in samples:
+        sample.pop(ENCODED, None)
     check_prompt_lengths([group.prompt_ids for group in groups], trainer.args.max_prompt_length, trainer.model.training)
     return Questions(samples, groups, count)
 
