@@ -59,7 +59,7 @@ class StudySettings:
     seeds: tuple[int, ...] = tuple(range(8))
     steps: int = 64
     batch_size: int = 32
-    rates: tuple[float, ...] = (3e-4, 1e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3)
     tuning_seed: int = 50
     validate_every: int = 32
     validation_size: int = 200
