@@ -46,6 +46,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "every token gated": {**STEERED, "lam": 1.0, "vds_quantile": 0.0},
     "prior with gradient": {**STEERED, "detach_prior": False},
     "quantile of a trajectory": {**STEERED, "vds_scope": "trajectory"},
+    "language steering": {**STEERED, "preset": "language_steering"},
     "adaptive gamma": {**STEERED, "preset": "vgs_adaptive"},
 }
 SUPERVISED, BEFORE = "supervised", "before"
