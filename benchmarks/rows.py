@@ -16,13 +16,7 @@ _KIND, _FORM = "rows of the loss", 1
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where rows come from; plain values, so that another process can make the same.
-
-    Attributes:
-        device, dtype: of the tensors.
-        nats: entropy of synthetic rows, see ``make_problem``.
-        captured: a file of ``vgs capture``.
-    """
+    """Where rows come from, in plain values: synthetic ones (``nats`` as of ``make_problem``), or a file's."""
 
     device: str
     dtype: str
@@ -30,15 +24,7 @@ class Inputs:
     captured: str | None = None
 
     def make(self, shape: str, tokens: int) -> Problem:
-        """The problem of a cell.
-
-        Args:
-            shape: a name out of ``SHAPES``; for captured rows any.
-            tokens: N; of captured rows the first so many.
-
-        Raises:
-            ValueError: as ``read_notes``.
-        """
+        """The problem of a cell; of captured rows the first ``tokens``, whatever the shape is called."""
         dtype = getattr(torch, self.dtype)
         if self.captured is None:
             return make_problem(SHAPES[shape], tokens, dtype, self.device, nats=self.nats)
@@ -52,22 +38,16 @@ class Inputs:
 
         def form(model: str, head: str) -> Form:
             # softcap / T * tanh(scale / T * x / (softcap / T)) is the logit divided by the temperature T.
-            softcap = notes[model]["softcap"]
-            scale = notes[model]["scale"] / temperature
-            return Form(to(f"{head}_bias"), scale, None if softcap is None else softcap / temperature)
+            scale, softcap = notes[model]["scale"], notes[model]["softcap"]
+            return Form(to(f"{head}_bias"), scale / temperature, None if softcap is None else softcap / temperature)
 
-        teacher_head = "student" if notes["one_head"] else "teacher"
-        weights = to("student_weight"), to(f"{teacher_head}_weight")
-        forms = form("student", "student"), form("teacher", teacher_head)
-        return Problem(*map(to, VIEWS), *weights, *forms).first(tokens)
+        heads = ("student", "student" if notes["one_head"] else "teacher")
+        forms = map(form, ("student", "teacher"), heads)
+        return Problem(*map(to, VIEWS), *(to(f"{head}_weight") for head in heads), *forms).first(tokens)
 
     @property
     def source(self) -> str:
-        """In words.
-
-        Raises:
-            ValueError: as ``read_notes``.
-        """
+        """In words, for tables."""
         if self.captured is None:
             return "synthetic"
         notes = read_notes(Path(self.captured))

@@ -49,9 +49,8 @@ def run(options: argparse.Namespace, config: Mapping[str, Any]) -> None:
         tensors, notes = _heads(heads, pair.vocab_size)
         notes = {model: {"name": str(names[model]), **note} for model, note in notes.items()}
         one_head = not any(name.startswith("teacher") for name in tensors)
-        types = {name: str(x.dtype).removeprefix("torch.") for name, x in {**rows, **tensors}.items()}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-        facts = {"kind": KIND, "form": FORM, "config": digest, "versions": versions(), "dtypes": types}
+        facts = {"kind": KIND, "form": FORM, "config": digest, "versions": versions()}
         facts |= {"tokens": len(rows["student"]), "one_head": one_head, "seed": options.seed, **notes}
         content = pack({**rows, **tensors}, {**facts, "temperature": pair.found.args.temperature_of_loss})
     write_whole(options.out, content)
