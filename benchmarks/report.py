@@ -114,12 +114,12 @@ def summary(results: Results) -> str:
         others = ("ours", *TOLERANT, *(name for name in METHODS if not METHODS[name].same_loss))
         peers = {name: time for name, time in peers.items() if name not in others and time is not None}
         best = min(peers, key=peers.get) if peers else None
-        peak = rows["ours"]["peak_extra_bytes"]
+        peak, error = rows["ours"]["peak_extra_bytes"], _percent(rows[best]) if best else ""
         lines.append(
             [
                 *(shape, f"{tokens:,}", job, duration(ours)),
                 f"{floor / ours:.2f}" if floor else "",
-                f"{peers[best] / ours:.2f} ({best}, error {_percent(rows[best])})" if best else "",
+                f"{peers[best] / ours:.2f} ({best}{', error ' * bool(error)}{error})" if best else "",
                 "" if peak is None else size(peak),
                 _percent(rows["ours"]),
             ]
