@@ -10,6 +10,7 @@ report    a result file as tables and pictures
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -26,14 +27,24 @@ def _loss(args: argparse.Namespace) -> int:
 
     from .jobs import JOBS
     from .loss import PLANS, Cell, run
+    from .measure import busy_core
     from .methods import EXACT, METHODS
     from .report import summary, tables
     from .results import Results, environment
+    from .rows import Inputs, read_notes
 
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    if args.shape is None and args.tokens is None:
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    known = None
+    if args.rows is not None:
+        if args.shape is not None or args.entropy is not None:
+            raise ValueError("--rows has a shape and an entropy of its own: leave out --shape and --entropy.")
+        known = read_notes(args.rows)["tokens"]
+        if max(args.tokens or [0]) > known:
+            raise ValueError(f"--tokens must be at most {known}, the tokens of {args.rows}, got {max(args.tokens)}.")
+    inputs = Inputs(device, dtype, args.entropy, None if known is None else str(args.rows.resolve()))
+    if args.shape is None and args.tokens is None and known is None:
         jobs, methods = set(args.jobs or JOBS), set(args.methods or METHODS)
         cells = [
             Cell(
@@ -44,21 +55,26 @@ def _loss(args: argparse.Namespace) -> int:
             for cell in PLANS["gpu" if device == "cuda" else "cpu"]
         ]
     else:
-        shape = args.shape or ("8b-2b" if device == "cuda" else "cpu")
+        shape = args.shape or ("8b-2b" if device == "cuda" else "cpu") if known is None else args.rows.stem
         cells = [
             Cell(
                 shape,
                 tokens,
                 tuple(args.jobs or JOBS),
-                tuple(args.methods or (EXACT if args.entropy is None else METHODS)),
+                tuple(args.methods or (EXACT if args.entropy is None and known is None else METHODS)),
             )
-            for tokens in args.tokens or [512]
+            for tokens in args.tokens or [known or 512]
         ]
     results = Results(args.out, environment(device, args.commit))
-    for rows in run(cells, results, device, dtype, rounds=args.rounds, deadline=deadline, nats=args.entropy):
-        part = Results(None, results.environment)
-        part.rows = rows
-        print(f"\n{tables(part)}\n", flush=True)
+    rounds = args.rounds or (3 if args.first_call else 20)
+    with contextlib.ExitStack() as stack:
+        if args.busy_core:
+            results.environment["load"] = stack.enter_context(busy_core())
+        for rows in run(cells, results, inputs, rounds=rounds, deadline=deadline, first_call=args.first_call):
+            part = Results(None, results.environment)
+            part.rows = rows
+            print(f"\n{tables(part)}\n", flush=True)
+    results.save()
     print(summary(results))
     return 0
 
@@ -173,12 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     loss.add_argument("--tokens", type=int, nargs="+", help="tokens N of a call")
     loss.add_argument("--jobs", nargs="+", choices=JOBS)
     loss.add_argument("--entropy", type=float, metavar="NATS", help="rows of this entropy, with a real model's tails")
+    loss.add_argument("--rows", type=Path, metavar="FILE", help="rows of `vgs capture` instead of synthetic ones")
     loss.add_argument("--methods", nargs="+", choices=METHODS)
     loss.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, else float32"
     )
     loss.add_argument("--device", choices=("cpu", "cuda"))
-    loss.add_argument("--rounds", type=int, default=20, help="timed calls of each method at most, 3 at least")
+    loss.add_argument(
+        "--rounds", type=int, help="timed calls of each method at most, 3 at least (20); fresh processes (3)"
+    )
+    loss.add_argument("--first-call", action="store_true", help="every call is the first of a fresh process")
+    loss.add_argument("--busy-core", action="store_true", help="beside a process that keeps one core busy")
     loss.add_argument("--minutes", type=float, help="start nothing new after this long")
     loss.add_argument("--commit", help="for the result file, where the checkout is not a git repository")
     loss.add_argument("--out", type=Path, help="result file, written as rows come in")

@@ -76,8 +76,10 @@ class Exact:
         d_weight = 0.0
         for rows in _blocks(problem, None if with_head else tokens):
             with torch.enable_grad():
-                logits = problem.logits(rows, VIEWS[::2] if job.plain else VIEWS)
-                leaves = [x.requires_grad_() for x in logits[: len(logits) // 2]]
+                names = VIEWS[::2] if job.plain else VIEWS
+                products = problem.products(rows, names)
+                leaves = [x.requires_grad_() for x in products[: len(products) // 2]]
+                logits = [problem.form(view)(x) for view, x in zip(names, products, strict=True)]
                 loss = _loss(logits, job, threshold, n)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             sampled = torch.isin(rows, tokens)

@@ -15,13 +15,14 @@ from .accuracy import Exact, vds_threshold
 from .jobs import JOBS, Job
 from .measure import is_out_of_memory, memory_limit, peak_extra_bytes, seconds
 from .methods import EXACT, FLOOR, METHODS, Context, runner
-from .problem import SHAPES, DenseProblem, Shape, entropy, make_problem
+from .problem import DenseProblem, Problem, Shape, entropy
 from .results import Results, Row
+from .rows import Inputs
 
 _WARM_UP_TOKENS = 64
 #: More rounds than the fewest only as long as a job takes no longer than this.
 _FEWEST_ROUNDS, _JOB_SECONDS = 3, 5.0
-_ENTROPY_TOKENS = 64  # whose mean is shown
+_ENTROPY_TOKENS = 64  # spread over all, whose mean is shown
 _INPUTS = 3  # inputs of successive calls differ, so that none finds its own in a cache
 
 
@@ -107,7 +108,9 @@ def _attempt(entry: _Entry, action: Callable[[], None]) -> None:
         entry.status, entry.run = status, None
 
 
-def _gradient_bytes(problem: DenseProblem, job: Job) -> int:
+def _gradient_bytes(problem: Problem, job: Job) -> int:
+    if job.dense:
+        return len(job.trainable) * problem.tokens * len(problem.student_weight) * problem.student.element_size()
     return sum(getattr(problem, name).nbytes for name in job.trainable)
 
 
@@ -129,7 +132,7 @@ def _prepare(name: str, context: Context, device: str) -> tuple[_Entry, DensePro
         peak = peak_extra_bytes(lambda: entry.run(leaves), device)
         entry.peak_extra_bytes = None if name == FLOOR else peak
 
-    reason = None if name == FLOOR else METHODS[name].missing(device)
+    reason = None if name == FLOOR else METHODS[name].missing(device, problem.forms)
     if reason is not None:
         entry.status = reason
         return entry, None
@@ -163,8 +166,31 @@ def _rounds(entries: dict[str, _Entry], inputs: Sequence[DenseProblem], job: Job
         turn(index, keep=True)
 
 
+def describe_cell(problem: Problem, shape_name: str, job_name: str) -> Row:
+    """What the rows of all methods share."""
+    job, dtype = JOBS[job_name], str(problem.student.dtype).removeprefix("torch.")
+    some = slice(None, None, -(-problem.tokens // _ENTROPY_TOKENS))
+    shape = Shape(*problem.student_weight.shape, problem.teacher_weight.shape[1])
+    return {
+        "shape": shape_name,
+        **shape._asdict(),
+        "tokens": problem.tokens,
+        "dtype": dtype,
+        "entropy": entropy(problem.logits(some, ("student",))[0]),
+        "job": job_name,
+        "floor_flops": job.flops(shape, problem.tokens),
+        "compulsory_bytes": job.compulsory_bytes(shape, problem.tokens, problem.student.element_size()),
+        "gradient_bytes": _gradient_bytes(problem, job),
+    }
+
+
+def methods_of(job: Job, methods: Sequence[str]) -> list[str]:
+    """The floor, and which of the methods can do a job."""
+    return [FLOOR, *(name for name in methods if METHODS[name].jobs(job))]
+
+
 def measure_job(
-    problem: DenseProblem,
+    problem: Problem,
     shape_name: str,
     job_name: str,
     methods: Sequence[str],
@@ -180,38 +206,25 @@ def measure_job(
         rounds: timed calls of each method; fewer if they take long.
     """
     job = JOBS[job_name]
-    nats = entropy(problem.logits(slice(0, _ENTROPY_TOKENS), ("student",))[0])
-    shape = Shape(*problem.student_weight.shape, problem.teacher_weight.shape[1])
-    dtype = str(problem.student.dtype).removeprefix("torch.")
+    common = describe_cell(problem, shape_name, job_name)
     if job.dense:
         problem = problem.dense()
     threshold = vds_threshold(problem, job.objective.vds_quantile) if job.objective.lam > 0 else None
     # Rotated inputs take memory: they are there before anything is found to fit.
     inputs = [problem, *(problem.rotated(i * problem.tokens // _INPUTS) for i in range(1, _INPUTS))]
     context = Context(problem, job, threshold)
-    names = [FLOOR, *(name for name in methods if METHODS[name].jobs(job))]
+    names = methods_of(job, methods)
     entries: dict[str, _Entry] = {}
     exact: Exact | None = None
     for name in tqdm(names, desc=f"{shape_name} N {problem.tokens} {job_name}: warm-up", unit="method", leave=False):
         entries[name], leaves = _prepare(name, context, device)
-        if leaves is None or name == FLOOR:
+        if leaves is None or name == FLOOR or not METHODS[name].same_loss:
             continue
         exact = exact or Exact.of(problem, job, threshold)
         entries[name].errors = exact.errors(leaves)
         del leaves
     del exact
     _rounds(entries, inputs, job, device, rounds)
-    common = {
-        "shape": shape_name,
-        **shape._asdict(),
-        "tokens": problem.tokens,
-        "dtype": dtype,
-        "entropy": nats,
-        "job": job_name,
-        "floor_flops": job.flops(shape, problem.tokens),
-        "compulsory_bytes": job.compulsory_bytes(shape, problem.tokens, problem.student.element_size()),
-        "gradient_bytes": _gradient_bytes(problem, job),
-    }
     return [
         {
             **common,
@@ -228,18 +241,23 @@ def measure_job(
 def run(
     cells: Sequence[Cell],
     results: Results,
-    device: str,
-    dtype: torch.dtype,
+    inputs: Inputs,
     *,
     rounds: int,
     deadline: float | None = None,
-    nats: float | None = None,
+    first_call: bool = False,
 ) -> Iterator[list[Row]]:
     """Measure the cells and add their rows to the results, which also name what is missing and why.
 
-    After the deadline (of ``time.monotonic``) nothing new is started. ``nats``: see ``make_problem``.
+    After the deadline (of ``time.monotonic``) nothing new is started. ``first_call``: in a process for each call, see
+    ``first_call.py``.
     """
-    results.environment["ceilings"] = ceilings(device, dtype)
+    from .first_call import disk_caches, first_calls
+
+    device, source = inputs.device, inputs.source
+    results.environment["ceilings"] = ceilings(device, getattr(torch, inputs.dtype))
+    if first_call:
+        results.environment["disk_caches"] = disk_caches()
     missing = {f"{cell.shape} N {cell.tokens} {job}": "not reached" for cell in cells for job in cell.jobs}
     results.environment["missing"] = missing
     results.save()
@@ -251,8 +269,11 @@ def run(
                     continue
                 name = f"{cell.shape} N {cell.tokens} {job}"
                 try:
-                    problem = problem or make_problem(SHAPES[cell.shape], cell.tokens, dtype, device, nats=nats)
-                    rows = measure_job(problem, cell.shape, job, cell.methods, device, rounds=rounds)
+                    if first_call:
+                        rows = first_calls(inputs, cell.shape, cell.tokens, job, cell.methods, rounds=rounds)
+                    else:
+                        problem = problem or inputs.make(cell.shape, cell.tokens)
+                        rows = measure_job(problem, cell.shape, job, cell.methods, device, rounds=rounds)
                 except Exception as error:
                     traceback.print_exc()
                     missing[name] = describe_failure(error)
@@ -260,6 +281,7 @@ def run(
                     release_frames(error)
                     continue
                 del missing[name]
+                rows = [{**row, "rows": source} for row in rows]
                 results.add(*rows)
                 yield rows
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+#: Ends by itself soon after the process that it belongs to.
+_SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000):\n        pass\n"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -94,6 +99,20 @@ def memory_limit(device: str) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[dict[str, float | None]]:
+    """Another process keeps one core busy inside; afterwards ``share`` says how much of a core it had."""
+    load: dict[str, float | None] = {"share": None}
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-S", "-c", _SPIN, str(os.getpid())])
+    try:
+        yield load
+    finally:
+        process.kill()
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+        load["share"] = (usage.ru_utime + usage.ru_stime) / (time.monotonic() - start)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

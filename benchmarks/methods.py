@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vgs_kernels import fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
+from vgs_kernels import Head, fused_linear_divergence, fused_linear_vgs_loss, vgs_loss
 
 from .floor import make_floor
 from .jobs import Job
-from .problem import VIEWS, DenseProblem, Problem
+from .problem import VIEWS, DenseProblem, Form, Problem
 
 #: Tokens of a chunk of the checkpointed version: what Liger's chunked losses use.
 CHUNK_TOKENS = 1024
@@ -53,16 +55,16 @@ def _ours(context: Context, **options: float) -> Loss:
         if job.dense:
             return vgs_loss(*x.tensors, objective=job.objective).loss
         if job.plain:
-            target = [(1.0, x.teacher, x.teacher_weight)]
-            divergence = asdict(job.divergence)
-            return fused_linear_divergence(x.student, x.student_weight, target, **divergence, **options).loss
+            target = [(1.0, x.teacher, Head(x.teacher_weight, *x.teacher_form))]
+            divergence, head = asdict(job.divergence), Head(x.student_weight, *x.student_form)
+            return fused_linear_divergence(x.student, head, target, **divergence, **options).loss
         output = fused_linear_vgs_loss(
             x.student,
             x.student_text,
-            x.student_weight,
+            Head(x.student_weight, *x.student_form),
             x.teacher,
             x.teacher_text,
-            x.teacher_weight,
+            Head(x.teacher_weight, *x.teacher_form),
             objective=job.objective,
             vds_threshold=context.given_threshold,
             return_terms=not job.folded,
@@ -88,14 +90,14 @@ def _logits(x: DenseProblem, job: Job) -> list[Tensor | None]:
     """In the inputs' dtype, as a model's head gives them: student, text-only, teacher, text-only."""
     if not isinstance(x, Problem):
         return list(x.tensors)
-    student = x.student @ x.student_weight.T
+    student = x.student_form(x.student @ x.student_weight.T)
     with torch.no_grad():
-        teacher = x.teacher @ x.teacher_weight.T
+        teacher = x.teacher_form(x.teacher @ x.teacher_weight.T)
         if job.plain:
             return [student, None, teacher, None]
-        teacher_text = x.teacher_text @ x.teacher_weight.T
+        teacher_text = x.teacher_form(x.teacher_text @ x.teacher_weight.T)
     with torch.set_grad_enabled(job.objective.lam > 0):
-        return [student, x.student_text @ x.student_weight.T, teacher, teacher_text]
+        return [student, x.student_form(x.student_text @ x.student_weight.T), teacher, teacher_text]
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -142,10 +144,11 @@ def _eager(context: Context) -> Loss:
 
 def _compiled(context: Context) -> Loss:
     torch._dynamo.reset()
-    kind, job, threshold = type(context.problem), context.job, context.given_threshold
+    kind, forms = type(context.problem), context.problem.forms
+    job, threshold = context.job, context.given_threshold
 
     def loss(*tensors: Tensor) -> Tensor:
-        x = kind(*tensors)
+        x = kind(*tensors, *forms)
         return _plain_loss(x, job, threshold) / x.tokens
 
     compiled = torch.compile(loss, fullgraph=True)
@@ -158,15 +161,15 @@ def _checkpointed(context: Context) -> Loss:
 
     def chunks(x: Problem) -> list[Problem]:
         views = [getattr(x, view).split(CHUNK_TOKENS) for view in VIEWS]
-        return [Problem(*parts, x.student_weight, x.teacher_weight) for parts in zip(*views, strict=True)]
+        return [Problem(*parts, x.student_weight, x.teacher_weight, *x.forms) for parts in zip(*views, strict=True)]
 
     def chunk_loss(*arguments: Tensor) -> Tensor:
         *tensors, limit = arguments
-        return _plain_loss(Problem(*tensors), job, limit)
+        return _plain_loss(Problem(*tensors, *context.problem.forms), job, limit)
 
     def chunk_vds(x: Problem) -> Tensor:
         views = (x.teacher, x.teacher_text)
-        return _vds(*(_log_softmax(view @ x.teacher_weight.T) for view in views))
+        return _vds(*(_log_softmax(x.teacher_form(view @ x.teacher_weight.T)) for view in views))
 
     def loss(x: Problem) -> Tensor:
         limit = context.given_threshold
@@ -188,9 +191,9 @@ def _trl(context: Context) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Problem) -> Tensor:
-        divergence, _ = ChunkedDivergenceFunction.apply(
-            x.student, x.student_weight, None, x.teacher, x.teacher_weight, None, context.job.beta
-        )
+        (bias, *student), (teacher_bias, *teacher) = x.forms
+        heads = x.student, x.student_weight, bias, x.teacher, x.teacher_weight, teacher_bias
+        divergence, _ = ChunkedDivergenceFunction.apply(*heads, context.job.beta, 1.0, *student, *teacher)
         return divergence.mean()
 
     return loss
@@ -225,6 +228,38 @@ def _liger_chunked(context: Context) -> Loss:
     return lambda x: module(x.student, x.student_weight, x.teacher, x.teacher_weight, labels)
 
 
+@cache
+def _unsloth_file() -> ModuleType:
+    """Unsloth's file of fused losses without its package, which patches torch and transformers when it is imported."""
+    (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
+    path = Path(folder, "fused_losses", "fused_linear.py")
+    spec = importlib.util.spec_from_file_location("unsloth_fused_linear", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _unsloth(context: Context) -> Loss:
+    names = ("bias", "logit_scale", "logit_softcapping")
+    options = {
+        f"{model}_{name}": value
+        for model, form in zip(("student", "teacher"), context.problem.forms, strict=True)
+        for name, value in zip(names, form, strict=True)
+    }
+    run = partial(_unsloth_file().fused_linear_jsd, beta=context.job.beta, **options)
+    return lambda x: run(x.student, x.student_weight, x.teacher, x.teacher_weight)
+
+
+def _cross_entropy(context: Context) -> Loss:
+    """What a hard label costs with one head; any labels are the same work. Chunked where torch's page advises it."""
+    from torch.nn import LinearCrossEntropyOptions
+
+    tokens, size = context.problem.student.shape
+    options = LinearCrossEntropyOptions() if tokens >= size else None
+    labels = torch.arange(tokens, device=context.problem.student.device) % len(context.problem.student_weight)
+    return lambda x: F.linear_cross_entropy(x.student, x.student_weight, labels, options=options)
+
+
 @dataclass(frozen=True)
 class Method:
     """Something to time.
@@ -236,6 +271,8 @@ class Method:
         cuda_only: whether it needs a CUDA device.
         compiles: whether its first call for a size compiles.
         jobs: which jobs it can do.
+        every_head: whether it knows a head's bias, scale and soft-cap.
+        same_loss: whether it computes the job, and not another loss that is shown for its time.
     """
 
     title: str
@@ -244,9 +281,13 @@ class Method:
     cuda_only: bool = False
     compiles: bool = False
     jobs: Callable[[Job], bool] = lambda job: True
+    every_head: bool = True
+    same_loss: bool = True
 
-    def missing(self, device: str) -> str | None:
-        """Why it cannot run here, or None."""
+    def missing(self, device: str, forms: Sequence[Form] = ()) -> str | None:
+        """Why it cannot run here, with heads of these forms, or None."""
+        if not self.every_head and not all(form.plain for form in forms):
+            return "takes no head with bias, scale and soft-cap"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return "needs CUDA" if self.cuda_only and device != "cuda" else None
@@ -260,11 +301,16 @@ def _forward_kl(job: Job) -> bool:
     return job.plain and job.beta == 0
 
 
+def _reverse_kl(job: Job) -> bool:
+    return job.plain and job.beta == 1
+
+
 def _linear(job: Job) -> bool:
     return not job.dense
 
 
 FLOOR = "floor"
+_LIGER = {"package": "liger_kernel", "every_head": False}
 METHODS = {
     "ours": Method("ours", _ours),
     "tolerance-1e-3": Method("ours, gradient_tolerance 0.001", partial(_ours, gradient_tolerance=1e-3), jobs=_linear),
@@ -273,9 +319,13 @@ METHODS = {
     "compile": Method("PyTorch, torch.compile", _compiled, compiles=True),
     "checkpointed": Method("PyTorch, checkpointed chunks", _checkpointed, jobs=_linear),
     "trl": Method("TRL ChunkedDivergenceFunction", _trl, "trl", jobs=_plain),
-    "liger-jsd": Method("Liger fused linear JSD", _liger_jsd, "liger_kernel", cuda_only=True, jobs=_plain),
-    "liger-kl": Method("Liger fused linear KL", _liger_kl, "liger_kernel", cuda_only=True, jobs=_forward_kl),
-    "liger-chunked": Method("Liger chunked JSD loss", _liger_chunked, "liger_kernel", compiles=True, jobs=_plain),
+    "liger-jsd": Method("Liger fused linear JSD", _liger_jsd, cuda_only=True, jobs=_plain, **_LIGER),
+    "liger-kl": Method("Liger fused linear KL", _liger_kl, cuda_only=True, jobs=_forward_kl, **_LIGER),
+    "liger-chunked": Method("Liger chunked JSD loss", _liger_chunked, compiles=True, jobs=_plain, **_LIGER),
+    "unsloth": Method("Unsloth fused linear JSD", _unsloth, "unsloth_zoo", jobs=_plain),
+    "cross-entropy": Method(
+        "another loss: F.linear_cross_entropy", _cross_entropy, jobs=_reverse_kl, every_head=False, same_loss=False
+    ),
 }
 
 #: What says nothing of rows whose tails are no language model's.

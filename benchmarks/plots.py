@@ -21,7 +21,7 @@ from .report import describe, title
 from .results import Results, Row, median, percentiles
 
 #: One colour for each method in all pictures; the floor is grey.
-_COLOURS = {FLOOR: "0.45", **{name: f"C{i}" for i, name in enumerate(METHODS)}}
+_COLOURS = {FLOOR: "0.45", **dict(zip(METHODS, [*(f"C{i}" for i in range(10)), "black", "gold"], strict=True))}
 _MARKERS = dict(zip(JOBS, "osD^vP<X", strict=True))
 _INPUTS = {"student": "hidden states", "student_text": "text-only hidden states", "student_weight": "head"}
 
@@ -136,9 +136,11 @@ def floor_ratio(results: Results) -> Figure:
     return figure
 
 
-def gradient_error(results: Results) -> Figure:
-    """Relative gradient error against float64 at the first size, a panel for each job."""
+def gradient_error(results: Results) -> Figure | None:
+    """Relative gradient error against float64 at the first size, a panel for each job; None of first calls."""
     jobs = _headline(results)
+    if not any(row["gradient_errors"] for rows in jobs.values() for row in rows.values()):
+        return None
     caption = f"{_size(results.rows[0])}; {describe(results.environment)}"
     figure, axes = _panels(len(jobs), 5.5, 2.8, caption)
     for axis, (job, rows) in zip(axes, jobs.items(), strict=True):

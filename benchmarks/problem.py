@@ -39,6 +39,28 @@ _TRIED = 64  # tokens whose entropy is looked at
 VIEWS = ("student", "student_text", "teacher", "teacher_text")
 
 
+class Form(NamedTuple):
+    """What a head does beside its product: logits = softcap * tanh(scale * (product + bias) / softcap)."""
+
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.bias is None and self.scale == 1 and self.softcap is None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        if self.bias is not None:
+            product = product + self.bias.to(product.dtype)
+        if self.scale != 1:
+            product = self.scale * product
+        return product if self.softcap is None else self.softcap * torch.tanh(product / self.softcap)
+
+
+PLAIN = Form()
+
+
 @dataclass(frozen=True)
 class DenseProblem:
     """Four rows of logits that the caller holds, [N, V] each."""
@@ -50,7 +72,16 @@ class DenseProblem:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(x for field in fields(self) if isinstance(x := getattr(self, field.name), Tensor))
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Of the heads; the fields behind the tensors."""
+        return ()
+
+    def form(self, view: str) -> Form:
+        """That of the head that a view goes through here."""
+        return PLAIN
 
     @property
     def tokens(self) -> int:
@@ -58,7 +89,9 @@ class DenseProblem:
 
     def leaves(self, trainable: Sequence[str]) -> DenseProblem:
         """The same storage as fresh leaves, of which the named ones require grad."""
-        return type(self)(*(getattr(self, f.name).detach().requires_grad_(f.name in trainable) for f in fields(self)))
+        names = [field.name for field in fields(self)][: len(self.tensors)]
+        tensors = (getattr(self, name).detach().requires_grad_(name in trainable) for name in names)
+        return type(self)(*tensors, *self.forms)
 
     def rotated(self, shift: int) -> DenseProblem:
         """The same tokens in another order, elsewhere in memory."""
@@ -74,6 +107,10 @@ class DenseProblem:
 
     def logits(self, rows: slice | Tensor, views: Sequence[str] = VIEWS) -> list[Tensor]:
         """float64 logits [R, V] of some tokens in the named views."""
+        return [self.form(view)(x) for view, x in zip(views, self.products(rows, views), strict=True)]
+
+    def products(self, rows: slice | Tensor, views: Sequence[str]) -> list[Tensor]:
+        """The same before their heads' forms."""
         return [getattr(self, view).detach()[rows].double() for view in views]
 
 
@@ -83,6 +120,15 @@ class Problem(DenseProblem):
 
     student_weight: Tensor
     teacher_weight: Tensor
+    student_form: Form = PLAIN
+    teacher_form: Form = PLAIN
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return self.student_form, self.teacher_form
+
+    def form(self, view: str) -> Form:
+        return self.student_form if view.startswith("student") else self.teacher_form
 
     def _views(self, change: Callable[[Tensor], Tensor]) -> Problem:
         return replace(self, **{view: change(getattr(self, view)) for view in VIEWS})
@@ -97,16 +143,15 @@ class Problem(DenseProblem):
         weights = {name: getattr(self, name).double() for name in ("student_weight", "teacher_weight")}
         return replace(self, **weights)
 
-    def logits(self, rows: slice | Tensor, views: Sequence[str] = VIEWS) -> list[Tensor]:
+    def products(self, rows: slice | Tensor, views: Sequence[str]) -> list[Tensor]:
         weights = {view: self.student_weight if view.startswith("student") else self.teacher_weight for view in views}
         return [getattr(self, view).detach()[rows].double() @ weights[view].double().T for view in views]
 
     def dense(self) -> DenseProblem:
         """The same problem with its logits formed, in the dtype of the inputs."""
-        student, teacher = self.student_weight.T, self.teacher_weight.T
-        return DenseProblem(
-            self.student @ student, self.student_text @ student, self.teacher @ teacher, self.teacher_text @ teacher
-        )
+        weights = (self.student_weight, self.student_weight, self.teacher_weight, self.teacher_weight)
+        pairs = zip(VIEWS, weights, strict=True)
+        return DenseProblem(*(self.form(view)(getattr(self, view) @ weight.T) for view, weight in pairs))
 
 
 def entropy(logits: Tensor) -> float:

@@ -47,8 +47,21 @@ def _line(row: Row, floor: float | None, eager: float | None) -> list[str]:
     ]
 
 
-def _entropy(row: Row) -> str:
-    return f", rows of {row['entropy']:.1f} nats" if "entropy" in row else ""
+def _rows(row: Row) -> str:
+    source = f" ({row['rows']})" if "rows" in row else ""
+    return f", rows of {row['entropy']:.2g} nats{source}" if "entropy" in row else ""
+
+
+def _conditions(environment: dict) -> str:
+    """What is unlike a quiet machine and warm calls."""
+    said = ""
+    if (load := environment.get("load")) is not None:
+        share = "" if load["share"] is None else f" (which had {load['share']:.2f} of it)"
+        said += f"; one core kept busy by another process{share}"
+    if (caches := environment.get("disk_caches")) is not None:
+        files = ", ".join(f"{name} {count}" for name, count in caches.items())
+        said += f"; first calls of fresh processes (files in caches on disk before: {files})"
+    return said
 
 
 def describe(environment: dict) -> str:
@@ -58,7 +71,10 @@ def describe(environment: dict) -> str:
     commit = (environment["commit"] or "unknown")[:9] + {True: " and changes", None: " or later"}.get(
         environment["uncommitted_changes"], ""
     )
-    return f"{device}; {packages}; Python {environment['python']}; commit {commit}; {environment['date']}"
+    return (
+        f"{device}; {packages}; Python {environment['python']}; commit {commit}; {environment['date']}"
+        + _conditions(environment)
+    )
 
 
 def tables(results: Results) -> str:
@@ -69,7 +85,8 @@ def tables(results: Results) -> str:
         sizes = next(iter(rows.values()))
         parts.append(
             f"**{JOBS[job].title}**: {shape} (V {sizes['vocab']:,}, Ds {sizes['student']:,}, Dt {sizes['teacher']:,}), "
-            f"N {tokens:,}, {dtype}{_entropy(sizes)}; gradients {size(sizes['gradient_bytes'])}"
+            f"N {tokens:,}, {dtype}{_rows(sizes)}; gradients {size(sizes['gradient_bytes'])}"
+            f"{_conditions(results.environment)}"
         )
         header = ["method", "median (p20-p80)", "x floor", "x eager", "peak extra memory", "gradient error"]
         parts.append(table(header, [_line(row, floor, eager) for row in rows.values()]))
@@ -94,15 +111,15 @@ def summary(results: Results) -> str:
             lines.append([shape, f"{tokens:,}", job, rows.get("ours", {}).get("status", "not measured"), *[""] * 4])
             continue
         peers = {name: median(row) for name, row in rows.items() if name in METHODS}
-        own = ("ours", *TOLERANT)
-        peers = {name: time for name, time in peers.items() if name not in own and time is not None}
+        others = ("ours", *TOLERANT, *(name for name in METHODS if not METHODS[name].same_loss))
+        peers = {name: time for name, time in peers.items() if name not in others and time is not None}
         best = min(peers, key=peers.get) if peers else None
-        peak = rows["ours"]["peak_extra_bytes"]
+        peak, error = rows["ours"]["peak_extra_bytes"], _percent(rows[best]) if best else ""
         lines.append(
             [
                 *(shape, f"{tokens:,}", job, duration(ours)),
                 f"{floor / ours:.2f}" if floor else "",
-                f"{peers[best] / ours:.2f} ({best}, error {_percent(rows[best])})" if best else "",
+                f"{peers[best] / ours:.2f} ({best}{', error ' * bool(error)}{error})" if best else "",
                 "" if peak is None else size(peak),
                 _percent(rows["ours"]),
             ]

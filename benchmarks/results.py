@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger_kernel")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger_kernel", "unsloth_zoo")
 _KEY = ("shape", "tokens", "dtype", "job", "method")
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 def _output(*command: str) -> str | None:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=_ROOT, timeout=30)
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, config_errors
 from ..trainers.run_folder import INSTRUMENTS, RECORD
@@ -15,6 +16,9 @@ from .config import check_config, load_config, override
 from .numbers import count
 from .output import check_folder
 from .yaml_text import read_yaml
+
+if TYPE_CHECKING:
+    from ..evaluation.geometry import GeometryProbe
 
 logger = logging.getLogger(__name__)
 
@@ -113,65 +117,36 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _probe(options: argparse.Namespace, config: Mapping[str, Any], model: str | None) -> Any:
-    """A context that gives the ``GeometryProbe``."""
-    from contextlib import contextmanager
-
-    from ..data.prompts import encode_groups
+@contextmanager
+def _probe(options: argparse.Namespace, config: Mapping[str, Any], model: str | None) -> Iterator[GeometryProbe]:
     from ..evaluation.geometry import GeometryProbe
-    from ..evaluation.kl_gap import on_policy
-    from ..evaluation.sampling import Sampling
-    from ..models.families import freeze, placeholder_ids
-    from ..models.heads import output_layer
-    from ..models.vocabulary import common_rows
-    from ..teachers.local import LocalTeacher
+    from ..models.families import freeze
     from ..trainers.instruments import both_views
-    from ..trainers.kinds import needs_teacher, teacher_sections, trainer_kind
-    from .runs import digits_teacher, load_for_eval
-    from .teacher import open_teacher
+    from .scored_pair import open_pair
 
-    if trainer_kind(config) == "self":
-        raise ConfigError("geometry needs a separate teacher, which self-distillation has not.")
-    if not needs_teacher(config):
-        raise ConfigError("geometry needs a separate teacher, which GRPO alone (training.alpha: 0) has not.")
     if config.get("lora"):
         raise ConfigError("geometry looks at whole weights: leave section lora out.")
-    if "teachers" in config:
-        raise ConfigError("geometry needs one teacher, got section 'teachers'.")
-    found = load_for_eval(config, model)
-    if "" not in found.sets:
-        raise ConfigError(f"geometry measures one set, but data.eval has {len(found.sets)}: {', '.join(found.sets)}.")
-    student, processor, args = found.model, found.processor, found.args
-    device = output_layer(student).weight.device
-    if config.get("task") == "digits":
-        teacher: Any = LocalTeacher(digits_teacher(config).to(device).eval())
-    else:
-        teacher = open_teacher(teacher_sections(config)[""], args, device, "geometry")
-    vocab_size = common_rows(student.config, teacher.facts.head_rows, args.vocab_size)
+    pair = open_pair(config, model, "geometry")
+    args, student = pair.found.args, pair.found.model
     freeze(student, vision=args.freeze_vision, embeddings=args.freeze_embeddings)
-    samples = found.sets[""]
-    samples = [samples[index] for index in range(min(options.samples, len(samples)))]
-
-    @contextmanager
-    def opened() -> Any:
-        with found.as_trained(), teacher.head(output_layer(student).weight.dtype) as head:
-            if options.recorded:
-                answers = _recorded(processor, samples, **found.template_options)
-            else:
-                sampling = Sampling.from_settings(args, greedy=False)
-                own = on_policy(student, processor, samples, sampling, seed=options.seed, batch_size=options.batch_size)
-                answers = [[ids] for ids in own]
-            groups = encode_groups(
-                processor, samples, answers, placeholder_ids(student.config), device, **found.template_options
-            )
-            size = options.batch_size
-            batches = [groups[first : first + size] for first in range(0, len(groups), size)]
-            progress = not args.disable_tqdm
-            yield GeometryProbe(
-                student, batches, both_views(teacher), head, args.temperature_of_loss, vocab_size, progress
-            )
-
-    return opened()
+    samples = [pair.samples[index] for index in range(min(options.samples, len(pair.samples)))]
+    size = options.batch_size
+    with pair.scoring() as head:
+        if options.recorded:
+            answers = _recorded(pair.found.processor, samples, **pair.found.template_options)
+        else:
+            answers = [[ids] for ids in pair.answers(samples, seed=options.seed, batch_size=size)]
+        groups = pair.groups(samples, answers)
+        batches = [groups[first : first + size] for first in range(0, len(groups), size)]
+        yield GeometryProbe(
+            student,
+            batches,
+            both_views(pair.teacher),
+            head,
+            args.temperature_of_loss,
+            pair.vocab_size,
+            not args.disable_tqdm,
+        )
 
 
 def _recorded(processor: Any, samples: Sequence[Mapping[str, Any]], **template_options: Any) -> list[list[list[int]]]:

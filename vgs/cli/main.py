@@ -1,4 +1,4 @@
-"""The command line: ``vgs init | check | train | eval | report | geometry | plan | kl-gap | cache-teacher | ... ``, see
+"""The command line: ``vgs init | check | train | eval | report | geometry | capture | plan | kl-gap | ... ``, see
 ``build_parser``."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OVERRIDES = (
     "PATTERN` those that have a word in them."
 )
 #: Commands that take a config, and with it overrides.
-WITH_CONFIG = ("check", "train", "eval", "geometry", "plan", "kl-gap", "cache-teacher")
+WITH_CONFIG = ("check", "train", "eval", "geometry", "capture", "plan", "kl-gap", "cache-teacher")
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--samples", type=count, help="measure on the first so many samples")
     command.add_argument("--batch-size", type=count, default=8)
     command.add_argument("--out", type=Path, help="write the result to this JSON file")
+
+    about = "rows of the loss in a file, for `python -m benchmarks loss --rows FILE`"
+    command = with_config("capture", about)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file, a new one")
+    command.add_argument("--tokens", type=count, default=2048, help="of sampled answers to data.eval, at most (2048)")
+    command.add_argument("--model", help="a saved student (the config's)")
+    command.add_argument("--batch-size", type=count, default=8, help="answers that are sampled and scored together (8)")
+    command.add_argument("--seed", type=int, default=0, help="of the sampled answers (0)")
 
     command = with_config("cache-teacher", "hidden states of the teacher on recorded responses, computed once and kept")
     command.add_argument("--out", type=Path, metavar="DIR", help="the folder (teacher.cache, else runs/teacher-cache)")
@@ -204,6 +212,10 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         from .plan_report import show
 
         show(config, options)
+    elif options.command == "capture":
+        from .capture_command import run as capture
+
+        capture(options, config)
     else:
         from .kl_gap_command import run
 
