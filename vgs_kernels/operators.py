@@ -11,6 +11,9 @@ token weights: a head's gradient is a sum over tokens that no later factor can r
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,13 +104,30 @@ def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=out)
 
 
-def _register(name: str, **options: Any) -> Any:
-    operator = torch.library.custom_op(f"vgs_kernels::{name}", run, mutates_args=(), **options)
-    operator.register_fake(_fake)
-    operator.register_autograd(_backward, setup_context=_setup_context)
-    return operator
+@functools.cache
+def _untraced() -> Callable[..., list[Tensor]]:
+    return torch.compiler.disable(run)
+
+
+def _outside_dynamo(*inputs: Any) -> list[Tensor]:
+    """``run``, which a compiled caller's Dynamo must not trace. Loading Dynamo takes a second: where nobody has, nobody
+    traces."""
+    return (_untraced() if "torch._dynamo" in sys.modules else run)(*inputs)
+
+
+_LIBRARY = torch.library.Library("vgs_kernels", "FRAGMENT")
+_SCHEMA = torch.library.infer_schema(run, mutates_args=())
+
+
+def _register(name: str, *tags: torch.Tag) -> Any:
+    """As ``torch.library.custom_op`` does it, but for its import of Dynamo with the first call."""
+    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    _LIBRARY.impl(name, _outside_dynamo, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vgs_kernels::{name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"vgs_kernels::{name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.vgs_kernels, name).default
 
 
 loss = _register("loss")
 #: The same where the host waits for the device: not to be captured in a CUDA graph.
-synchronising_loss = _register("synchronising_loss", tags=(torch.Tag.cudagraph_unsafe,))
+synchronising_loss = _register("synchronising_loss", torch.Tag.cudagraph_unsafe)

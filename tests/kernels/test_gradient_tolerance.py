@@ -330,7 +330,7 @@ def test_compiled_and_never_in_a_graph_of_launches(monkeypatch):
     assert output.gradient_lost.shape == (N,)
     monkeypatch.setattr(operators, "loss", None)
     inputs.vgs(gradient_tolerance=0.02)
-    assert torch.Tag.cudagraph_unsafe in operators.synchronising_loss._opoverload.tags
+    assert torch.Tag.cudagraph_unsafe in operators.synchronising_loss.tags
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -169,8 +171,8 @@ def test_numbers_that_change_are_one_graph(what):
 
 def test_where_the_host_waits_no_graph_is_captured():
     unsafe = torch.Tag.cudagraph_unsafe
-    assert unsafe in operators.synchronising_loss._opoverload.tags
-    assert unsafe not in operators.loss._opoverload.tags
+    assert unsafe in operators.synchronising_loss.tags
+    assert unsafe not in operators.loss.tags
 
 
 @pytest.mark.parametrize("reduction", [None, "sum", "none"])
@@ -215,3 +217,21 @@ def test_another_default_device():
     finally:
         torch.set_default_device(None)
     assert torch.equal(found, expected)
+
+
+FIRST_CALL = """
+import sys, torch
+from vgs_kernels import TargetRow, fused_linear_divergence
+states = torch.randn(3, 4, requires_grad=True)
+before = "torch._dynamo" in sys.modules
+target = TargetRow(1.0, torch.randn(3, 5), torch.randn(7, 5))
+fused_linear_divergence(states, torch.randn(7, 4), [target]).loss.backward()
+assert states.grad.abs().sum() > 0
+print(before, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_first_call_does_not_load_dynamo():
+    """A second of imports, which no caller needs that compiles nothing."""
+    found = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "False"]
