@@ -45,7 +45,7 @@ def short_run(trainer: Any, title: str, line: int, curves: Sequence[str], accura
     Args:
         trainer: a trainer that logs every step.
         title: of the bar. line: on which it stands.
-        curves: logged values of every step that are wanted.
+        curves: logged values of every step that are wanted, as far as the objective has them.
         accuracy: name of the validation's.
 
     Returns:
@@ -63,11 +63,12 @@ def short_run(trainer: Any, title: str, line: int, curves: Sequence[str], accura
     with tqdm(total=trainer.args.max_steps, desc=title, unit="step", position=line, mininterval=0.5) as bar:
         trainer.train()
     trainer.model.eval()
-    steps = [entry for entry in trainer.state.log_history if curves[0] in entry]
+    steps = [entry for entry in trainer.state.log_history if "step_time" in entry]
+    found = ("step", *(key for key in curves if all(key in entry for entry in steps)))
     checks = [entry for entry in trainer.state.log_history if accuracy in entry]
     return {
         "seconds_per_step": statistics.median(entry["step_time"] for entry in steps),
-        "curves": {key: [entry[key] for entry in steps] for key in ("step", *curves)},
+        "curves": {key: [entry[key] for entry in steps] for key in found},
         "validation": {
             "step": [entry["step"] for entry in checks],
             "accuracy": [entry[accuracy] for entry in checks],

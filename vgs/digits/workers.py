@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process, get_context, parent_process
+from threading import Thread
 from typing import Any
 
 
@@ -27,10 +29,16 @@ def workers(count: int) -> Iterator[Callable[[Callable[..., Any], Sequence[tuple
 
 
 def start_worker(lock: Any) -> None:
-    """Lets the workers' progress bars take turns."""
+    """Lets the workers' progress bars take turns, and ends a worker with the process that made it."""
     from tqdm.auto import tqdm
 
     tqdm.set_lock(lock)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def line() -> int:
