@@ -28,7 +28,7 @@ def test_the_quick_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> 
         "supervised",
         "plain",
         "gamma 2",
-        "frozen prior",
+        "language steering",
     }
     for run in stored["runs"]:
         assert len(run["right"]) == 8 and np.mean(run["right"]) == run["test"]["answers"]
@@ -42,7 +42,7 @@ def test_the_quick_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> 
 
     assert cli.main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
     names = {arm["name"] for arm in json.loads((tmp_path / "report" / "report.json").read_text())["arms"]}
-    assert names == {"weak, supervised", "weak, plain", "weak, gamma 2", "weak, frozen prior"}
+    assert names == {"weak, supervised", "weak, plain", "weak, gamma 2", "weak, language steering"}
 
     lost = next((out / "cells").glob("weak-gamma_2-*-0.json"))
     before = json.loads(lost.read_text())

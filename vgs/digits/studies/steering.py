@@ -106,7 +106,7 @@ def quick_study() -> StudySettings:
 
     tiny = quick_settings().recipes
     models = {"teacher": tiny["teacher"], "weak": tiny["student"]}
-    return StudySettings((0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("lam 0",), models)
+    return StudySettings((0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("language steering",), models)
 
 
 def run_study(
