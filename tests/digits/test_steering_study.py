@@ -79,20 +79,24 @@ def test_the_rate_of_an_arm_is_the_best_on_validation_pictures() -> None:
     assert steering_summary.best_rates(trials) == {("weak", "plain"): 3e-4, ("weak", "gamma 2"): 1e-3}
 
 
-def cell(arm: str, seed: int, right: float) -> dict:
+def cell(arm: str, seed: int, right: float, seen: float = 0.0) -> dict:
     bins = {term: [float(seed)] * 3 for term in steering.TERMS}
+    bins["visual"][-1] += seen
     return {"student": "weak", "arm": arm, "seed": seed, "test": {"answers": right, "digits": right}, "bins": bins}
 
 
 def test_differences_are_paired_and_collapses_counted() -> None:
     before = [{"student": "weak", **cell("before", 0, 0.5)}]
     runs = [cell("plain", seed, 0.6 + 0.1 * seed) for seed in range(3)]
-    runs += [cell("gamma 2", seed, 0.65 + 0.1 * seed) for seed in range(2)] + [cell("gamma 2", 2, 0.3)]
+    runs += [cell("gamma 2", seed, 0.65 + 0.1 * seed, seen=-0.5) for seed in range(2)] + [cell("gamma 2", 2, 0.3)]
     plain, steered = steering_summary.summarise(before, runs)
     assert plain["gain"] == (0.0, 0.0, 0.0) and plain["collapsed"] == 0
     mean, low, high = steered["gain"]
     assert mean == pytest.approx((0.05 + 0.05 - 0.5) / 3) and steered["collapsed"] == pytest.approx(1 / 3)
     # Of three seeds, all of a resample are the worst one in 1 of 27: the lower end of 95 % is its difference.
     assert low == pytest.approx(-0.5) and high == pytest.approx(0.05)
-    assert steered["bins"]["visual"] == [1.0, 1.0, 1.0]
+    assert steered["bins"]["visual"] == pytest.approx([1.0, 1.0, 1.0 - 1 / 3])
+    visual, language = steered["terms"]["visual"], steered["terms"]["language"]
+    assert visual["high"] == pytest.approx((-0.5 / 3, -0.25, 0.0)) and visual["all"][0] == pytest.approx(-1 / 9)
+    assert language["high"] == language["low"] == (0.0, 0.0, 0.0)
     assert math.isnan(steering_summary.paired_interval([0.1])[1])

@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 
 from ..plots import COLOURS, INK, save
 
+#: Terms that are compared and drawn.
+TERMS = ("standard", "visual", "language")
+#: Parts of the tokens, by bin of visual dependency, that terms are compared in.
+PARTS = {"all": slice(None), "low": slice(0, 5), "high": slice(-2, None)}
 #: Accuracy lost against the student before that counts as a collapse.
 COLLAPSE = 0.1
 
@@ -62,26 +66,37 @@ def summarise(before: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, A
     Returns:
         A row for each student and arm: ``answers`` and ``digits`` (means), ``gain`` and ``digits_gain`` (against plain
         distillation, seed by seed: mean, low, high), ``collapsed`` (fraction of runs that ended more than `COLLAPSE`
-        below the student before), ``bins`` (for each term its means by bin of visual dependency).
+        below the student before), ``bins`` (for each term its means by bin of visual dependency), ``terms`` (for each
+        term and part of the tokens, of `PARTS`, the difference from plain distillation in nats per token: mean, low,
+        high).
     """
     start = {cell["student"]: cell for cell in before}
     rows = []
     for student in start:
         own = [run for run in runs if run["student"] == student]
-        plain = {run["seed"]: run["test"] for run in own if run["arm"] == "plain"}
+        plain = {run["seed"]: run for run in own if run["arm"] == "plain"}
         for arm in dict.fromkeys(run["arm"] for run in own):
             of_arm = [run for run in own if run["arm"] == arm]
             row: dict[str, Any] = {"student": student, "arm": arm}
             for key, name in (("answers", "gain"), ("digits", "digits_gain")):
                 row[key] = statistics.fmean(run["test"][key] for run in of_arm)
-                row[name] = paired_interval([run["test"][key] - plain[run["seed"]][key] for run in of_arm])
+                row[name] = paired_interval([run["test"][key] - plain[run["seed"]]["test"][key] for run in of_arm])
             limit = start[student]["test"]["answers"] - COLLAPSE
             row["collapsed"] = statistics.fmean(run["test"]["answers"] < limit for run in of_arm)
             row["bins"] = {
                 term: np.mean([run["bins"][term] for run in of_arm], axis=0).tolist() for term in of_arm[0]["bins"]
             }
+            row["terms"] = {
+                term: {part: paired_interval(_changes(of_arm, plain, term, part)) for part in PARTS} for term in TERMS
+            }
             rows.append(row)
     return rows
+
+
+def _changes(runs: Sequence[Mapping[str, Any]], plain: Mapping[int, Any], term: str, part: str) -> list[float]:
+    """What a term has more in part of the tokens than after plain distillation, for each run."""
+    pairs = [(run["bins"][term][PARTS[part]], plain[run["seed"]]["bins"][term][PARTS[part]]) for run in runs]
+    return [float(np.mean(own) - np.mean(other)) for own, other in pairs]
 
 
 def draw(out: Path, results: Mapping[str, Any], arms: Sequence[str]) -> None:
@@ -112,13 +127,12 @@ def draw(out: Path, results: Mapping[str, Any], arms: Sequence[str]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(students), frameon=False)
     save(figure, out / "phase_diagram.png")
 
-    terms = ("standard", "visual", "language")
-    figure = Figure(figsize=(3.4 * len(terms), 2.6 * len(students) + 0.5), dpi=150, layout="constrained")
-    axes = figure.subplots(len(students), len(terms), squeeze=False, sharex=True)
+    figure = Figure(figsize=(3.4 * len(TERMS), 2.6 * len(students) + 0.5), dpi=150, layout="constrained")
+    axes = figure.subplots(len(students), len(TERMS), squeeze=False, sharex=True)
     shown = ("before", *(arm for arm in arms if arm in ("plain", "gamma 2", "gamma 2, frozen prior")))
     for line, student, cell in zip(axes, students, results["before"], strict=True):
         bins = {"before": cell["bins"], **{arm: rows[student, arm]["bins"] for arm in shown[1:]}}
-        for axis, term in zip(line, terms, strict=True):
+        for axis, term in zip(line, TERMS, strict=True):
             for arm, colour in zip(shown, ("#999999", *COLOURS), strict=False):
                 axis.plot(np.arange(1, len(bins[arm][term]) + 1), bins[arm][term], color=colour, label=arm)
             axis.set_title(f"{student}: {term}", fontsize=9, color=INK)
