@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers import ProcessorMixin
 
 pytest.importorskip("sklearn")
+
 
 from vgs.digits import task as digits
 from vgs.digits.grading import grade, greedy_answers
@@ -237,3 +239,21 @@ def test_conclude_is_symmetric_arithmetic():
         assert conclude("sum", (a, b)) == conclude("sum", (b, a)) == a + b
         assert conclude("difference", (a, b)) == conclude("difference", (b, a)) >= 0
         assert {conclude("larger", (a, b)), conclude("smaller", (a, b))} == {a, b}
+
+
+def test_a_prompt_that_was_encoded_before_is_not_encoded_again(monkeypatch):
+    processor, question = build_processor(), take("test", 1, seed=11)[0]
+    calls, encode = [], ProcessorMixin.__call__
+    monkeypatch.setattr(ProcessorMixin, "__call__", lambda self, *x, **y: calls.append(1) or encode(self, *x, **y))
+    options = {
+        "text": [f"{VISION_START}{IMAGE}{VISION_END} what ?"],
+        "images": [question.image],
+        "return_tensors": "pt",
+    }
+    one, other = processor(**options), build_processor()(**options)
+    assert len(calls) == 1 and one is not other
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    processor(**{**options, "images": [take("test", 2, seed=11)[1].image]})
+    processor.image_processor.image_mean = [0.5] * 3
+    changed = processor(**options)
+    assert len(calls) == 3 and not torch.equal(changed["pixel_values"], one["pixel_values"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -58,6 +59,22 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _frozen(value: Any) -> Any:
+    """Something that is equal for equal arguments."""
+    if isinstance(value, Image.Image):
+        return value.mode, value.size, value.tobytes()
+    if isinstance(value, dict):
+        return tuple((name, _frozen(x)) for name, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+
+
+#: Calls whose results are kept: a study's runs ask the same questions, arm by arm and check by check.
+KEPT = 4096
+_KEPT: dict[Any, Any] = {}
+
+
 class DigitsProcessor(ProcessorMixin):
     """Qwen3-VL's processor without the video half, which would need torchvision."""
 
@@ -72,7 +89,17 @@ class DigitsProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def __call__(self, *args, return_mm_token_type_ids: bool = True, **kwargs):
-        return super().__call__(*args, return_mm_token_type_ids=return_mm_token_type_ids, **kwargs)
+        """As any processor; what it was asked before, such as the questions of every evaluation, it has kept."""
+        kwargs["return_mm_token_type_ids"] = return_mm_token_type_ids
+        if isinstance(texts := kwargs.get("text"), list) and len(texts) > 1:  # a batch of training, asked once
+            return super().__call__(*args, **kwargs)
+        key = _frozen([vars(self.image_processor), len(self.tokenizer), args, kwargs])
+        if (found := _KEPT.get(key)) is None:
+            found = super().__call__(*args, **kwargs)
+            if len(_KEPT) == KEPT:
+                del _KEPT[next(iter(_KEPT))]
+            _KEPT[key] = found
+        return type(found)(dict(found))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: one for every merged patch."""
