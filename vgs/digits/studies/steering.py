@@ -55,9 +55,11 @@ BINS = 10
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Budget of the study: at most two hours on two cores."""
+    """Budget of the study: at most two hours on two cores. ``part_seeds`` are those of ``PARTS`` and of supervised
+    training."""
 
     seeds: tuple[int, ...] = tuple(range(8))
+    part_seeds: tuple[int, ...] = tuple(range(4))
     steps: int = 64
     batch_size: int = 32
     rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3)
@@ -106,7 +108,9 @@ def quick_study() -> StudySettings:
 
     tiny = quick_settings().recipes
     models = {"teacher": tiny["teacher"], "weak": tiny["student"]}
-    return StudySettings((0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("language steering",), models)
+    return StudySettings(
+        (0,), (0,), 2, 4, (1e-3,), 50, 1, 4, 8, 1, ("plain", "gamma 2"), ("language steering",), models
+    )
 
 
 def run_study(
@@ -145,9 +149,11 @@ def run_study(
             for rate in settings.rates
         ]
         rates = steering_summary.best_rates(run(trials))
-        arms = [(student, arm, rates[student, arm]) for student in students for arm in (SUPERVISED, *settings.arms)]
-        arms += [(middle, arm, rates[middle, "gamma 2"]) for arm in settings.parts]
-        runs = run([Cell(*arm, seed) for seed in settings.seeds for arm in arms])
+        arms = [(student, arm, rates[student, arm]) for student in students for arm in settings.arms]
+        parts = [(student, SUPERVISED, rates[student, SUPERVISED]) for student in students]
+        parts += [(middle, arm, rates[middle, "gamma 2"]) for arm in settings.parts]
+        asked = {seed: arms + (parts if seed in settings.part_seeds else []) for seed in settings.seeds}
+        runs = run([Cell(*arm, seed) for seed, chosen in asked.items() for arm in chosen])
     results: dict[str, Any] = {
         "settings": {**dataclasses.asdict(settings), "arms": {**ARMS, **PARTS}},
         "versions": versions(),
@@ -172,7 +178,7 @@ def claim(out: Path, settings: StudySettings) -> None:
         ConfigError: its cells are of other settings or versions.
     """
     # Seeds may be added later; where a run is computed changes nothing.
-    facts = dataclasses.asdict(dataclasses.replace(settings, seeds=(), workers=1))
+    facts = dataclasses.asdict(dataclasses.replace(settings, seeds=(), part_seeds=(), workers=1))
     text = json.dumps([facts, ARMS, PARTS, versions()], sort_keys=True)
     mark, digest = out / "cells" / "settings", hashlib.sha256(text.encode()).hexdigest()
     mark.parent.mkdir(parents=True, exist_ok=True)
