@@ -177,6 +177,7 @@ def table(results: Mapping[str, Any]) -> str:
         angles.append(f"{cell['student']} {shown[0]} ({shown[1]} in the bin of highest visual dependency)")
     settings, teacher = results["settings"], results["before"][0]["teacher"]["answers"]
     note = f"{settings['test_size']} questions about held-out pictures, greedy answers; differences seed by seed, mean "
-    note += f"and 95 % bootstrap interval over {len(settings['seeds'])} seeds; the teacher answers {percent(teacher)}."
+    note += f"and 95 % bootstrap interval over {len(settings['seeds'])} seeds ({len(settings['part_seeds'])} of "
+    note += f"supervised training and of single parts); the teacher answers {percent(teacher)}."
     note += "\nAngle between the gradients of language and visual before training, degrees: " + ", ".join(angles) + "."
     return "\n".join(["", *lines, "", note, f"{results['seconds']:.0f} s in this call"])
