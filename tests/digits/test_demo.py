@@ -80,7 +80,10 @@ def test_table_gives_mean_and_spread():
     lines = {line.split()[0]: line for line in demo.table(results).splitlines() if line.strip()}
     assert "50.0 %" in lines["before"] and "±" not in lines["before"]
     assert "75.0 ± 7.1 %" in lines["plain"] and "0.40 ± 0.00" in lines["plain"]
-    assert "75.0 ± 21.2 %" in lines["VGS"]
+    found = [line for line in demo.table(results).splitlines() if line.split()[:1] == ["VGS"]]
+    assert "75.0 ± 21.2 %" in found[0]
+    # Differences of -10 and 10 points: a standard deviation of 14.1, and t of one degree of freedom is 12.7.
+    assert found[1].startswith("VGS - plain: +0.0 ± 127.1 points of answers right")
 
 
 def test_smooth_is_a_trailing_mean():

@@ -11,10 +11,11 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..reports.statistics import interval
 from .short_runs import short_run, short_run_options, smooth
 from .workers import line, quiet, versions, workers
 
@@ -50,7 +51,15 @@ class DemoSettings:
     test_size: int = 600
     shown: int = 6
     workers: int = 2  # processes of one thread each, so that numbers do not depend on the number of cores
-    recipes: Mapping[str, Recipe] | None = None  # None: the task's own
+    recipes: Mapping[str, Recipe] = field(default_factory=dict)  # of "teacher" and "student"
+
+
+def demo_recipes() -> dict[str, Recipe]:
+    """The student that reads most of the digits, with much left to learn, and its teacher; see `vgs study steering`."""
+    from .pretraining import noisy_recipes
+
+    found = noisy_recipes()
+    return {"teacher": found["teacher"], "student": found["good"]}
 
 
 def quick_settings() -> DemoSettings:
@@ -75,7 +84,7 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         cache: folder for the trained teacher and student; None means `~/.cache/vgs`.
         quick: a budget of seconds, to see that everything runs.
     """
-    settings = quick_settings() if quick else DemoSettings()
+    settings = quick_settings() if quick else DemoSettings(recipes=demo_recipes())
     out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -92,7 +101,7 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         "runs": runs,
     }
     draw(out, results, settings)
-    results["questions"] = asked(settings.shown)
+    results["questions"] = asked(settings.shown, settings.recipes["teacher"].noise)
     results["seconds"] = {"models": prepared, "total": time.perf_counter() - started}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
@@ -132,15 +141,15 @@ def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) 
     """
     from .grading import accuracy
     from .pictures import take
-    from .pretraining import RECIPES, pretrained
+    from .pretraining import pretrained
 
-    recipes = settings.recipes or RECIPES
+    recipes = settings.recipes
     with quiet():
         teacher, processor = pretrained("teacher", cache, recipe=recipes["teacher"])
         student, _ = pretrained("student", cache, recipe=recipes["student"])
-        test = take("test", settings.test_size, seed=0)
+        test = take("test", settings.test_size, seed=0, noise=recipes["teacher"].noise)
         if arm == "before":
-            validation = take("validation", settings.validation_size, seed=0)
+            validation = take("validation", settings.validation_size, seed=0, noise=recipes["teacher"].noise)
             run = {
                 "validation": accuracy(student, processor, validation)["answers"],
                 "teacher": accuracy(teacher, processor, test),
@@ -160,7 +169,8 @@ def train(
         arm, seed, settings, out: see `distil`.
     """
     options = short_run_options(settings, out, arm, seed) | ARMS[arm]
-    return distillation(student, teacher, processor, options, settings, seed, f"{arm}, seed {seed}")
+    noise = settings.recipes["teacher"].noise
+    return distillation(student, teacher, processor, options, settings, seed, f"{arm}, seed {seed}", noise=noise)
 
 
 def distillation(
@@ -267,17 +277,18 @@ def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
                 for name, run in speakers.items()
             ],
         )
-        for i, example in enumerate(take("test", settings.shown, seed=0))
+        for i, example in enumerate(take("test", settings.shown, seed=0, noise=settings.recipes["teacher"].noise))
     ]
     title = "Held-out pictures, answers before and after distillation"
     answer_sheets(out / "answers.png", sheets, title, "visual dependency of a word (nats)")
 
 
-def asked(count: int) -> list[dict[str, Any]]:
+def asked(count: int, noise: float) -> list[dict[str, Any]]:
     """The questions whose answers are kept word by word, with their pictures as data URIs, for `vgs report`.
 
     Args:
         count: how many.
+        noise: of the pictures.
     """
     import base64
     import io
@@ -285,7 +296,7 @@ def asked(count: int) -> list[dict[str, Any]]:
     from .pictures import take
 
     questions = []
-    for example in take("test", count, seed=0):
+    for example in take("test", count, seed=0, noise=noise):
         content = io.BytesIO()
         example.image.save(content, format="PNG")
         picture = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
@@ -314,7 +325,24 @@ def table(results: dict[str, Any]) -> str:
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+    differences = [
+        f"{arm} - plain: {difference(entries, arms['plain'])} points of answers right (± half a 95 % interval)"
+        for arm, entries in arms.items()
+        if arm not in ("before", "plain")
+    ]
     teacher, questions = results["teacher"], results["settings"]["test_size"]
     note = f"{questions} questions about held-out pictures, {len(results['settings']['seeds'])} seeds"
     note += f"; the teacher answers {100 * teacher['answers']:.1f} % right; terms in nats per token of greedy answers"
-    return "\n".join(["", *lines, "", note, f"{results['seconds']['total']:.0f} s in total"])
+    return "\n".join(["", *lines, "", *differences, note, f"{results['seconds']['total']:.0f} s in total"])
+
+
+def difference(runs: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> str:
+    """The mean difference in answers right, in points, ± half its 95 % t-interval over seeds.
+
+    Args:
+        runs, plain: of the same seeds, in the same order.
+    """
+    pairs = zip(runs, plain, strict=True)
+    found = [100 * (run["test"]["answers"] - other["test"]["answers"]) for run, other in pairs]
+    mean, half = interval(found)
+    return f"{mean:+.1f}" if len(found) < 2 else f"{mean:+.1f} ± {half:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,20 @@ RECIPES = {
         Habits((0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
     ),
 }
+
+#: Steps on captions and on pictures of the students on which steering is studied, the least mature vision first.
+MATURITIES = {"weak": (100, 40), "fair": (150, 132), "good": (150, 210)}
+NOISY = 0.2  # of the pictures that they and their teacher see
+
+
+def noisy_recipes() -> dict[str, Recipe]:
+    """A teacher, and students of the same language and three maturities of vision; all see noisy pictures."""
+    found = {"teacher": replace(RECIPES["teacher"], noise=NOISY)}
+    base = RECIPES["student"]
+    for name, (captions, pictures) in MATURITIES.items():
+        phases = (Phase(captions, **CAPTIONS), Phase(600, **TEXT), Phase(pictures, learning_rate=2e-3))
+        found[name] = replace(base, phases=phases, noise=NOISY)
+    return found
 
 
 def encode(processor: DigitsProcessor, batch: Sequence[Lesson]) -> dict[str, torch.Tensor]:

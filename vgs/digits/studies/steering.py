@@ -70,7 +70,7 @@ class StudySettings:
     workers: int = 2
     arms: tuple[str, ...] = tuple(ARMS)
     parts: tuple[str, ...] = tuple(PARTS)
-    recipes: Mapping[str, Recipe] | None = None  # None: `students` and their teacher
+    recipes: Mapping[str, Recipe] | None = None  # None: `pretraining.noisy_recipes`
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,6 @@ class Cell:
     def name(self) -> str:
         """Of its file."""
         return "-".join([self.student, self.arm.replace(" ", "_"), f"{self.rate:g}", str(self.seed)])
-
-
-def recipes() -> dict[str, Recipe]:
-    """The teacher, and the students from the least mature vision to the most; all see the same noisy pictures."""
-    from ..pictures import Habits
-    from ..pretraining import CAPTIONS, RECIPES, TEXT, Phase, Recipe
-
-    noise = 0.2
-    found = {"teacher": dataclasses.replace(RECIPES["teacher"], noise=noise)}
-    base = RECIPES["student"]
-    for name, captions, pictures in (("weak", 100, 40), ("fair", 150, 132), ("good", 150, 210)):
-        phases = (Phase(captions, **CAPTIONS), Phase(600, **TEXT), Phase(pictures, learning_rate=2e-3))
-        found[name] = Recipe(base.shape, phases, Habits(base.habits.readings, base.habits.conclusions), noise)
-    return found
 
 
 def quick_study() -> StudySettings:
@@ -129,7 +115,10 @@ def run_study(
         ConfigError: `out` has cells of other settings or versions.
     """
     settings = settings or (quick_study() if quick else StudySettings())
-    settings = dataclasses.replace(settings, recipes=settings.recipes or recipes())
+    if settings.recipes is None:
+        from ..pretraining import noisy_recipes
+
+        settings = dataclasses.replace(settings, recipes=noisy_recipes())
     out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
     claim(out, settings)
     started = time.perf_counter()
