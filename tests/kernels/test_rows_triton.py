@@ -44,7 +44,7 @@ def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap
     torch.testing.assert_close(states[1], states[0], rtol=2e-5, atol=2e-6)
 
     for prior in (False, True) if four else ():
-        coefficients = RowCoefficients(*torch.rand(3, n), prior)
+        coefficients = RowCoefficients(*torch.rand(2, n), live_prior=prior)
         whole = torch.full((2, 2, n, width or columns), torch.nan)
         for backend, gradients in zip((entries_torch, entries_triton), whole, strict=True):
             out, out_text = gradients[..., :columns]
