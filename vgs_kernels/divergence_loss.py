@@ -64,7 +64,7 @@ class DivergenceLoss(Loss):
             raise ValueError(f"top_k must be at most the vocabulary's {shard.total} entries, got {divergence.top_k}.")
         super().__init__(shard.local(ids))
         self.divergence, self.policy = divergence, policy
-        self._weights, self._shard, self._gain, self._totals = token_weights, shard, gain, backend.totals
+        self._weights, self._shard, self._gain, self._backend = token_weights, shard, gain, backend
         self.unit_weights, self.unit = token_weights, unit
         if unit is None:
             self.unit_weights, self.unit = unit_weights(token_weights, token_weights.dtype, policy=policy)
@@ -95,32 +95,39 @@ class DivergenceLoss(Loss):
 
         A KL follows from the statistics. Where their sums nearly cancel, for the rows are nearly equal or an entry has
         all the mass, entries are summed. So they are of any other divergence, and of all tokens where the host would
-        have to wait for the device to know which.
+        have to wait for the device to know which, unless the backend itself ``skips`` the others.
         """
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
-        kind, plain = self.divergence.kind, self.divergence.clip is None and limit is None
-        if state.device.type != "cpu" or not plain or kind not in ("reverse_kl", "forward_kl"):
-            return self._add_entries(state, tiles, sums, slice(None), limit)
+        kind, above = self.divergence.kind, None
+        if self.divergence.clip is None and limit is None and kind in ("reverse_kl", "forward_kl"):
+            above = -torch.inf if self._gradient_alone else NEARLY_EQUAL
+        if above is None or state.device.type != "cpu" or self._backend.skips:
+            skips = above is not None and self._backend.skips and tiles.spans and self._shard.group is None
+            return self._add_entries(state, tiles, sums, slice(None), limit, **({"above": above} if skips else {}))
         x, row = Statistics(state), "s" if kind == "reverse_kl" else "t"
         value = x.kl(f"{row}_gap")
         sums[0], sums[3] = value, value if kind == "reverse_kl" else -1
-        needed = x["s_sum"] < 1 / LARGE
-        if not self._gradient_alone:
-            needed |= (value < NEARLY_EQUAL) & ~x.near(f"{row}_rest")
+        needed = (x["s_sum"] < 1 / LARGE) | ((value < above) & ~x.near(f"{row}_rest"))
         at = needed.nonzero().squeeze(1)
         exact = torch.zeros_like(sums[:, at])
-        self._add_entries(state[:, at], tiles, exact, at, None)
+        self._add_entries(state[:, at], tiles, exact, at)
         sums[:, at] = exact
         return {}
 
     def _add_entries(
-        self, state: Tensor, tiles: Tiles, sums: Tensor, at: Tensor | slice, limit: Tensor | None
+        self,
+        state: Tensor,
+        tiles: Tiles,
+        sums: Tensor,
+        at: Tensor | slice,
+        limit: Tensor | None = None,
+        **options: float,
     ) -> dict[str, Tensor]:
         """The same by entries, of the tokens ``at``, whose state this is; with a limit, of all tokens."""
         tails = None if limit is None else state.new_full((len(TAILS), state.shape[1]), -torch.inf)
         for _, tile in tiles if state.shape[1] else ():
             here = tile.pair_at(at) if isinstance(at, Tensor) else tile
-            self._totals(here, state, self.divergence, limit, sums, tails)
+            self._backend.totals(here, state, self.divergence, limit, sums, tails, **options)
         self._shard.sum(sums)
         if limit is None:
             return {}

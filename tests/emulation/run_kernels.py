@@ -39,7 +39,7 @@ WITNESSES = {
         "given, aligned, JSD, clipped top-k, masked",
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
-    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked"],
+    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked", "given, aligned, reverse KL, masked"],
 }
 
 

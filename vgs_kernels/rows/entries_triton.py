@@ -121,6 +121,21 @@ def _log_ratio(state_ptr, state_stride):
 
 
 @triton.jit
+def _of_statistics(state_ptr, state_stride, above, KIND: tl.constexpr):
+    """A KL, what its gradient is centred at, and whether both are exact: neither too small nor of a certain student."""
+    s_sum = tl.load(state_ptr + state_stride)
+    t_sum = tl.load(state_ptr + 3 * state_stride)
+    log_ratio = tl.log(tl.div_rn(s_sum, t_sum))
+    if KIND == _REVERSE:
+        value = tl.div_rn(tl.load(state_ptr + 5 * state_stride), s_sum) - log_ratio
+        mean = value
+    else:
+        value = tl.div_rn(tl.load(state_ptr + 6 * state_stride), t_sum) + log_ratio
+        mean = value * 0 - 1
+    return value, mean, (s_sum >= 1 / _LARGE) & (value >= above)
+
+
+@triton.jit
 def _tail(maximum, total, x, outside):
     """Fold columns outside of a support into a lane's maximum and sum of exponentials. Without any, its sum is void."""
     x = tl.maximum(tl.where(outside, x, NOTHING), NOTHING)
@@ -142,8 +157,8 @@ def _log_sum(maximum, total):
 def totals_kernel(
     s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, limit_ptr,
     out_ptr, n_rows, n_columns, n_loaded, n_blocks,
-    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip, above,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, SKIP: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +170,10 @@ def totals_kernel(
     shift = _log_ratio(state_ptr, state_stride)
     begin = tl.program_id(1) * (n_blocks * LANES * WIDTH)
     end = tl.minimum(begin + n_blocks * LANES * WIDTH, n_columns)
+    if SKIP:
+        of_statistics, mean, skipped = _of_statistics(state_ptr, state_stride, above, KIND)
+        end = tl.where(skipped, begin, end)
+        skipped &= tl.program_id(1) == 0  # the first split speaks for all
     lane = tl.arange(0, LANES)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
@@ -187,10 +206,15 @@ def totals_kernel(
         rests += lane_sum(tl.where(large, 0.0, p))
         tops += lane_sum(tl.where(large, slope, 0.0))
     out_ptr += tl.program_id(1) * 6 * n_rows + row
-    tl.store(out_ptr, tl.sum(values, axis=0))
+    value = tl.sum(values, axis=0)
+    top = tl.sum(tops, axis=0)
+    if SKIP:
+        value = tl.where(skipped, of_statistics, value)
+        top = tl.where(skipped, mean, top)
+    tl.store(out_ptr, value)
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
     tl.store(out_ptr + 2 * n_rows, tl.sum(rests, axis=0))
-    tl.store(out_ptr + 3 * n_rows, tl.sum(tops, axis=0))
+    tl.store(out_ptr + 3 * n_rows, top)
     if TAIL:
         tl.store(out_ptr + 4 * n_rows, _log_sum(s_max, s_tail))
         tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
@@ -284,9 +308,18 @@ def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[
 
 
 def totals(
-    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence,
+    limit: Tensor | None,
+    sums: Tensor,
+    tails: Tensor | None,
+    above: float | None = None,
 ) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
+
+    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary.
+    """
     x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
     scalars, options = _options(divergence, limit)
     layout, count, blocks = statistics_launch(x)
@@ -294,6 +327,7 @@ def totals(
     totals_kernel[(n_rows, count)](
         *x.rows, *x.strides, state, state.stride(0), state if limit is None else limit,
         parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
+        0.0 if above is None else above, SKIP=above is not None,
         **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
