@@ -104,8 +104,12 @@ KERNELS = {
         entries_triton.totals_kernel,
         "read",
         _entries(
-            *("CLIP TAIL", _FEW_READS),
-            {"reverse_kl": ("", "CLIP TAIL"), "forward_kl": ("", "CLIP TAIL"), "jsd": ("", "CLIP", "CLIP TAIL")},
+            *("CLIP TAIL SKIP", _FEW_READS),
+            {
+                "reverse_kl": ("SKIP", "CLIP TAIL"),
+                "forward_kl": ("SKIP", "CLIP TAIL"),
+                "jsd": ("", "CLIP", "CLIP TAIL"),
+            },
         ),
     ),
 }

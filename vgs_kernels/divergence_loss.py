@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .active_columns import SHARES
 from .arguments import Call, StudentGradients
 from .divergence import Divergence
 from .driver import Loss, Tiles, sweep
@@ -65,109 +64,102 @@ class DivergenceLoss(Loss):
             raise ValueError(f"top_k must be at most the vocabulary's {shard.total} entries, got {divergence.top_k}.")
         super().__init__(shard.local(ids))
         self.divergence, self.policy = divergence, policy
-        self._weights, self._shard, self._gain, self._totals = token_weights, shard, gain, backend.totals
+        self._weights, self._shard, self._gain, self._backend = token_weights, shard, gain, backend
         self.unit_weights, self.unit = token_weights, unit
         if unit is None:
             self.unit_weights, self.unit = unit_weights(token_weights, token_weights.dtype, policy=policy)
         self._gradient_alone = gradient_alone
         self._sampled = divergence.kind == "sampled_reverse_kl"
         self.picks = 2 if self._sampled else 1
-        self._found: list[list[Tensor]] = []
+        self._of_logits = self.unit_weights * (gain * divergence.scale)
+        self._sums = token_weights.new_zeros(len(SUMS), len(token_weights))
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
-        x = Statistics(state)
-        logps = None if picked is None else x.log_probability(picked[0])
+        sums, weight, pull = self._sums[:, rows], self._of_logits[rows], None
+        of_tail = {} if self._sampled else self._add_up(state, tiles, sums)
         if self._sampled:
-            value = logps - x.log_probability(picked[1], "t")
-            scalars = {"mean": torch.zeros_like(value), "top": torch.zeros_like(value)}
-        else:
-            value, scalars = self._value(x, state, tiles)
-        # A student without any mass inside the support, as of distributions that do not meet.
-        value = value.masked_fill(x["s_sum"] == 0, torch.inf)
-        value, weight = self._clipped(value, rows)
-        found, pull = [value * self.divergence.scale, x.entropy, *([] if logps is None else [logps])], None
-        if self._sampled:
-            pull = scaled(weight, value)
+            pull = scaled(weight, self._clipped(self._values(state, picked, rows)))
             weight = torch.zeros_like(weight)
+        elif self.divergence.token_clip is not None:
+            weight = torch.where(self._values(state, picked, rows) > self.divergence.token_clip, 0, weight)
         if self.policy is not None:
-            policy_value, slope = self.policy.evaluate(logps, rows)
+            slope = self.policy.evaluate(Statistics(state).log_probability(picked[0]), rows)[1]
             slope = scaled(self.policy.weights[rows] / self.unit * self._gain, slope)
             pull = slope if pull is None else pull + slope
-            found.append(policy_value)
-        self._found.append(found)
-        scalars = {name: x.to(state.dtype) for name, x in {**scalars, "weight": weight}.items()}
         if pull is not None:
-            scalars |= {"policy": pull.to(state.dtype), "chosen": self.ids[rows]}
-        return RowCoefficients(**scalars)
+            of_tail |= {"policy": pull.to(state.dtype), "chosen": self.ids[rows]}
+        return RowCoefficients(weight, sums=sums, **of_tail)
 
-    def _value(self, x: Statistics, state: Tensor, tiles: Tiles) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [R] before clipping, and the scalars of the gradient before weights.
+    def _add_up(self, state: Tensor, tiles: Tiles, sums: Tensor) -> dict[str, Tensor]:
+        """Fill ``SUMS`` [4, R]; returns the scalars of a tail.
 
         A KL follows from the statistics. Where their sums nearly cancel, for the rows are nearly equal or an entry has
         all the mass, entries are summed. So they are of any other divergence, and of all tokens where the host would
-        have to wait for the device to know which.
+        have to wait for the device to know which, unless the backend itself ``skips`` the others.
         """
         limit = tiles.limit if self.divergence.support == "student_top_k" else None
-        kind, plain = self.divergence.kind, self.divergence.clip is None and limit is None
-        if state.device.type != "cpu" or not plain or kind not in ("reverse_kl", "forward_kl"):
-            return self._summed(x, state, tiles, slice(None), limit)
-        row = "s" if kind == "reverse_kl" else "t"
+        kind, above = self.divergence.kind, None
+        if self.divergence.clip is None and limit is None and kind in ("reverse_kl", "forward_kl"):
+            above = -torch.inf if self._gradient_alone else NEARLY_EQUAL
+        if above is None or state.device.type != "cpu" or self._backend.skips:
+            skips = above is not None and self._backend.skips and tiles.spans and self._shard.group is None
+            return self._add_entries(state, tiles, sums, slice(None), limit, **({"above": above} if skips else {}))
+        x, row = Statistics(state), "s" if kind == "reverse_kl" else "t"
         value = x.kl(f"{row}_gap")
-        mean = value.clone() if kind == "reverse_kl" else torch.full_like(value, -1)
-        scalars = {"mean": mean, "top": torch.zeros_like(value)}
-        needed = x["s_sum"] < 1 / LARGE
-        if not self._gradient_alone:
-            needed |= (value < NEARLY_EQUAL) & ~x.near(f"{row}_rest")
+        sums[0], sums[3] = value, value if kind == "reverse_kl" else -1
+        needed = (x["s_sum"] < 1 / LARGE) | ((value < above) & ~x.near(f"{row}_rest"))
         at = needed.nonzero().squeeze(1)
-        value[at], exact = self._summed(x, state[:, at], tiles, at, limit)
-        for name, values in scalars.items():
-            values[at] = exact[name]
-        return value, scalars
+        exact = torch.zeros_like(sums[:, at])
+        self._add_entries(state[:, at], tiles, exact, at)
+        sums[:, at] = exact
+        return {}
 
-    def _summed(
-        self, x: Statistics, state: Tensor, tiles: Tiles, at: Tensor | slice, limit: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same by sums over entries, of the tokens ``at``, whose state this is; with a limit, of all tokens."""
-        sums = state.new_zeros(len(SUMS), state.shape[1])
-        tails = state.new_full((len(TAILS), state.shape[1]), -torch.inf)
+    def _add_entries(
+        self,
+        state: Tensor,
+        tiles: Tiles,
+        sums: Tensor,
+        at: Tensor | slice,
+        limit: Tensor | None = None,
+        **options: float,
+    ) -> dict[str, Tensor]:
+        """The same by entries, of the tokens ``at``, whose state this is; with a limit, of all tokens."""
+        tails = None if limit is None else state.new_full((len(TAILS), state.shape[1]), -torch.inf)
         for _, tile in tiles if state.shape[1] else ():
             here = tile.pair_at(at) if isinstance(at, Tensor) else tile
-            self._totals(here, state, self.divergence, limit, sums, tails)
+            self._backend.totals(here, state, self.divergence, limit, sums, tails, **options)
         self._shard.sum(sums)
-        value, slope, rest, top = wide(sums)
-        of_tail = {}
-        if limit is not None:
-            self._shard.sum_exponentials(tails)
-            log_p, log_q = (tail - x[f"{name}_sum"].log() for tail, name in zip(wide(tails), "st", strict=True))
-            p, q = log_p.exp(), log_q.exp()
-            tail_value, tail_slope = entry(p, q, log_p - log_q, self.divergence)
-            value, slope, rest = value + tail_value, slope + tail_slope, rest + p
-            of_tail = {"tail_slope": tail_slope, "tail_log": tails[0], "limit": limit}
-        # (1 - p) * slope - p * all other slopes, of the entry with all the mass.
-        return value, {"mean": slope + top, "top": rest * top - (1 - rest) * slope, **of_tail}
-
-    def _clipped(self, value: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Values after the clip of a token, and the weights of their gradients."""
-        weight = self.unit_weights[rows] * (self._gain * self.divergence.scale)
-        limit = self.divergence.token_clip
         if limit is None:
-            return value, weight
+            return {}
+        self._shard.sum_exponentials(tails)
+        x = Statistics(state)
+        log_p, log_q = (tail - x[f"{name}_sum"].log() for tail, name in zip(wide(tails), "st", strict=True))
+        value, slope = entry(log_p.exp(), log_q.exp(), log_p - log_q, self.divergence)
+        sums[:3] += torch.stack([value, slope, log_p.exp()])
+        return {"tail_slope": slope.to(state.dtype), "tail_log": tails[0], "limit": limit}
+
+    def _values(self, state: Tensor, picked: Tensor | None, rows: slice) -> Tensor:
+        """Values of tokens [R] before a clip of theirs."""
+        x = Statistics(state)
+        value = wide(self._sums[0, rows])
         if self._sampled:
-            return value.clamp(-limit, limit), weight
-        return value.clamp(max=limit), torch.where(value > limit, 0, weight)
+            value = x.log_probability(picked[0]) - x.log_probability(picked[1], "t")
+        # A student without any mass inside the support, as of distributions that do not meet.
+        return value.masked_fill(x["s_sum"] == 0, torch.inf)
 
-    @property
-    def values(self) -> Tensor:
-        """[N] values of all tokens, once they are settled."""
-        return torch.cat([found[0] for found in self._found])
+    def _clipped(self, values: Tensor) -> Tensor:
+        limit = self.divergence.token_clip
+        return values if limit is None else values.clamp(min=-limit if self._sampled else None, max=limit)
 
-    def finish(self, n_terms: int) -> tuple[Tensor, Tensor]:
-        """Losses of the tokens [N] and terms [T, N]."""
-        found = [torch.cat(x) for x in zip(*self._found, strict=True)] or [wide(self._weights)] * n_terms
-        losses = scaled(self._weights.to(found[0].dtype), found[0])
+    def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses of the tokens [N] and terms [T, N], from the statistics of all."""
+        x, value = Statistics(state), self._clipped(self._values(state, picked, slice(None))) * self.divergence.scale
+        terms = [value, x.entropy, *([] if picked is None else [x.log_probability(picked[0])])]
+        losses = scaled(self._weights.to(value.dtype), value)
         if self.policy is not None:
-            losses = losses + scaled(self.policy.weights, found[-1])
-        return losses, torch.stack([term.to(self._weights.dtype) for term in found])
+            terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
+            losses = losses + scaled(self.policy.weights, terms[-1])
+        return losses, torch.stack([term.to(self._weights.dtype) for term in terms])
 
 
 def settings(kind: type[Settings], call: Call) -> Settings:
@@ -214,9 +206,8 @@ def linear(call: Call) -> Outcome:
         call.dtype,
         views,
     )
-    sweep(source, call.backend, loss, gradients.sink(views, source.plan))
+    losses, terms = loss.finish(*sweep(source, call.backend, loss, gradients.sink(views, source.plan)))
     shard.sum(gradients.by_name["student_hidden"])
-    losses, terms = loss.finish(len(set(call.terms) - set(SHARES)))
     return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
 
 
@@ -229,5 +220,5 @@ def dense(call: Call) -> Outcome:
     source = DenseSource([[(1.0, logits)], addends], transform, vocab, DENSE_ROWS, call.dtype, decides, call.live)
     loss = _loss(call, transform.gain, source.shard)
     d_logits = call.logit_gradient("student_logits", vocab, written=True)
-    sweep(source, call.backend, loss, DenseSink([d_logits]) if call.needs else None)
-    return *loss.finish(len(call.terms)), loss.unit, {"student_logits": d_logits}
+    found = sweep(source, call.backend, loss, DenseSink([d_logits]) if call.needs else None)
+    return *loss.finish(*found), loss.unit, {"student_logits": d_logits}

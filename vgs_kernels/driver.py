@@ -134,6 +134,11 @@ class Tiles:
             yield columns, self._tile
 
     @property
+    def spans(self) -> bool:
+        """Whether there is one, of all columns that this rank holds."""
+        return len(self._columns) == 1
+
+    @property
     def whole(self) -> RowTile:
         """The one that spans the vocabulary."""
         ((_, tile),) = self

@@ -23,8 +23,10 @@ def grouped_quantile(values: Tensor, quantile: float, groups: Tensor | None = No
     Returns:
         [N] tensor: the quantile of the group that the token belongs to.
     """
-    if groups is None:
-        groups = torch.zeros_like(values, dtype=torch.int64)
+    if groups is None:  # then the host knows how many there are
+        ordered, position = values.sort().values, quantile * (len(values) - 1)
+        low, high, fraction = ordered[int(position)], ordered[math.ceil(position)], position % 1
+        return (torch.lerp(low, high, fraction) if fraction > 0 else low).expand_as(values)
     order = torch.argsort(values, stable=True)
     order = order[torch.argsort(groups[order], stable=True)]
     ordered, keys = values[order], groups[order].contiguous()
@@ -61,6 +63,8 @@ def thresholds(
         groups = groups.masked_fill(~counted, torch.iinfo(torch.int64).max)
     if objective.vds_scope == "trajectory":
         return [grouped_quantile(vds, q, groups) for q in objective.quantiles]
+    if objective.vds_scope == "call" and counted is None:
+        return [grouped_quantile(vds, q) if len(vds) else vds for q in objective.quantiles]
     pool = vds
     if objective.vds_scope == "ranks":
         pool, groups = (gather_rows(x, group_name) for x in (vds, groups))

@@ -132,4 +132,6 @@ class VocabularyShard(NamedTuple):
             return
         for value in values:
             if value is not None and value.numel():
-                dist.all_reduce(value, group=_resolve(self.group))
+                whole = value.contiguous()  # of some columns a copy: collectives take memory as it lies
+                dist.all_reduce(whole, group=_resolve(self.group))
+                value.copy_(whole)

@@ -5,6 +5,8 @@ This is the room where the method is readable and changeable.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class VGSLoss(Loss):
         self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
+        self._of_logits = self.gain * self.unit_weights
         vds, limits = call.get("vds"), call.get("vds_threshold")
         self.vds = None if vds is None else vds.to(self.dtype)
         self._counted = call.get("counted")
@@ -60,30 +63,33 @@ class VGSLoss(Loss):
 
     def use_scores(self, vds: Tensor) -> None:
         """Take the visual dependency scores [N] from an earlier sweep."""
-        self.vds = vds.to(self.dtype)
+        self.vds = vds
         self._find_limits()
 
     def _find_limits(self) -> None:
         self.limits = gating.thresholds(self.vds, self.objective, *self._scope)
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients | None:
-        """Scalars of the gradient of standard + gamma * visual and of the policy term: raw gaps, for every normaliser
-        cancels."""
+        """Scalars of the gradient of standard + gamma * visual and of the policy term."""
         if self.needs_vds_first:
             return None  # no gradient is wanted
-        x = Statistics(state)
-        gamma = torch.full_like(x["s_max"], self.objective.gamma)
-        if self.objective.schedule == "adaptive":
-            vds = x.kl("t_view_gap").to(self.dtype) if self.vds is None else self.vds[rows]
-            gamma = gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
-        weight = self.gain * self.unit_weights[rows]
-        mean_gap = (1 + gamma) * x.mean("s_gap") - scaled(gamma, x.mean("s_prior_gap"))
-        weight, mean_gap, gamma = (value.to(state.dtype) for value in (weight, mean_gap, gamma))
+        found = RowCoefficients(self._of_logits[rows], self._gamma_of(state, rows), live_prior=self.live_prior)
         if self.policy is None:
-            return RowCoefficients(weight, mean_gap, gamma, self.live_prior)
-        slope = self.policy.evaluate(x.log_probability(picked[0]), rows)[1]
+            return found
+        slope = self.policy.evaluate(Statistics(state).log_probability(picked[0]), rows)[1]
         pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
-        return RowCoefficients(weight, mean_gap, gamma, self.live_prior, pull, self.ids[rows])
+        return found._replace(policy=pull, chosen=self.ids[rows])
+
+    @functools.cached_property
+    def gamma(self) -> Tensor:
+        """[N]; of the adaptive schedule once the scores and their limits are known."""
+        return gating.token_gamma(self.unit_weights if self.vds is None else self.vds, self.objective, self.limits)
+
+    def _gamma_of(self, state: Tensor, rows: slice) -> Tensor:
+        if self.objective.schedule == "constant" or self.vds is not None:
+            return self.gamma[rows]
+        vds = Statistics(state).kl("t_view_gap").to(self.dtype)
+        return gating.token_gamma(vds, self.objective, [limit[rows] for limit in self.limits])
 
     def gate_of(self, vds: Tensor, rows: slice, limits: list[Tensor]) -> Tensor:
         """[R] bool: the gate of these tokens for these limits; ``vds`` are their scores unless given."""
@@ -113,10 +119,9 @@ class VGSLoss(Loss):
         if self.limits is None:
             self._find_limits()
         self.gate = self.gate_of(self.vds, slice(None), self.limits)
-        gamma = gating.token_gamma(self.vds, self.objective, self.limits)
         standard, visual, language = x.kl("s_gap"), x.visual, x.kl("a_gap")
         per_token = (
-            standard + scaled(gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
+            standard + scaled(self.gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
         )
         losses = scaled(self.unit_weights * self.unit, per_token)
         terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.kl("s_view_gap")]
@@ -171,8 +176,7 @@ def linear(call: Call) -> Outcome:
     if loss.needs_vds_first and call.needs:
         pair = LinearSource([teacher_rows], (transforms[1], transforms[1]), *source_options)
         scores = DivergenceLoss(Divergence(), loss.unit_weights, 1.0, shard, call.backend)
-        sweep(pair, call.backend, scores)
-        loss.use_scores(scores.values if len(hidden) else loss.unit_weights)
+        loss.use_scores(scores.finish(*sweep(pair, call.backend, scores))[1][0])
         del pair  # frees the slabs
 
     # standard + gamma * visual, on all four rows.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .floats import bfloat16_bits, float16_bits, flush, fma, truncated_bfloat16_bits
-from .memory import Fault
+from .memory import Fault, Threads
 from .ptx import Instruction, Operand, Vector
 from .registers import KINDS
 
@@ -51,7 +51,8 @@ def _load(machine: Machine, x: Instruction, active: Active) -> None:
     else:
         address = machine.registers.address(source, "b64")[threads]
         found = machine.memory.load(address, size, len(targets), threads)
-        machine.counts.loaded += size * len(targets) * len(threads)
+        again = (np.diff(address) == 0) & (np.diff(threads // Threads.WARP) == 0)
+        machine.counts.loaded += size * len(targets) * (len(threads) - np.count_nonzero(again))
     for register, values in zip(targets, found, strict=True):
         whole = np.zeros(machine.count, values.dtype if size > 1 else np.uint16)
         whole[threads] = values

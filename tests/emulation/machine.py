@@ -29,7 +29,7 @@ class Counts:
 
     Attributes:
         instructions: by opcode, for each thread that was active.
-        loaded, stored: bytes of global memory.
+        loaded, stored: bytes of global memory. What neighbouring threads of a warp load from one place counts once.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)

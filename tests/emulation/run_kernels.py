@@ -39,7 +39,7 @@ WITNESSES = {
         "given, aligned, JSD, clipped top-k, masked",
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
-    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked"],
+    "totals_kernel": ["given, aligned, JSD, clipped top-k, masked", "given, aligned, reverse KL, masked"],
 }
 
 
@@ -64,7 +64,8 @@ def calls(part: int, whole: bool) -> dict[str, Any]:
         device.launches.clear()
         expected = case.run("torch")
         problems = _problems(case, expected, device.seed is not None)
-        rows.append({"name": case.name, "target": device.capability, "seed": device.seed, "problems": problems})
+        of_case = {"name": case.name, "target": device.capability, "seed": device.seed, "problems": problems}
+        rows.append(of_case | {"launches": len(device.launches)})
         launches += [{"kernel": x.kernel, "constants": x.constants, "grid": x.grid} for x in device.launches]
     return {"rows": rows, "launches": launches, "kernels": sorted(adapter.kernel_names())}
 

@@ -53,6 +53,11 @@ def test_compiled_kernels_compute_what_pytorch_does(calls):
     }
 
 
+def test_every_call_ran_on_the_device_that_is_said(calls):
+    """Not on an earlier one of the same target, whose approximate instructions have other errors."""
+    assert all(row["launches"] for row in calls["rows"])
+
+
 def test_every_kernel_and_every_option_was_executed(calls):
     """A flag that is always the same would leave half of a kernel out."""
     seen: dict[tuple[str, str], set] = defaultdict(set)

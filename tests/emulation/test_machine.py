@@ -281,3 +281,11 @@ def test_each_kind_of_fault_changes_its_instruction():
     for fault in found:
         changed = fault(kernel)
         assert [i for i, (x, y) in enumerate(zip(kernel.code, changed.code, strict=True)) if x != y] == [fault.at]
+
+
+def test_a_warp_reads_one_place_once():
+    kernel = program("ld.param.b64 %rd4, [in];\nld.global.b32 { %r5 }, [ %rd4 + 0 ];", threads=64)
+    memory = torch.zeros(64)
+    pointer = memory.data_ptr()
+    counts = Machine(kernel, (1, 1, 1), [pointer, pointer], GlobalMemory([memory.untyped_storage()])).run()
+    assert counts.loaded == 64 * 4 + 2 * 4  # each thread's own number, and one for both warps

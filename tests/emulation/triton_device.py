@@ -148,7 +148,8 @@ class EmulatedDriver(GPUDriver):
         self.utils = _Utils(device)
         self.launcher_cls = lambda source, metadata: _Launcher(device, source, metadata)
         if device.kind == "cpu":
-            self.get_current_device = lambda: device.capability  # what Triton has compiled it keeps by this number
+            # What Triton has compiled it keeps by this number, with the device that launches it.
+            self.get_current_device = lambda: device.capability + 1000 * (0 if device.seed is None else 1 + device.seed)
             self.get_current_stream = lambda index: 0
 
     @classmethod

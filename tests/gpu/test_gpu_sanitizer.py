@@ -38,7 +38,7 @@ for (kernel, options, logits, gradient), width in itertools.product(cases, (V, 1
         out = torch.zeros(N, width, dtype=DTYPES[gradient], device=DEVICE)[:, :V]
         text = torch.zeros(N, width, dtype=out.dtype, device=DEVICE)[:, :V] if options["PRIOR"] else None
         policy = (torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)) if options["POLICY"] else ()
-        coefficients = RowCoefficients(*torch.rand(3, N, device=DEVICE), options["PRIOR"], *policy)
+        coefficients = RowCoefficients(*torch.rand(2, N, device=DEVICE), None, options["PRIOR"], *policy)
         entries_triton.gradient(tile, state, None, coefficients, out, text)
         assert out.any() and (text is None or text.any())
 """

@@ -203,7 +203,7 @@ def test_rows_further_apart_than_32_bits_count():
         tile = RowTile(student, target, None, None, LogitTransform(), LogitTransform(), False, columns)
         state = new_state(n, False, torch.empty(0))
         rows_loops.statistics(tile, state)
-        coefficients = RowCoefficients(*torch.ones(2, n), top=torch.ones(n))
+        coefficients = RowCoefficients(torch.ones(n), sums=torch.ones(4, n))
         rows_loops.gradient(tile, state, Divergence(), coefficients, student)  # over the logits themselves
         states.append(state)
         gradients.append(student.clone())
@@ -217,7 +217,7 @@ def test_columns_that_are_not_next_to_each_other_are_left_to_the_specification(m
     tile, state = make_tile(3, 41, four=False), new_state(3, False, torch.empty(0))
     rows_loops.statistics(tile, state)
     out = torch.empty(3, 41 * stride)[:, ::stride]
-    rows_loops.gradient(tile, state, Divergence(), RowCoefficients(*torch.ones(2, 3), top=torch.ones(3)), out)
+    rows_loops.gradient(tile, state, Divergence(), RowCoefficients(torch.ones(3), sums=torch.ones(4, 3)), out)
     assert len(called) == stride - 1
 
 

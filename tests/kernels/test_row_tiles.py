@@ -20,8 +20,8 @@ def test_blocks_of_the_torch_rows(monkeypatch, masked):
     torch.manual_seed(n)
     tile = make_tile(n, columns, dtype=torch.float64, masked=masked, softcap=9.0)
     chosen = torch.randint(columns, (n,))
-    scalars = torch.rand(4, n, dtype=torch.float64)
-    coefficients = RowCoefficients(*scalars[:3], True, scalars[3], chosen)
+    scalars = torch.rand(3, n, dtype=torch.float64)
+    coefficients = RowCoefficients(*scalars[:2], None, True, scalars[2], chosen)
     results = []
     for small in (False, True):
         if small:
@@ -53,7 +53,7 @@ def test_rows_further_apart_than_32_bits_count():
         tile = RowTile(student, target, None, None, LogitTransform(), LogitTransform(), False, columns)
         state, out = new_state(n, False, torch.empty(0)), torch.empty(n, columns)
         rows_triton.statistics(tile, state)
-        entries_triton.gradient(tile, state, Divergence(), RowCoefficients(*torch.ones(2, n), top=torch.ones(n)), out)
+        entries_triton.gradient(tile, state, Divergence(), RowCoefficients(torch.ones(n), sums=torch.ones(4, n)), out)
         states.append(state)
         gradients.append(out)
     assert torch.equal(*states) and torch.equal(*gradients)

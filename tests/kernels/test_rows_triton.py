@@ -5,6 +5,7 @@ import torch
 from covering import pairwise
 from tiles import make_tile
 
+from vgs_kernels.divergence import Divergence
 from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton, triton_common
 from vgs_kernels.rows.layout import RowCoefficients, new_state
 
@@ -44,7 +45,7 @@ def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap
     torch.testing.assert_close(states[1], states[0], rtol=2e-5, atol=2e-6)
 
     for prior in (False, True) if four else ():
-        coefficients = RowCoefficients(*torch.rand(3, n), prior)
+        coefficients = RowCoefficients(*torch.rand(2, n), live_prior=prior)
         whole = torch.full((2, 2, n, width or columns), torch.nan)
         for backend, gradients in zip((entries_torch, entries_triton), whole, strict=True):
             out, out_text = gradients[..., :columns]
@@ -59,6 +60,24 @@ def test_statistics_and_gradient_of_a_tile(splits, layout, four, masked, softcap
         behind = whole[1, :, :, columns:][tokens]
         zeros = -columns % 16 if width else 0
         assert bool((behind[:, :zeros] == 0).all()) and bool(behind[:, zeros:].isnan().all())
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_a_kl_follows_from_its_statistics_where_that_is_exact(splits, kind):
+    """Not of rows that nearly agree, nor of a certain student."""
+    torch.manual_seed(0)
+    tile, divergence = make_tile(4, 5000, four=False), Divergence(kind)
+    tile = tile._replace(target_transform=tile.student_transform)
+    tile.target[0] = tile.student[0] + 1e-3 * torch.randn(5000)
+    tile.student[1, 3000] += 60
+    state, found = new_state(4, False, torch.empty(0)), torch.zeros(2, 4, 4)
+    rows_torch.statistics(tile, state)
+    entries_torch.totals(tile, state, divergence, None, found[0], None)
+    entries_triton.totals(tile, state, divergence, None, found[1], None, above=0.01)
+    torch.testing.assert_close(found[1][:, :2], found[0][:, :2], rtol=2e-5, atol=2e-6)
+    assert found[1][2].tolist() == [pytest.approx(1, rel=1e-5), pytest.approx(0, abs=1e-9), 0, 0]
+    specified, ours = ((x[0], RowCoefficients(torch.ones(4), sums=x).centre(state)[0]) for x in found)
+    torch.testing.assert_close(ours, specified, rtol=2e-5, atol=2e-6)
 
 
 def test_splits_share_a_row_among_multiprocessors():

@@ -16,13 +16,15 @@ from typing import NamedTuple
 class Backend(NamedTuple):
     """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries.
 
-    ``rests``: whether statistics include the ``RESTS`` of layout.py.
+    ``rests``: whether statistics include the ``RESTS`` of layout.py. ``skips``: whether totals take ``above``: a larger
+    KL of a row without an entry above ``LARGE`` is that of its statistics, and the row is not read again.
     """
 
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     totals: Callable[..., None]
     rests: bool = False
+    skips: bool = False
 
 
 def backend(name: str) -> Backend:
@@ -49,7 +51,7 @@ def backend(name: str) -> Backend:
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
-    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
+    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops", skips=name == "triton")
 
 
 @functools.cache

@@ -161,7 +161,8 @@ def gradient(
     blocks = Blocks(tile, state, 6 if tile.four else 3)
     for rows in blocks.rows():
         x = named(state[:, rows].unsqueeze(2))
-        here = RowCoefficients(*(y[rows].unsqueeze(1) if isinstance(y, Tensor) else y for y in coefficients))
+        here = RowCoefficients(*(y[..., rows].unsqueeze(-1) if isinstance(y, Tensor) else y for y in coefficients))
+        x["mean"], x["top"] = here.centre(state[:, rows].unsqueeze(2))
         for columns in blocks.columns():
             logits, temporaries = load(tile, rows, columns, state.dtype), blocks.temporaries(rows, columns)
             if tile.four:
@@ -196,7 +197,7 @@ def _of_four(
         d_a = _unless_zero(exp(q, out=q).div_(x["q_sum"]).sub_(p).mul_(weight), weight, masked)
     prior_gap = _unless_zero(centred["a"].sub_(centred["w"]), here.gamma, masked)
     gap = centred["s"].sub_(centred["t"]).mul_(1 + here.gamma)
-    gap.addcmul_(prior_gap, here.gamma, value=-1).sub_(here.mean)
+    gap.addcmul_(prior_gap, here.gamma, value=-1).sub_(x["mean"])
     return p, _unless_zero(gap.mul_(p), p, masked), d_a
 
 
@@ -213,11 +214,11 @@ def _of_pair(
     wanted = "qr" if divergence.clip is not None else "r" if divergence.kind in ("reverse_kl", "jsd") else "q"
     # Of a plain reverse KL, p * r - p * mean is p * (r - mean).
     plain = divergence.kind == "reverse_kl" and divergence.clip is None and here.limit is None
-    p, q, r = _distributions(logits, x, temporaries, wanted, here.mean if plain else 0.0)
+    p, q, r = _distributions(logits, x, temporaries, wanted, x["mean"] if plain else 0.0)
     slope = _slope(p, q, r, divergence, masked)
     if here.limit is not None:
         share = logits["s"] - (here.tail_log + anchor(x["s_max"]))
         outside = student < here.limit
         slope = torch.where(outside, exp(share, out=share).mul_(here.tail_slope), slope)
-    d_s = slope if plain else torch.addcmul(slope, p, here.mean, value=-1, out=q)
-    return p, torch.where(p > SATURATED, here.top, d_s) if (1 / x["s_sum"] > SATURATED).any() else d_s
+    d_s = slope if plain else torch.addcmul(slope, p, x["mean"], value=-1, out=q)
+    return p, torch.where(p > SATURATED, x["top"], d_s) if (1 / x["s_sum"] > SATURATED).any() else d_s

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..divergence import Divergence
 from .entries_torch import SUMS, TAILS
-from .layout import LARGE, SATURATED, RowCoefficients, RowTile, Statistics
+from .layout import LARGE, SATURATED, RowCoefficients, RowTile
 from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
@@ -26,6 +26,7 @@ from .triton_common import (
     exp,
     lane_sum,
     load,
+    log,
     statistics_launch,
     steered,
     transform,
@@ -50,7 +51,7 @@ def _log1p(x):
     z = x / (2 + x)
     z2 = z * z
     series = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9)))))
-    return tl.where(x > -0.35, series, tl.log(tl.maximum(1 + x, 1e-37)))
+    return tl.where(x > -0.35, series, log(tl.maximum(1 + x, 1e-37)))
 
 
 @triton.jit
@@ -108,9 +109,30 @@ def _distributions(
     t = transform(t, at, n_columns, target_scale, target_cap, inv_temperature, TARGET_CAP, MASKED)
     s_centred = s - anchored(tl.load(state_ptr), MASKED)
     t_centred = t - anchored(tl.load(state_ptr + 2 * state_stride), MASKED)
-    p = exp(s_centred) / tl.load(state_ptr + state_stride)
-    q = exp(t_centred) / tl.load(state_ptr + 3 * state_stride)
+    p = exp(s_centred) * (1 / tl.load(state_ptr + state_stride))
+    q = exp(t_centred) * (1 / tl.load(state_ptr + 3 * state_stride))
     return p, q, s_centred, t_centred, s
+
+
+@triton.jit
+def _log_ratio(state_ptr, state_stride):
+    """log sum exp s' - log sum exp t': what makes s' - t' the log-ratio of the two probabilities."""
+    return log(tl.load(state_ptr + state_stride) / tl.load(state_ptr + 3 * state_stride))
+
+
+@triton.jit
+def _of_statistics(state_ptr, state_stride, above, KIND: tl.constexpr):
+    """A KL, what its gradient is centred at, and whether both are exact: neither too small nor of a certain student."""
+    s_sum = tl.load(state_ptr + state_stride)
+    t_sum = tl.load(state_ptr + 3 * state_stride)
+    log_ratio = tl.log(tl.div_rn(s_sum, t_sum))
+    if KIND == _REVERSE:
+        value = tl.div_rn(tl.load(state_ptr + 5 * state_stride), s_sum) - log_ratio
+        mean = value
+    else:
+        value = tl.div_rn(tl.load(state_ptr + 6 * state_stride), t_sum) + log_ratio
+        mean = value * 0 - 1
+    return value, mean, (s_sum >= 1 / _LARGE) & (value >= above)
 
 
 @triton.jit
@@ -133,10 +155,10 @@ def _log_sum(maximum, total):
     do_not_specialize=["state_stride", "n_rows", "n_columns", "n_blocks"], do_not_specialize_on_alignment=["state_ptr"]
 )
 def totals_kernel(
-    s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, shift_ptr, limit_ptr,
+    s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, limit_ptr,
     out_ptr, n_rows, n_columns, n_loaded, n_blocks,
-    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
+    student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip, above,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, SKIP: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -145,9 +167,13 @@ def totals_kernel(
     s_ptr += row * s_stride
     t_ptr += row * t_stride
     state_ptr += row
-    shift = tl.load(shift_ptr + row)
+    shift = _log_ratio(state_ptr, state_stride)
     begin = tl.program_id(1) * (n_blocks * LANES * WIDTH)
     end = tl.minimum(begin + n_blocks * LANES * WIDTH, n_columns)
+    if SKIP:
+        of_statistics, mean, skipped = _of_statistics(state_ptr, state_stride, above, KIND)
+        end = tl.where(skipped, begin, end)
+        skipped &= tl.program_id(1) == 0  # the first split speaks for all
     lane = tl.arange(0, LANES)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     offsets = lane + column * LANES if INTERLEAVED else lane * WIDTH + column
@@ -180,20 +206,31 @@ def totals_kernel(
         rests += lane_sum(tl.where(large, 0.0, p))
         tops += lane_sum(tl.where(large, slope, 0.0))
     out_ptr += tl.program_id(1) * 6 * n_rows + row
-    tl.store(out_ptr, tl.sum(values, axis=0))
+    value = tl.sum(values, axis=0)
+    top = tl.sum(tops, axis=0)
+    if SKIP:
+        value = tl.where(skipped, of_statistics, value)
+        top = tl.where(skipped, mean, top)
+    tl.store(out_ptr, value)
     tl.store(out_ptr + n_rows, tl.sum(slopes, axis=0))
     tl.store(out_ptr + 2 * n_rows, tl.sum(rests, axis=0))
-    tl.store(out_ptr + 3 * n_rows, tl.sum(tops, axis=0))
+    tl.store(out_ptr + 3 * n_rows, top)
     if TAIL:
         tl.store(out_ptr + 4 * n_rows, _log_sum(s_max, s_tail))
         tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
 
 
-@triton.jit(do_not_specialize=["state_stride", "n_columns"], do_not_specialize_on_alignment=["state_ptr"])
+_VECTORS = ("weight", "gamma", "sums", "policy", "chosen", "tail_slope", "tail_log", "limit")
+
+
+@triton.jit(
+    do_not_specialize=["state_stride", "sums_stride", "n_columns"],
+    do_not_specialize_on_alignment=["state_ptr", *(f"{name}_ptr" for name in _VECTORS)],
+)
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
-    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, shift_ptr,
-    weight_ptr, mean_ptr, gamma_ptr, policy_ptr, chosen_ptr, top_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
+    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, sums_stride,
+    weight_ptr, gamma_ptr, sums_ptr, policy_ptr, chosen_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
     n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
     FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr,
@@ -206,7 +243,6 @@ def gradient_kernel(
     stored = at < n_loaded  # zeros behind the tile's end
     state_ptr += row
     weight = tl.load(weight_ptr + row)
-    mean = tl.load(mean_ptr + row)
     raw = _raw(s_ptr + row * s_stride, at, n_loaded)
     p, q, s_centred, t_centred, s = _distributions(
         raw, _raw(t_ptr + row * t_stride, at, n_loaded), at, n_columns, state_ptr, state_stride,
@@ -221,17 +257,26 @@ def gradient_kernel(
         w_centred = w - anchored(tl.load(state_ptr + 6 * state_stride), MASKED)
         gamma = tl.load(gamma_ptr + row)
         prior_gap = gamma * (a_centred - w_centred)
+        prior_mean = gamma * tl.load(state_ptr + 12 * state_stride)
         if MASKED:  # 0 * inf is 0
             prior_gap = tl.where(gamma > 0, prior_gap, 0.0)
+            prior_mean = tl.where(gamma > 0, prior_mean, 0.0)
+        mean = (1 + gamma) * tl.load(state_ptr + 11 * state_stride) - prior_mean
+        mean /= tl.load(state_ptr + state_stride)
         d_s = weight * p * ((1 + gamma) * (s_centred - t_centred) - prior_gap - mean)
         if MASKED:
             d_s = tl.where(p > 0, d_s, 0.0)
     else:
-        _, slope = _entry(p, q, s_centred - t_centred - tl.load(shift_ptr + row), beta, clip, KIND, CLIP, MASKED)
+        log_ratio = s_centred - t_centred - _log_ratio(state_ptr, state_stride)
+        _, slope = _entry(p, q, log_ratio, beta, clip, KIND, CLIP, MASKED)
+        sums_ptr += row
+        slopes = tl.load(sums_ptr + sums_stride)
+        rest = tl.load(sums_ptr + 2 * sums_stride)
+        top = tl.load(sums_ptr + 3 * sums_stride)
         if TAIL:
             share = exp(s_centred - tl.load(tail_log_ptr + row))
             slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
-        d_s = weight * tl.where(p > _SATURATED, tl.load(top_ptr + row), slope - p * mean)
+        d_s = weight * tl.where(p > _SATURATED, rest * top - (1 - rest) * slopes, slope - p * (slopes + top))
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -246,7 +291,7 @@ def gradient_kernel(
         q = steered(a_centred, t_centred, w_centred, MASKED)
         q -= anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
         prior_weight = weight * gamma
-        d_a = prior_weight * (exp(q) / tl.load(state_ptr + 9 * state_stride) - p)
+        d_a = prior_weight * (exp(q) * (1 / tl.load(state_ptr + 9 * state_stride)) - p)
         if MASKED:
             d_a = tl.where(prior_weight != 0, d_a, 0.0)
             d_a = tl.where(a > float("-inf"), d_a, 0.0)
@@ -263,17 +308,26 @@ def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[
 
 
 def totals(
-    tile: RowTile, state: Tensor, divergence: Divergence, limit: Tensor | None, sums: Tensor, tails: Tensor
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence,
+    limit: Tensor | None,
+    sums: Tensor,
+    tails: Tensor | None,
+    above: float | None = None,
 ) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals."""
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
+
+    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary.
+    """
     x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
     scalars, options = _options(divergence, limit)
     layout, count, blocks = statistics_launch(x)
-    shift = Statistics(state).log_sums.to(state.dtype)
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
-        *x.rows, *x.strides, state, state.stride(0), shift, shift if limit is None else limit,
+        *x.rows, *x.strides, state, state.stride(0), state if limit is None else limit,
         parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
+        0.0 if above is None else above, SKIP=above is not None,
         **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     sums.add_(parts[:, : len(SUMS)].sum(0))
@@ -295,13 +349,12 @@ def gradient(
     """
     x = TileArguments.of(tile)
     scalars, options = _options(divergence, coefficients.limit)
-    weight, text = coefficients.weight, out if out_text is None else out_text
-    shift = weight if tile.four else Statistics(state).log_sums.to(state.dtype)
+    text, sums = out if out_text is None else out_text, coefficients.sums
     # What a variant does not read is stood in for by what it does.
-    given = [y for name, y in coefficients._asdict().items() if name != "live_prior"]
-    vectors = [(weight if y is None else y).contiguous() for y in given]
+    vectors = [coefficients.weight if y is None else y for y in (getattr(coefficients, name) for name in _VECTORS)]
     gradient_kernel[(len(tile.student), triton.cdiv(x.n_columns, GRADIENT_BLOCK))](
-        *x.rows, *x.strides, out, text, out.stride(0), text.stride(0), state, state.stride(0), shift, *vectors,
+        *x.rows, *x.strides, out, text, out.stride(0), text.stride(0), state, state.stride(0),
+        0 if sums is None else sums.stride(0), *vectors,
         x.n_columns, x.n_loaded, *x.scalars, *scalars,
         FOUR=tile.four, PRIOR=coefficients.live_prior, POLICY=coefficients.policy is not None,
         **x.options, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,

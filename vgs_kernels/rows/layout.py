@@ -134,25 +134,35 @@ class RowCoefficients(NamedTuple):
     Of four rows, d_s = weight * p * (gap - mean) with p = softmax(s), gap = (1 + gamma) (s' - t') - gamma (a' - w').
     With a live prior, d_a = weight * gamma * (softmax(q) - p).
 
-    Of a pair, d_s = weight * (slope - p * mean), see entries_torch.py; weight * top where p > ``SATURATED``: such an
-    entry is the difference of two numbers that nearly cancel, and ``top`` comes from all others. With a ``limit``,
-    the least logit of the student, as it lies in the tile, that is inside the support, columns outside have
-    weight * (share * tail_slope - p * mean), with the share exp(s' - tail_log) of the tail.
+    Of a pair, d_s = weight * (slope - p * mean), see entries_torch.py, whose ``SUMS`` [4, R] over all columns
+    ``sums`` are; weight * top where p > ``SATURATED``: such an entry is the difference of two numbers that nearly
+    cancel, and ``top`` comes from all others. With a ``limit``, the least logit of the student, as it lies in the tile,
+    that is inside the support, columns outside have weight * (share * tail_slope - p * mean), with the share
+    exp(s' - tail_log) of the tail, which ``sums`` include.
 
     Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
     and -policy * p elsewhere.
     """
 
     weight: Tensor
-    mean: Tensor
     gamma: Tensor | None = None
+    sums: Tensor | None = None
     live_prior: bool = False
     policy: Tensor | None = None
     chosen: Tensor | None = None
-    top: Tensor | None = None
     tail_slope: Tensor | None = None
     tail_log: Tensor | None = None
     limit: Tensor | None = None
+
+    def centre(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``mean`` and ``top`` [R], from the statistics of all columns: raw gaps, for every normaliser cancels."""
+        if self.sums is None:
+            x = Statistics(state)
+            mean = (1 + self.gamma) * x.mean("s_gap") - scaled(self.gamma, x.mean("s_prior_gap"))
+            return mean.to(state.dtype), None
+        _, slope, rest, top = wide(self.sums)
+        # (1 - p) * slope - p * all other slopes, of the entry with all the mass.
+        return (slope + top).to(state.dtype), (rest * top - (1 - rest) * slope).to(state.dtype)
 
 
 def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:
@@ -177,9 +187,7 @@ def new_state(n_tokens: int, four: bool, like: Tensor, *, rests: bool = False) -
     """[K, N] running statistics of no column at all, with or without ``RESTS``."""
     names = VGS_STATE + VGS_RESTS * rests if four else PAIR_STATE + PAIR_RESTS * rests
     state = like.new_zeros(len(names), n_tokens)
-    for name, row in named(state).items():
-        if name.endswith("_max"):
-            row.fill_(-torch.inf)  # an index tensor would be copied from the host
+    state[: 10 if four else 4 : 2] = -torch.inf  # the maxima
     return state
 
 

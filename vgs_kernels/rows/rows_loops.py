@@ -177,14 +177,15 @@ def gradient(
     of_policy = None if chosen is None else chosen.data_ptr()
     to = _Target(out.data_ptr(), text[0], out.stride(0), text[1], of_policy)
     to.kept = out, out_text, chosen
+    mean, top = x.centre(state)
     if tile.four:
         of = named(state)
         anchors = [anchor(of[f"{name}_max"]) for name in "stawq"]
         scales = [of["s_sum"].reciprocal(), of["q_sum"].reciprocal()]
-        table = _table(state, [*anchors, *scales, x.weight, x.mean, x.gamma, x.policy])
+        table = _table(state, [*anchors, *scales, x.weight, mean, x.gamma, x.policy])
         _run(library().four_gradient, tile, table, ctypes.byref(to))
     else:
-        table, kind = _of_pair(state, divergence, [x.weight, x.mean, x.top, x.policy, SATURATED])
+        table, kind = _of_pair(state, divergence, [x.weight, mean, top, x.policy, SATURATED])
         _run(library().pair_gradient, tile, table, *kind, ctypes.byref(to))
 
 

@@ -101,6 +101,12 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    # As exp: right to 2e-7 near 1, where the result is small, and to rounding elsewhere.
+    return tl.log2(x) * (1 / _LOG2_E)
+
+
+@triton.jit
 def _tanh(x):
     # 1 - 2 / (e^2x + 1) cancels near zero; there, the odd series.
     x2 = x * x

@@ -3,7 +3,8 @@
 Three parts add up: products, at the rate that a large one reaches, with idle multiprocessors and the reading of memory
 counted; row kernels, bound by memory, by instructions or by special functions, whichever is slowest, as many as the
 compiled code executes; and a fixed time for each small kernel. Between two launches the device idles for two
-microseconds where they are large.
+microseconds where they are large. Rows differ by more than a hundredth of a nat, and no entry has nearly all the mass:
+of a KL, other tokens are read once more.
 
     python -m tests.emulation.device.build -m tests.emulation.device.time_model [--write]
 """
@@ -27,6 +28,7 @@ from benchmarks.problem import SHAPES, Problem, Shape
 
 from ..triton_device import Device, Launch, install
 from .record import Product, Record, move_at_most, record
+from .values import CPUValues
 
 PREDICTED = Path(__file__).parents[3] / "benchmarks/results/predicted/times.json"
 TOKENS, SHAPE = 8192, "8b-2b"
@@ -133,6 +135,14 @@ def make_problem(shape: Shape, tokens: int) -> Problem:
     return Problem(*(torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes))
 
 
+def random_problem(shape: Shape, tokens: int) -> Problem:
+    """Tensors whose logits deviate by two nats."""
+    problem = make_problem(shape, tokens)
+    for x in vars(problem).values():
+        x.normal_(std=1.0 if len(x) == tokens else 2 / x.shape[1] ** 0.5)
+    return problem
+
+
 def _call(problem: Problem, job: Job, floor: bool) -> Any:
     if floor:
         return make_floor(problem, job)
@@ -147,8 +157,9 @@ def predictions() -> dict[str, Any]:
     for name in MODELLED:
         job = JOBS[name]
         device.execute = True
-        problem = make_problem(small, 4)
-        executed = record(device, lambda p=problem, j=job: _call(p, j, False)(p.leaves(j.trainable)))
+        with CPUValues():
+            problem = random_problem(small, 4)
+            executed = record(device, lambda p=problem, j=job: _call(p, j, False)(p.leaves(j.trainable)))
         device.execute = False
         costs = {}
         for launch in executed.launches:
