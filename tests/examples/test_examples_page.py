@@ -32,7 +32,9 @@ SMALL = {
 #: What is measured of the table of Liger's families: Gemma 4 takes too long.
 KNOWN = ("qwen3_5", "glm4v", "internvl", "smolvlm", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v_moe")
 KNOWN += ("llava", "qwen3_vl_moe", "qwen3_5_moe")
-SCRIPTS = [words[1:] for words in COMMANDS if words[0] == "python" and words[1] != "examples/liger.py"]
+#: Run by tests of their own: in Triton's interpreter, and on documents (``test_documents_examples.py``).
+ELSEWHERE = [f"examples/{name}.py" for name in ("liger", "documents", "weaken", "compare_terms", "parts")]
+SCRIPTS = [words[1:] for words in COMMANDS if words[0] == "python" and words[1] not in ELSEWHERE]
 
 
 def name_of(words: list[str]) -> str:
