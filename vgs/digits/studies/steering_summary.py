@@ -120,7 +120,7 @@ def draw(out: Path, results: Mapping[str, Any], arms: Sequence[str]) -> None:
         axis.axhline(0.0, color=INK, linewidth=0.8)
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -1.0), max(high, 1.0))  # less than a point is no difference to look at
-        axis.set_xticks(range(len(arms) - 1), arms[1:], fontsize=8)
+        axis.set_xticks(range(len(arms) - 1), [arm.replace(", ", ",\n") for arm in arms[1:]], fontsize=8)
         axis.set_title(f"{title}: points above plain distillation", fontsize=10, color=INK)
         axis.grid(alpha=0.25, linewidth=0.6, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
