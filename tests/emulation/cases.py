@@ -127,8 +127,10 @@ def _given_divergence(layout: str, divergence: str, masked: bool, policy: bool) 
     def run(backend: str) -> dict[str, Tensor]:
         columns = LAYOUTS[layout].columns
         s, t = _rows(2, LAYOUTS[layout], masked)
-        if divergence.endswith("KL"):  # certain: its entries are summed, those of the others are not
+        if divergence.endswith("KL"):  # a certain token and a nearly equal one: their entries are summed
             s[0, columns // 3] += 30
+            noise = torch.randn(s.shape, generator=torch.Generator().manual_seed(1)).to(s.dtype)
+            t[1] = s[1] + 0.05 * noise[1]
         options = {"vocab_size": columns, **DIVERGENCES[divergence], **(_policy(columns) if policy else {})}
         return _evaluate(
             lambda x, b: divergence_loss(x["student"], [(1.0, x["teacher"])], **options, backend=b),

@@ -44,10 +44,16 @@ def _swapped(first: int, second: int) -> Change:
     return change
 
 
+#: By which a logarithm scales denormal numbers; no call has any.
+_DENORMAL = 0x4B000000
+
+
 def _constant_off(x: Instruction) -> Instruction:
     """The first float among the operands is a hundredth larger."""
     operands = tuple(
-        y._replace(value=y.value + 0x14000) if isinstance(y, Immediate) and y.is_float and y.value else y
+        y._replace(value=y.value + 0x14000)
+        if isinstance(y, Immediate) and y.is_float and y.value not in (0, _DENORMAL)
+        else y
         for y in x.operands
     )
     return x._replace(operands=operands)
@@ -86,9 +92,12 @@ KINDS: dict[str, Change] = {
     "exponential left out": _only("ex2", lambda x: None),
     "stored elsewhere": _only("st.shared", _moved),
 }
-#: Those that often make no difference: a store by all threads writes one value several times, a sum may be centred at
-#: any number near its maximum, and a bound is compared for each column of a vector.
-HARMLESS = ("store by all threads", "maximum as minimum", "shuffle of half the distance", "bound off by one")
+#: Those that often make no difference: a load or store by all threads takes one value of a row several times, a sum may
+#: be centred at any number near its maximum, and a bound is compared for each column of a vector.
+HARMLESS = (
+    *("load for all threads", "store by all threads"),
+    *("maximum as minimum", "shuffle of half the distance", "bound off by one"),
+)
 #: Those that always make one.
 SURE = ("barrier left out", "address moved", "truncated", "exponential left out", "stored elsewhere")
 
