@@ -50,7 +50,8 @@ def outcome(student: str, arm: str) -> list[str]:
 def phase_rows() -> list[str]:
     rows = []
     for student, before in STUDENTS.items():
-        rows.append(row(student, "before", "", *(percent(before["test"][x]) for x in ("answers", "digits")), "", "", ""))
+        shares = [percent(before["test"][x]) for x in ("answers", "digits")]
+        rows.append(row(student, "before", "", *shares, "", "", ""))
         arms = [arm for name, arm in ROWS if name == student and arm not in PARTS]
         rows += [row(student, arm, rate(student, arm), *outcome(student, arm)) for arm in sorted(arms, key=order)]
     return rows
@@ -72,7 +73,8 @@ def geometry_rows() -> list[str]:
             angles = found["all"]["angles"] if part == "all tokens" else found["angles"]
             norms = found["all"]["norms"] if part == "all tokens" else found["norms"]
             chosen = {"all tokens": None, "lowest half": slice(0, 5), "highest fifth": slice(-2, None)}[part]
-            cells = [of(angles[pair], chosen, 0) for pair in ("language-visual", "standard-visual", "standard-language")]
+            pairs = ("language-visual", "standard-visual", "standard-language")
+            cells = [of(angles[pair], chosen, 0) for pair in pairs]
             cells += [of(norms[term], chosen, 2) for term in ("standard", "visual", "language")]
             rows.append(row(student, part, *cells))
     return rows
