@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny import tiny_processor, tiny_samples
 from trainers import make_trainer
 
@@ -34,8 +36,8 @@ def test_a_run_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
         "eval_strategy": "steps",
         "eval_steps": 1,
     }
-    taken, place = [], encoding._placed
-    monkeypatch.setattr(encoding, "_placed", lambda *x: taken.append(x) or place(*x))
+    taken, place = [], encoding.placed
+    monkeypatch.setattr(encoding, "placed", lambda *x: taken.append(x) or place(*x))
     plain = history(make_trainer(tmp_path / "plain", **options))
     assert not taken
     assert {"loss", "eval_loss"} <= set().union(*plain)
@@ -56,6 +58,18 @@ def test_equal_neighbours_and_a_repeated_batch_are_encoded_once(monkeypatch: pyt
     assert [x["answer"] for x in again] == ["other"] * 6
     collate(samples[1:3])  # another batch, of two prompts
     assert counts == [3, 2]
+
+
+@pytest.mark.parametrize("form", [np.asarray, lambda x: torch.tensor(np.asarray(x).transpose(2, 0, 1))])
+def test_pictures_whose_comparison_is_no_single_answer(form) -> None:
+    """Arrays and tensors, of neighbours with one prompt and of a repeated batch."""
+    sample = tiny_samples(1)[0]
+    batches = [[{**sample, "images": [form(x) for x in sample["images"]]} for _ in range(2)] for _ in range(2)]
+    collate = EncodeAhead(tiny_processor(), (), {})
+    for batch in batches:
+        one, other = (found[ENCODED] for found in collate(batch))
+        assert torch.equal(one.prompt_ids, other.prompt_ids)
+        assert torch.equal(one.images["pixel_values"], other.images["pixel_values"])
 
 
 def test_a_bad_prompt_is_named_in_one_sentence(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ConfigError, in_one_line
-from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
+from ..models.groups import PER_TOKEN_FIELDS, PromptGroup, placed
 from ..models.image_fields import IMAGE_FIELDS
 from ..models.padding import pad_prompts
 from ..models.tokenizers import media_tokens, tokenizer_of
@@ -244,9 +244,8 @@ def encode_groups(
             ids = text_ids
             if has_evidence(filled):
                 ids, fields = encode_prompt(processor, filled, **template_options)
-        images = {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in fields.items()}
         tensors = tuple(torch.tensor(list(part), dtype=torch.int64) for part in answers)
-        groups.append(PromptGroup(ids, text_ids, tensors, images))
+        groups.append(PromptGroup(ids, text_ids, tensors, placed(fields, device)))
     return groups
 
 

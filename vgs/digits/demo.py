@@ -10,8 +10,8 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class DemoSettings:
     test_size: int = 600
     shown: int = 6
     workers: int = 2  # processes of one thread each, so that numbers do not depend on the number of cores
-    recipes: Mapping[str, Recipe] = field(default_factory=dict)  # of "teacher" and "student"
+    recipes: Mapping[str, Recipe] | None = None  # None: `demo_recipes`
 
 
 def demo_recipes() -> dict[str, Recipe]:
@@ -85,12 +85,12 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         cache: folder for the trained teacher and student; None means `~/.cache/vgs`.
         quick: a budget of seconds, to see that everything runs.
     """
-    settings = quick_settings() if quick else DemoSettings(recipes=demo_recipes())
+    settings = quick_settings() if quick else DemoSettings()
     out, cache = Path(out), Path("~/.cache/vgs" if cache is None else cache).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with workers(settings.workers) as spread:  # they import the libraries; this process never needs to
-        recipes = dict(spread(prepare, [(role, settings, cache) for role in ("teacher", "student")]))
+        recipes = dict(spread(prepare, [(role, settings, cache, demo_recipes) for role in ("teacher", "student")]))
         prepared = time.perf_counter() - started
         jobs = [("before", 0), *((arm, seed) for seed in settings.seeds for arm in ARMS)]
         before, *runs = spread(distil, [(*job, settings, cache, out) for job in jobs])
@@ -102,7 +102,7 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
         "runs": runs,
     }
     draw(out, results, settings)
-    results["questions"] = asked(settings.shown, settings.recipes["teacher"].noise)
+    results["questions"] = asked(settings.shown, recipes["teacher"]["noise"])
     results["seconds"] = {"models": prepared, "total": time.perf_counter() - started}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
@@ -110,17 +110,20 @@ def run_demo(out: Path, cache: Path | None = None, quick: bool = False) -> dict[
     return results
 
 
-def prepare(role: str, settings: Any, cache: Path) -> tuple[str, dict[str, Any]]:
+def prepare(
+    role: str, settings: Any, cache: Path, recipes: Callable[[], Mapping[str, Recipe]]
+) -> tuple[str, dict[str, Any]]:
     """Trains a model into the cache unless it is there; returns its role and recipe.
 
     Args:
         role: "teacher" or "student".
         settings: a budget with `recipes`.
         cache: folder for trained models.
+        recipes: gives those of a budget that has none.
     """
-    from .pretraining import RECIPES, pretrained
+    from .pretraining import pretrained
 
-    recipe = (settings.recipes or RECIPES)[role]
+    recipe = (settings.recipes or recipes())[role]
     with quiet():
         pretrained(role, cache, recipe=recipe, line=line())
     return role, dataclasses.asdict(recipe)
@@ -144,33 +147,34 @@ def distil(arm: str, seed: int, settings: DemoSettings, cache: Path, out: Path) 
     from .pictures import take
     from .pretraining import pretrained
 
-    recipes = settings.recipes
+    recipes = settings.recipes or demo_recipes()
     with quiet():
         teacher, processor = pretrained("teacher", cache, recipe=recipes["teacher"])
         student, _ = pretrained("student", cache, recipe=recipes["student"])
-        test = take("test", settings.test_size, seed=0, noise=recipes["teacher"].noise)
+        noise = recipes["teacher"].noise
+        test = take("test", settings.test_size, seed=0, noise=noise)
         if arm == "before":
-            validation = take("validation", settings.validation_size, seed=0, noise=recipes["teacher"].noise)
+            validation = take("validation", settings.validation_size, seed=0, noise=noise)
             run = {
                 "validation": accuracy(student, processor, validation)["answers"],
                 "teacher": accuracy(teacher, processor, test),
             }
         else:
-            run = {"arm": arm, "seed": seed, **train(student, teacher, processor, arm, seed, settings, out)}
+            run = {"arm": arm, "seed": seed, **train(student, teacher, processor, arm, seed, settings, out, noise)}
         return {**run, **assess(student, teacher, processor, test, settings.shown)}
 
 
 def train(
-    student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path
+    student: Any, teacher: Any, processor: Any, arm: str, seed: int, settings: DemoSettings, out: Path, noise: float
 ) -> dict[str, Any]:
     """Distils the student in place; returns what `distillation` returns.
 
     Args:
         student, teacher, processor: of the task.
         arm, seed, settings, out: see `distil`.
+        noise: of the pictures.
     """
     options = short_run_options(settings, out, arm, seed) | ARMS[arm]
-    noise = settings.recipes["teacher"].noise
     return distillation(student, teacher, processor, options, settings, seed, f"{arm}, seed {seed}", noise=noise)
 
 
@@ -267,6 +271,7 @@ def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
     title = f"Distillation on handwritten digits, {spread} (terms in nats per token)"
     learning_curves(out / "learning_curves.png", panels, title)
 
+    noise = results["settings"]["recipes"]["teacher"]["noise"]
     speakers = {"before": results["before"], **{arm: runs[arm][0] for arm in ARMS}}
     sheets = [
         AnswerSheet(
@@ -278,7 +283,7 @@ def draw(out: Path, results: dict[str, Any], settings: DemoSettings) -> None:
                 for name, run in speakers.items()
             ],
         )
-        for i, example in enumerate(take("test", settings.shown, seed=0, noise=settings.recipes["teacher"].noise))
+        for i, example in enumerate(take("test", settings.shown, seed=0, noise=noise))
     ]
     title = "Held-out pictures, answers before and after distillation"
     answer_sheets(out / "answers.png", sheets, title, "visual dependency of a word (nats)")

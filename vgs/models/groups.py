@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,16 @@ from torch import Tensor
 
 # Multimodal fields with one value per token; every other one belongs to the images and exists in one view only.
 PER_TOKEN_FIELDS = ("mm_token_type_ids", "token_type_ids")
+
+
+def placed(fields: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Multimodal fields of a prompt, those of its images on a device.
+
+    Args:
+        fields: as of ``PromptGroup.images``.
+        device: of the image fields; per-token fields stay where they are.
+    """
+    return {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in fields.items()}
 
 
 @dataclass(frozen=True)

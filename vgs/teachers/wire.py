@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
+from ..models.groups import PromptGroup, placed
 from ..models.heads import Head
 from ..models.image_fields import MULTIMODAL_FIELDS
 
@@ -99,8 +99,7 @@ def unpack_groups(data: bytes, vocabulary: int, device: torch.device) -> tuple[l
         fields = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
         if unknown := sorted(set(fields) - set(MULTIMODAL_FIELDS)):
             raise Malformed(f"{start}{unknown[0]} is no image field; expected some of {', '.join(MULTIMODAL_FIELDS)}.")
-        images = {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in fields.items()}
-        groups.append(PromptGroup(prompt, text, answers.split(lengths), images))
+        groups.append(PromptGroup(prompt, text, answers.split(lengths), placed(fields, device)))
     return groups, notes
 
 

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..data.prompts import encode_groups
 from ..errors import ConfigError
-from ..models.groups import PER_TOKEN_FIELDS, PromptGroup
+from ..models.groups import PromptGroup, placed
 
 #: Entry of a sample that came encoded: its ``PromptGroup``, or the ``ConfigError`` that says why there is none.
 ENCODED = "vgs_encoded_prompt"
@@ -37,7 +35,7 @@ class EncodeAhead:
     def __call__(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The samples [B], each with the entry ``ENCODED``."""
         asked = [[sample.get(name) for name in ("prompt", "images", "image")] for sample in samples]
-        if asked != self.last[0]:
+        if not _same(asked, self.last[0]):
             self.last = asked, self.encode(samples, asked)
         return [{**sample, ENCODED: found} for sample, found in zip(samples, self.last[1], strict=True)]
 
@@ -45,7 +43,7 @@ class EncodeAhead:
         """The prompt of each sample; the error in place of all where one cannot be encoded."""
         own, place = [], []
         for sample, what in zip(samples, asked, strict=True):
-            if not own or what != asked[len(place) - 1]:
+            if not own or not _same(what, asked[len(place) - 1]):
                 own.append(sample)
             place.append(len(own) - 1)
         try:
@@ -53,6 +51,14 @@ class EncodeAhead:
         except ConfigError as error:  # in its own words, which the loader would bury in a traceback
             return [error] * len(samples)
         return [found[index] for index in place]
+
+
+def _same(asked: list[Any], other: list[Any]) -> bool:
+    """Whether two lists of prompts and pictures are equal; of arrays and tensors only if they are the same objects."""
+    try:
+        return asked == other
+    except (RuntimeError, ValueError):  # their comparison is no single answer
+        return False
 
 
 def encode_ahead(trainer: Any) -> None:
@@ -84,9 +90,4 @@ def encoded_prompts(trainer: Any, samples: Sequence[Mapping[str, Any]]) -> list[
     for group in ahead:
         if isinstance(group, ConfigError):
             raise group
-    return [_placed(group, device) for group in ahead]
-
-
-def _placed(group: PromptGroup, device: torch.device) -> PromptGroup:
-    fields = {name: x if name in PER_TOKEN_FIELDS else x.to(device) for name, x in group.images.items()}
-    return replace(group, images=fields)
+    return [replace(group, images=placed(group.images, device)) for group in ahead]

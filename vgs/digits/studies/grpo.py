@@ -54,6 +54,13 @@ def quick_study() -> StudySettings:
     return StudySettings((0,), 2, 2, 2, 1e-3, 1, 4, 8, 1, quick_settings().recipes)
 
 
+def task_recipes() -> Mapping[str, Recipe]:
+    """The task's own teacher and student."""
+    from ..pretraining import RECIPES
+
+    return RECIPES
+
+
 def run_study(
     out: Path, cache: Path | None = None, quick: bool = False, settings: StudySettings | None = None
 ) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with workers(settings.workers) as spread:
-        recipes = dict(spread(prepare, [(role, settings, cache) for role in ("teacher", "student")]))
+        recipes = dict(spread(prepare, [(role, settings, cache, task_recipes) for role in ("teacher", "student")]))
         jobs = [(arm, seed) for seed in settings.seeds for arm in ARMS]
         before, *runs = spread(improve, [(*job, settings, cache, out) for job in [("before", 0), *jobs]])
     results: dict[str, Any] = {
@@ -100,9 +107,9 @@ def improve(arm: str, seed: int, settings: StudySettings, cache: Path, out: Path
     """
     from ..grading import accuracy
     from ..pictures import take
-    from ..pretraining import RECIPES, pretrained
+    from ..pretraining import pretrained
 
-    recipes = settings.recipes or RECIPES
+    recipes = settings.recipes or task_recipes()
     with quiet():
         student, processor = pretrained("student", cache, recipe=recipes["student"])
         teacher, _ = pretrained("teacher", cache, recipe=recipes["teacher"])
