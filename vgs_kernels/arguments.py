@@ -11,6 +11,7 @@ from torch import Tensor
 from .active_columns import SHARES, LeftOut
 from .gradients import LinearSink
 from .heads import Head
+from .pages import in_large_pages
 from .parallel import VocabularyShard
 from .plan import GradientView, Plan, gradient_dtype
 from .policy import PolicyGradient
@@ -146,13 +147,21 @@ class StudentGradients:
         by_name: gradients, empty where not wanted.
         needs_head: whether those of weight or bias are.
         left_out: of the products, where a tolerance allows it.
+        unit: what the gradients are still to be multiplied with: the loss's own, see ``policy.unit_weights``. On a CPU
+            the products have done so, for that saves a pass over the head's gradient and rounds nothing more.
+
+    Args:
+        call: the arguments. columns: of the shard. n: tokens. unit: of the loss.
     """
 
-    def __init__(self, call: Call, columns: int, n: int) -> None:
+    def __init__(self, call: Call, columns: int, n: int, unit: Tensor) -> None:
         self._call, self.head = call, call.head("student", columns)
+        self._factor, self.unit = 1.0, unit
+        if unit.device.type == "cpu" and type(unit) is Tensor:
+            self._factor, self.unit = unit.item(), torch.ones_like(unit)
         self.by_name = {name: call.zeros(name) for name in call._student if name != "student_weight"}
         weight, needed = call._student["student_weight"], "student_weight" in call.needs
-        gradient = weight.new_empty(weight.shape if needed else 0, dtype=call.dtype)
+        gradient = in_large_pages(weight.new_empty(weight.shape if needed else 0, dtype=call.dtype))
         gradient[columns if n else 0 :].zero_()  # the first block of tokens overwrites the others
         self.by_name["student_weight"] = gradient
         self.needs_head = bool({"student_weight", "student_bias"} & set(call.needs))
@@ -167,7 +176,7 @@ class StudentGradients:
         hidden = self._call[name]
         dtype = gradient_dtype(hidden, self.head.weight, self._call.dtype)
         d_hidden = self.by_name[name] if name in self._call.needs else None
-        return GradientView(hidden, d_hidden, dtype, alpha, self._call.live, tokens)
+        return GradientView(hidden, d_hidden, dtype, alpha * self._factor, self._call.live, tokens)
 
     def sink(self, views: Sequence[GradientView], plan: Plan, *, add: bool = False) -> LinearSink | None:
         """Takes the gradient tiles of these views; None without any."""

@@ -196,7 +196,7 @@ def linear(call: Call) -> Outcome:
     hidden, temperature = call["student_hidden"], call.number("temperature")
     transforms = student.transform(temperature), LogitTransform(inv_temperature=1.0 / temperature)
     loss = _loss(call, transforms[0].gain, shard)
-    gradients = StudentGradients(call, shard.columns, len(hidden))
+    gradients = StudentGradients(call, shard.columns, len(hidden), loss.unit)
     views = [gradients.view("student_hidden")] if call.needs else []
     source = LinearSource(
         [StackedRows(student, [hidden], call.live), *rows],
@@ -208,7 +208,7 @@ def linear(call: Call) -> Outcome:
     )
     losses, terms = loss.finish(*sweep(source, call.backend, loss, gradients.sink(views, source.plan)))
     shard.sum(gradients.by_name["student_hidden"])
-    return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
+    return losses, gradients.with_shares(terms, shard), gradients.unit, gradients.by_name
 
 
 def dense(call: Call) -> Outcome:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import divergence_loss, steering
 from .arguments import Call, listed
 from .driver import guard
+from .pages import in_large_pages
 
 _LOSSES = {
     "vgs": steering.linear,
@@ -100,8 +101,9 @@ def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # Three owners: what autograd has saved, its copy for this backward, and the storage asked for here.
     owners = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
     last = owners <= 3 and not torch._C._autograd._get_current_graph_task_keep_graph()
-    out = gradient if last and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor, out=out)
+    if last and gradient.dtype == dtype:
+        return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=in_large_pages(torch.empty_like(gradient, dtype=dtype)))
 
 
 @functools.cache

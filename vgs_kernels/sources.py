@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .gemm import project
 from .heads import Head
+from .pages import in_large_pages
 from .parallel import VocabularyShard
 from .plan import MAX_ROWS, GradientView, Plan, pitch, slab_rows, states
 from .rows.layout import LogitTransform, RowTile, new_state, quiet, slices
@@ -208,7 +209,8 @@ class LinearSource(Source):
         super().__init__(n, count == 4, shard, plan, torch.empty(0, dtype=dtype, device=device), True)
         self._parts, self._transforms = parts, transforms
         self._may_be_masked = any(head.bias is not None for part in parts for head in part.heads)
-        self._slabs = [self.like.new_empty(len(part.views) * plan.rows * pitch(plan.columns)) for part in parts]
+        sizes = [len(part.views) * plan.rows * pitch(plan.columns) for part in parts]
+        self._slabs = [in_large_pages(self.like.new_empty(size)) for size in sizes]
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start

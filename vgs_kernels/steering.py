@@ -166,10 +166,10 @@ def linear(call: Call) -> Outcome:
     student, teacher = (head.first(shard.columns) for head in heads)
     transforms = tuple(head.transform(objective.temperature) for head in (student, teacher))
     source_options = (call.integer("workspace_bytes"), shard, call.dtype)
-    gradients = StudentGradients(call, shard.columns, len(hidden))
-    text_gradient = "student_text_hidden" in call.needs or gradients.needs_head
+    text_gradient = bool({"student_text_hidden", "student_weight", "student_bias"} & set(call.needs))
     prior = not objective.detach_prior and objective.gamma > 0 and text_gradient
     loss = VGSLoss(call, objective, transforms[0].gain, shard.local(call.get("ids")), prior)
+    gradients = StudentGradients(call, shard.columns, len(hidden), loss.unit)
     teacher_rows = StackedRows(teacher, [teacher_hidden, teacher_text], call.live)
 
     # Scores first where gamma depends on them: KL(q_I || q_x) of every token, a pair of the teacher's rows.
@@ -230,7 +230,7 @@ def linear(call: Call) -> Outcome:
     if at_once and len(tokens) and "student_text_hidden" in call.needs:
         of_text.masked_fill_(~loss.gate.unsqueeze(1), 0)  # what was taken back leaves no rounding
     shard.sum(gradients.by_name["student_hidden"], of_text)
-    return losses, gradients.with_shares(terms, shard), loss.unit, gradients.by_name
+    return losses, gradients.with_shares(terms, shard), gradients.unit, gradients.by_name
 
 
 def dense(call: Call) -> Outcome:

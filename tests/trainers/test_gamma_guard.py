@@ -51,8 +51,37 @@ def test_micro_batches_count_by_their_tokens() -> None:
     assert state.sight == before and state.language == pytest.approx(DECAY * 1.5 + 1 - DECAY)
 
 
+def test_it_measures_before_it_lets_steering_act() -> None:
+    """No gamma until the start of `language` is known; then it rises, and a drift from the first steered step on is
+    held against what `language` was without steering."""
+    state, factors = SteeringState(), []
+    for language in [0.1] * state.window + [0.1, 0.14, 0.2, 0.3, 0.3, 0.3, 0.3]:
+        factors.append(state.guard)
+        state.observe(means(1.0, 1.0, language), 1)
+    assert factors[: state.window] == [0] * state.window and state.language_start == [0.1] * state.window
+    assert factors[state.window : state.window + 3] == pytest.approx([RISE, 1 - (1 - RISE) ** 2, 1 - (1 - RISE) ** 3])
+    assert factors[-1] == 0, "three times its start"
+    waiting = SteeringState()
+    for _ in range(3):
+        waiting.observe(means(1.0, 1.0, float("nan")), 1)
+    assert waiting.guard == 0 and waiting.language_start == [], "steps that tell nothing do not count"
+
+
+def measured(state: SteeringState) -> None:
+    """As if it had seen its first steps, with a steady language term."""
+    state.language_start, state.guard = [1e3] * state.window, 1.0
+
+
+def acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on, and well inside of the ramp."""
+    for name, value in {"BLIND": 0.0, "SEEING": 1.0, "RISE": 1.0}.items():
+        monkeypatch.setattr(gamma_guard, name, value)
+    monkeypatch.setattr(SteeringState, "window", 1)
+
+
 def test_sight_is_that_of_the_tokens(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eta=0.5, per_device_train_batch_size=8)
+    measured(trainer.steering)
     batch, kept = rollout(trainer), []
     original = trainer.step_scorer.pass_loss
     trainer.step_scorer.pass_loss = lambda *args: kept.append(original(*args)) or kept[-1]
@@ -62,7 +91,7 @@ def test_sight_is_that_of_the_tokens(tmp_path: Path) -> None:
     assert 0 < expected < 1
     assert trainer._metrics["train"]["sight"][-1] == pytest.approx(expected.item(), rel=1e-5)
     assert trainer.steering.sight == pytest.approx(expected.item(), rel=1e-5)
-    assert trainer._metrics["train"]["gamma_effective"] == [2.0], "the first step has seen nothing yet"
+    assert trainer._metrics["train"]["gamma_effective"] == [2.0], "what was allowed before it"
     trainer.state.global_step = 1
     assert trainer.objective.gamma == pytest.approx(2.0 * allowed(expected.item(), None, None), rel=1e-4)
 
@@ -103,9 +132,8 @@ def test_gamma_0_of_a_warm_up_is_plain_distillation(tmp_path: Path) -> None:
 
 
 def test_the_split_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One micro-batch of 8, and four of 2: the same gammas, well inside of the ramp, and the same weights."""
-    monkeypatch.setattr(gamma_guard, "BLIND", 0.0)
-    monkeypatch.setattr(gamma_guard, "SEEING", 1.0)
+    """One micro-batch of 8, and four of 2: the same gammas and the same weights."""
+    acts_at_once(monkeypatch)
     options = {"vds_scope": "trajectory", "eta": "measure"}
     whole, split = (scripted_run(tmp_path, *shape, **options) for shape in ((8, 1), (2, 4)))
     ours, theirs = (
@@ -119,8 +147,7 @@ def test_the_split_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_resumed_run_has_the_same_gammas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gamma_guard, "BLIND", 0.0)
-    monkeypatch.setattr(gamma_guard, "SEEING", 1.0)
+    acts_at_once(monkeypatch)
     options = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "gamma_warmup_steps": 3, "eval_strategy": "no"}
     whole = build(tmp_path, **options)
     whole.train()

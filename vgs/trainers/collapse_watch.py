@@ -46,7 +46,7 @@ class SteeringState(TrainerCallback, ExportableState):
         recent: the last ``window`` observations of language, student_vds and vds.
         warned: whether the collapse warning has been given.
         sight, language: running means for the guard of gamma, see ``gamma_guard``; None before the first step.
-        guard: what it multiplies gamma with, in [0, 1].
+        guard: what it multiplies gamma with, in [0, 1]; 0 until ``language_start`` is whole.
     """
 
     window = 5
@@ -62,7 +62,7 @@ class SteeringState(TrainerCallback, ExportableState):
         self.recent: list[list[float]] = []
         self.sight: float | None = None
         self.language: float | None = None
-        self.guard = 1.0
+        self.guard = 0.0
         # Sums of this optimizer step's micro-batches, each with its number of tokens; empty between two steps.
         self._step: list[list[float]] = []
         self._norms: list[list[float]] = []  # likewise, of gradients
@@ -159,7 +159,8 @@ class SteeringState(TrainerCallback, ExportableState):
         self.language = running_mean(self.language, language)
         if vds > NO_EVIDENCE:
             self.sight = running_mean(self.sight, seen / vds)
-        self.guard = followed(self.guard, allowed(self.sight, self.language, fmean(self.language_start)))
+        if len(self.language_start) == self.window:
+            self.guard = followed(self.guard, allowed(self.sight, self.language, fmean(self.language_start)))
 
     def watch(self, language: float, student_vds: float, vds: float) -> bool:
         """Observe one step's mean terms (nats per token); warn once, and return whether this call did."""

@@ -2,7 +2,8 @@
 
 The steered target holds the student's own text-only view. Where its two views hardly differ, the target feeds back on
 itself, and training can collapse. Two numbers of every step tell how near that is, and a factor in [0, 1] on gamma
-follows them: down at once, up by a tenth of the way in each step:
+follows them: down at once, up by a tenth of the way in each step. It begins at 0: what `language` is by itself can only
+be seen before steering acts on it, and that is measured in the first steps:
 
 - *sight*, the share of the teacher's visual dependency that the student has: the sum over tokens of
   min(KL(p_I || p_x), KL(q_I || q_x)) over the sum of KL(q_I || q_x). Tokens count by the teacher's dependency; more
@@ -35,7 +36,7 @@ def allowed(sight: float | None, language: float | None, start: float | None) ->
 
     Args:
         sight: running mean, in [0, 1]; None while nothing has been seen, and then nothing is held back.
-        language: running mean, nats per token. start: its mean over the first steps; None before the first.
+        language: running mean, nats per token. start: its mean over the first steps, without steering.
     """
     share = 1.0 if sight is None else ramp(sight, BLIND, SEEING)
     if language is None or start is None:
