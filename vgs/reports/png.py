@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 from .charts import Chart, Line, all_charts, bands, extent, geometry_charts, points
@@ -81,7 +82,7 @@ def _colour(line: Line) -> Any:
 
 
 def _panels(numbers: Mapping[str, Any], charts: Sequence[Chart], title: str) -> bytes:
-    columns = min(3, len(charts))
+    columns = 2 if len(charts) == 4 else min(3, len(charts))
     rows = -(-len(charts) // columns)
     figure = _figure(4.0 * columns, 2.9 * rows + 0.7)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -94,8 +95,11 @@ def _panels(numbers: Mapping[str, Any], charts: Sequence[Chart], title: str) -> 
         left, right, bottom, top = extent(numbers, chart)
         margin = 0.02 * (right - left)
         axis.set(xlim=(left - margin, right + margin), ylim=(bottom, top))
-        axis.set_title(chart.title, fontsize=10, color=INK)
+        note = fill(chart.note, 62)
+        axis.set_title(chart.title, fontsize=10, color=INK, pad=7 + 10 * len(note.splitlines()))
+        axis.annotate(note, (0.5, 1), (0, 4), "axes fraction", "offset points", ha="center", fontsize=7.5, color=FAINT)
         axis.set_xlabel(chart.x_label, fontsize=8.5, color=FAINT)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # bins and steps
         axis.tick_params(labelsize=8, colors=FAINT)
         if chart.unit == "share":
             axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
