@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from vgs_kernels import release_workspace
+
 #: Ends by itself soon after the process that it belongs to.
 _SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000):\n        pass\n"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -52,8 +54,9 @@ def _resident(field: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Freed heap memory goes back to the system, so that using it again counts."""
+    """What is freed, or kept for a later call, goes back to the system, so that using it again counts."""
     gc.collect()
+    release_workspace()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -8,6 +8,7 @@ from .modules import FusedLinearDivergence, FusedLinearVGSLoss
 from .objective import VGSObjective
 from .outputs import DivergenceOutput, VGSOutput
 from .policy import PolicyTerm
+from .workspace import release_workspace
 
 __version__ = "0.1.0"
 
@@ -25,5 +26,6 @@ __all__ = [
     "divergence_loss",
     "fused_linear_divergence",
     "fused_linear_vgs_loss",
+    "release_workspace",
     "vgs_loss",
 ]

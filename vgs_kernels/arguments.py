@@ -11,12 +11,12 @@ from torch import Tensor
 from .active_columns import SHARES, LeftOut
 from .gradients import LinearSink
 from .heads import Head
-from .pages import in_large_pages
 from .parallel import VocabularyShard
 from .plan import GradientView, Plan, gradient_dtype
 from .policy import PolicyGradient
 from .rows import Backend, backend
 from .rows.layout import accumulation_dtype
+from .workspace import in_large_pages
 
 
 def specify(**parts: object) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import divergence_loss, steering
 from .arguments import Call, listed
 from .driver import guard
-from .pages import in_large_pages
+from .workspace import in_large_pages
 
 _LOSSES = {
     "vgs": steering.linear,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .gemm import project
 from .heads import Head
-from .pages import in_large_pages
 from .parallel import VocabularyShard
 from .plan import MAX_ROWS, GradientView, Plan, pitch, slab_rows, states
 from .rows.layout import LogitTransform, RowTile, new_state, quiet, slices
+from .workspace import Workspace
 
 #: Elements of a part of a composed row that is formed on its own.
 _FORMED_ELEMENTS = 1 << 20
@@ -209,8 +209,9 @@ class LinearSource(Source):
         super().__init__(n, count == 4, shard, plan, torch.empty(0, dtype=dtype, device=device), True)
         self._parts, self._transforms = parts, transforms
         self._may_be_masked = any(head.bias is not None for part in parts for head in part.heads)
-        sizes = [len(part.views) * plan.rows * pitch(plan.columns) for part in parts]
-        self._slabs = [in_large_pages(self.like.new_empty(size)) for size in sizes]
+        workspace, sizes = Workspace(), [len(part.views) * plan.rows * pitch(plan.columns) for part in parts]
+        self._slabs = [workspace.empty(self.like, size) for size in sizes]
+        self._workspace = workspace  # behind the slabs, which go first
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start

@@ -22,6 +22,7 @@ from .plan import GradientView
 from .policy import unit_weights
 from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled
 from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
+from .workspace import Workspace
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
@@ -209,8 +210,9 @@ def linear(call: Call) -> Outcome:
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
         gated = loss.form_now(state, rows)
         view = gradients.view("student_text_hidden", objective.lam, gated + rows.start)
-        pair = TileSource(tile.pair_at(gated, text=True), shard, state)
-        preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
+        with Workspace() as memory:
+            pair = TileSource(tile.pair_at(gated, memory.empty, text=True), shard, state)
+            preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
 
     found = sweep(
         source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None

@@ -11,7 +11,7 @@ small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', what
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,10 +116,15 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
-    def pair_at(self, tokens: Tensor, *, text: bool = False) -> RowTile:
-        """A copy of the student's and the target's rows of some tokens, or of their text-only rows."""
+    def pair_at(self, tokens: Tensor, empty: Callable[..., Tensor], *, text: bool = False) -> RowTile:
+        """A copy of the student's and the target's rows of some tokens, or of their text-only rows.
+
+        Args:
+            tokens: which. text: the text-only ones. empty: ``empty(like, *size)`` gives the memory.
+        """
         pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
-        student, target = (row[tokens] for row in pair)
+        size = (len(tokens), self.student.shape[1])
+        student, target = (torch.index_select(row, 0, tokens, out=empty(row, *size)) for row in pair)
         return RowTile(student, target, None, None, *self[4:7], readable=student.shape[1])
 
     @property
