@@ -34,7 +34,8 @@ def prompts_once(model: nn.Module) -> Iterator[None]:
 
     It reads a prompt for every response, as it does elsewhere, where the cache cannot be repeated (a static or an
     offloaded one, none at all, one with states that do not follow ``reorder_cache``), where beams are searched, and
-    where the model or the call wants more of the first forward than logits and cache.
+    where the model or the call wants more of the first forward than logits and cache. Prompts with several pictures are
+    right there with transformers 5.24; 5.17 repeats pixels itself, and mixes up their order in many families.
 
     Args:
         model: an unwrapped (possibly PEFT) model.
