@@ -78,7 +78,7 @@ def vision_inputs(model: nn.Module, samples: list[dict]) -> tuple[dict[str, Tens
 @pytest.mark.parametrize("family", slow_beyond(USUAL, FAMILIES))
 def test_pictures(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Prompts with one picture, two and none: every token was drawn with the log-probability that one plain forward
-    over its own sequence gives it. (transformers 5.24 mixes up two pictures in GLM-4V, SmolVLM and Granite Vision.)"""
+    over its own sequence gives it. (transformers' own repetition mixes pictures up in GLM-4V, SmolVLM and Granite.)"""
     folder = checkpoint(family)
     model = hf.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
     processor, samples = hf.AutoProcessor.from_pretrained(folder), photo_samples(tmp_path)

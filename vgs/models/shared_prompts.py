@@ -111,7 +111,10 @@ class _Prompts:
         return name if torch.equal(self.ids.repeat_interleave(self.times, dim=0), repeated) else None
 
     def repeated_features(self, model: nn.Module) -> dict[str, Any]:
-        """The features of pictures for the repeated prompts; transformers 5.24 mixes up those of several pictures.
+        """The features of pictures for the repeated prompts, in the order of their rows.
+
+        transformers 5.24 repeats each picture of a prompt by itself in GLM-4V, and the whole batch in SmolVLM, where all
+        pictures stand in one row; in Granite 4 Vision it does not repeat the features for deeper layers.
 
         Args:
             model: that made them.
