@@ -113,7 +113,7 @@ class _Prompts:
     def repeated_features(self, model: nn.Module) -> dict[str, Any]:
         """The features of pictures for the repeated prompts, in the order of their rows.
 
-        transformers 5.24 repeats each picture of a prompt by itself in GLM-4V, and the whole batch in SmolVLM, where all
+        transformers 5.24 repeats each picture of a prompt by itself in GLM-4V, the whole batch in SmolVLM, where all
         pictures stand in one row; in Granite 4 Vision it does not repeat the features for deeper layers.
 
         Args:
