@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,22 @@ class Family:
             self.group([], [3, 6], 1),
             self.group([self.large, self.small], [5], 2),
         ]
+
+
+@contextmanager
+def rows_read(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """Collects the sizes [rows, columns] of all tokens that enter the language model."""
+    seen: list[tuple[int, int]] = []
+
+    def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].ndim == 2:  # and not the one token that transformers asks for
+            seen.append(tuple(args[0].shape))
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(collect)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def separate_rows(model: nn.Module, group: PromptGroup, with_image: bool) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import rows_read
 from tiny import tiny_model, tiny_samples
 from torch import nn
 from trainers import make_trainer, rollout
@@ -197,8 +198,8 @@ def test_prompts_over_the_limit_are_an_error(tmp_path: Path) -> None:
         rollout(trainer)
 
 
-def test_images_are_encoded_once_for_all_responses_to_a_prompt(tmp_path: Path) -> None:
-    """And the responses are those of prompts that are repeated, which the host would ask."""
+def test_a_prompt_is_read_once_for_all_responses_to_it(tmp_path: Path) -> None:
+    """With its images; and the responses are those of prompts that are repeated, which the host would ask."""
     trainer = make_trainer(tmp_path, num_generations=2, samples=[x for x in tiny_samples(4) for _ in range(2)])
     trainer.model.train()
     patches: list[int] = []
@@ -206,8 +207,11 @@ def test_images_are_encoded_once_for_all_responses_to_a_prompt(tmp_path: Path) -
     handle = tower.register_forward_hook(lambda module, inputs, output: patches.append(len(inputs[0])))
     inputs = list(trainer.train_dataset)
     torch.manual_seed(0)
-    _, groups = rollouts.rollout(trainer, inputs, 2)
+    with rows_read(trainer.student) as seen:
+        _, groups = rollouts.rollout(trainer, inputs, 2)
     handle.remove()
+    longest = max(len(group.prompt_ids) for group in groups)
+    assert seen[0] == (len(groups), longest) and set(seen[1:]) == {(len(inputs), 1)}
     assert sum(patches) == sum(len(group.images["pixel_values"]) for group in groups)
     questions = rollouts.encode_questions(trainer, inputs, 2)
     torch.manual_seed(0)

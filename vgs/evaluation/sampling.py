@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from ..data.prompts import encode_prompts
 from ..data.responses import cut_responses
 from ..models.families import placeholder_ids
+from ..models.shared_prompts import prompts_once
 from ..models.tokenizers import tokenizer_of
 from ..models.wrappers import is_sharded, run_inside, unwrap
 from .generation import Generation, generation_settings
@@ -109,7 +110,8 @@ def own_generation_config(model: nn.Module) -> Iterator[None]:
 def _generate(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> tuple[None, Tensor]:
     """A task of ``run_inside``: transformers runs the vision tower before the model's forward, so that FSDP2 has
     gathered the parameters around it only inside one."""
-    return None, model.generate(**inputs, **options)
+    with prompts_once(model):
+        return None, model.generate(**inputs, **options)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def sample_responses(
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[list[int]]:
-    """A response of the model to each sample, or several that share its images.
+    """A response of the model to each sample, or several: the model reads a prompt once for all of them.
 
     Args:
         model: a vision-language model; answers in eval mode and is left in the mode it came in.

@@ -77,7 +77,9 @@ def images_once(body: nn.Module, shared: SharedImages) -> Iterator[None]:
     def repeated(*args: Any, **kwargs: Any) -> Any:
         called.append(True)
         args = [own.get(name, value) for name, value in zip(names, args, strict=False)]
-        return _repeated(original(*args, **{**kwargs, **{x: own[x] for x in kwargs.keys() & own.keys()}}), shared, body)
+        return repeat_features(
+            original(*args, **{**kwargs, **{x: own[x] for x in kwargs.keys() & own.keys()}}), shared, body
+        )
 
     with replaced(body, "get_image_features", repeated):
         yield
@@ -85,8 +87,17 @@ def images_once(body: nn.Module, shared: SharedImages) -> Iterator[None]:
         raise ValueError(f"{type(body).__name__} has get_image_features, but its forward does not call it.")
 
 
-def _repeated(output: Any, shared: SharedImages, body: nn.Module) -> Any:
-    """What ``get_image_features`` returned, with the features of each prompt once for every row of it."""
+def repeat_features(output: Any, shared: SharedImages, body: nn.Module) -> Any:
+    """What ``get_image_features`` returned, with the features of each prompt once for every row of it.
+
+    Args:
+        output: in any form; an output class is changed in place.
+        shared: whose images they are; ``fields`` are not read.
+        body: whose method it was.
+
+    Raises:
+        ValueError: the features are not one for each placeholder of the prompts.
+    """
     parts = dict(output) if isinstance(output, Mapping) else {"pooler_output": output}
     if (pooled := getattr(output, "pooler_output", None)) is not None:  # in older releases an attribute alone
         parts["pooler_output"] = pooled

@@ -23,6 +23,7 @@ from ..evaluation.sampling import GREEDY
 from ..models.groups import PromptGroup
 from ..models.image_fields import join_images
 from ..models.padding import token_fields
+from ..models.shared_prompts import prompts_once
 from .encoding import ENCODED, encoded_prompts
 
 logger = logging.getLogger(__name__)
@@ -160,13 +161,14 @@ def as_host_prompts(rows: Sequence[PromptGroup]) -> tuple[list[list[int]], None,
 def several_answers(trainer: Any, count: int) -> Iterator[None]:
     """Make ``generate`` sample ``count`` responses to each prompt that it is given, one behind the other.
 
-    It encodes the images of each prompt once then, instead of once for every response.
+    The model reads each prompt with its images once then, instead of once for every response.
     """
     before = trainer.generation_config
     trainer.generation_config = copy(before)
     trainer.generation_config.num_return_sequences = count
     try:
-        yield
+        with prompts_once(trainer.student):
+            yield
     finally:
         trainer.generation_config = before
 
