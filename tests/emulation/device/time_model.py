@@ -138,7 +138,7 @@ def make_problem(shape: Shape, tokens: int) -> Problem:
 def random_problem(shape: Shape, tokens: int) -> Problem:
     """Tensors whose logits deviate by two nats."""
     problem = make_problem(shape, tokens)
-    for x in vars(problem).values():
+    for x in problem.tensors:
         x.normal_(std=1.0 if len(x) == tokens else 2 / x.shape[1] ** 0.5)
     return problem
 
