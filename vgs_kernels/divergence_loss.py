@@ -71,7 +71,8 @@ class DivergenceLoss(Loss):
         self._gradient_alone = gradient_alone
         self._sampled = divergence.kind == "sampled_reverse_kl"
         self.picks = 2 if self._sampled else 1
-        self._of_logits = self.unit_weights * (gain * divergence.scale)
+        factor = gain * divergence.scale
+        self._of_logits = self.unit_weights if factor == 1 else self.unit_weights * factor
         self._sums = token_weights.new_zeros(len(SUMS), len(token_weights))
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
@@ -159,7 +160,7 @@ class DivergenceLoss(Loss):
         if self.policy is not None:
             terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
             losses = losses + scaled(self.policy.weights, terms[-1])
-        return losses, torch.stack([term.to(self._weights.dtype) for term in terms])
+        return losses, torch.stack(terms).to(self._weights.dtype)
 
 
 def settings(kind: type[Settings], call: Call) -> Settings:

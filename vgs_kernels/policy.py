@@ -73,10 +73,13 @@ def unit_weights(
     call are weighted with (1 if all are zero).
     """
     weights = token_weights.to(dtype)
+    if factor != 1:
+        weights = weights * factor
+    one = weights.new_ones(())
     if not len(weights):
-        return weights, weights.new_ones(())
-    unit = factor * weights.abs().amax()
+        return weights, one
+    largest = torch.linalg.vector_norm(weights, torch.inf)
     if policy is not None:
-        unit = torch.maximum(unit, policy.magnitude.abs().amax())
-    unit = torch.ldexp(torch.ones_like(unit), torch.frexp(torch.where(unit > 0, unit, 1.0)).exponent)
-    return weights * factor / unit, unit
+        largest = torch.maximum(largest, torch.linalg.vector_norm(policy.magnitude, torch.inf))
+    unit = torch.ldexp(one, torch.frexp(largest).exponent)  # of 0, which has the exponent 0, it is 1
+    return weights / unit, unit
