@@ -45,6 +45,8 @@ class VGSLoss(Loss):
         self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
+        if self.policy is not None:
+            self.policy.prepare(self.gain / self.unit)
         self._of_logits = self.unit_weights if self.gain == 1 else self.gain * self.unit_weights
         vds, limits = call.get("vds"), call.get("vds_threshold")
         self.vds = None if vds is None else vds.to(self.dtype)
@@ -79,8 +81,8 @@ class VGSLoss(Loss):
         found = RowCoefficients(self._of_logits[rows], self._gamma_of(state, rows), live_prior=self.live_prior)
         if self.policy is None:
             return found
-        slope = self.policy.evaluate(Statistics(state).log_probability(picked[0]), rows)[1]
-        pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
+        logps = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
+        pull = self.policy.pull(rows, logps).to(state.dtype)
         return found._replace(policy=pull, chosen=self.ids[rows])
 
     @functools.cached_property
@@ -136,7 +138,7 @@ class VGSLoss(Loss):
         if picked is not None:
             terms.append(x.log_probability(picked[0]))
         if self.policy is not None:
-            terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
+            terms.append(self.policy.values(terms[-1]))
             losses = losses + scaled(self.policy.weights, terms[-1])
         return losses, torch.stack(terms).to(self.dtype)
 
