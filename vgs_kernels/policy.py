@@ -74,6 +74,9 @@ class PolicyGradient:
         interval, or with a negative advantage below the lower one.
         """
         self._slopes = -scaled(self.weights * factor, self._advantages)
+        if self._old is None:  # a ratio of 1 is inside
+            self._slopes = self._slopes.to(self.weights.dtype)
+            return
         negative = self._advantages < 0
         self._most = torch.where(negative, torch.inf, 1 + self._high)
         # Where the weight is 0, no ratio counts, not even an infinite one.
