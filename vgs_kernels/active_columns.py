@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .gemm import UPCAST_COLUMNS
 from .rows.layout import accumulation_dtype, slices
 
 if TYPE_CHECKING:
@@ -43,18 +44,47 @@ _MARGIN = 1e-3
 #: Elements of a block of temporaries: in the cache of a CPU; on a GPU, few launches.
 _ELEMENTS = {"cpu": 1 << 20}
 _MANY_ELEMENTS = 1 << 25
+#: A sampled element takes up to 20 bytes.
+_SAMPLED_SHARE = 4
 
 
-def _magnitudes(d_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """|d_logits| in float32 (float64), a block of columns at a time, in memory that all blocks share."""
-    elements = _ELEMENTS.get(d_logits.device.type, _MANY_ELEMENTS)
-    rows, columns = d_logits.shape
-    width = max(1, min(columns, elements // max(rows, 1)))
+def _elements(device_type: str) -> int:
+    return _ELEMENTS.get(device_type, _MANY_ELEMENTS)
+
+
+def temporary_bytes(
+    rows: int, columns: int, width: int, dtype: torch.dtype, device_type: str = "cuda", tokens: int = 0
+) -> int:
+    """Upper bound on what is allocated at a time to find the columns that matter and to multiply them out.
+
+    Args:
+        rows, columns: of a block of logit gradients.
+        width: of the student's hidden states.
+        dtype: of the block and of the head.
+        device_type: where it is.
+        tokens: of the call.
+    """
+    own, wide = dtype.itemsize, max(dtype.itemsize, 4)
+    elements = max(_elements(device_type), rows)
+    few = min(columns, UPCAST_COLUMNS)
+    sweep = min(elements, rows * columns) * (own + wide)
+    products = rows * few * own + few * width * (own + wide) + min(elements, rows * few) * wide
+    return max(sweep, products) + 16 * columns + 16 * rows * _BINS + 64 * tokens
+
+
+def _magnitudes(d_logits: Tensor, tokens: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """|d_logits| of some of the rows in float32 (float64), a block of columns at a time, in memory that all blocks
+    share."""
+    columns = d_logits.shape[1]
+    rows = d_logits.shape[0] if tokens is None else len(tokens)
+    width = max(1, min(columns, _elements(d_logits.device.type) // max(rows, 1)))
     memory = d_logits.new_empty(rows * width, dtype=accumulation_dtype(d_logits))
     for here in slices(columns, width):
-        block = d_logits[:, here]
+        block = d_logits[:, here] if tokens is None else d_logits[tokens, here]
         out = memory[: block.numel()].view(block.shape)
-        yield here, torch.abs(block, out=out) if block.dtype == out.dtype else out.copy_(block).abs_()
+        out = torch.abs(block, out=out) if block.dtype == out.dtype else out.copy_(block).abs_()
+        del block  # it may be a copy
+        yield here, out
 
 
 def row_sums(d_logits: Tensor) -> Tensor:
@@ -82,13 +112,12 @@ def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor |
     thresholds.clamp_(min=least)
     if not torch.where(mass.isfinite().all(), expected, torch.inf) <= _BREAK_EVEN:
         return None
-    lowest = mass.new_zeros(columns)
-    failing, tokens = d_logits, None
+    lowest, tokens = mass.new_zeros(columns), None
     for check in range(_HALVINGS + 2):
         here, scale = mass, torch.where(mass > 0, 1 / (thresholds * mass), 0).clamp_(max=torch.finfo(mass.dtype).max)
         if tokens is not None:
-            failing, here, scale = d_logits[tokens], mass[tokens], scale[tokens]
-        failed = ~(_sum_below(failing, scale, lowest) <= allowed * (here * scale))
+            here, scale = mass[tokens], scale[tokens]
+        failed = ~(_sum_below(d_logits, tokens, scale, lowest) <= allowed * (here * scale))
         at = failed.nonzero().squeeze(1)
         tokens = at if tokens is None else tokens[at]
         if not len(tokens):
@@ -101,22 +130,34 @@ def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor |
 def _guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
     """Thresholds [R] as shares of the mass, and the share of the columns that would be kept, from a sample."""
     columns = d_logits.shape[1]
-    sample = d_logits if columns < 4 * _EVERY else d_logits.unfold(1, _RUN, _EVERY).flatten(1)
+    sampled = d_logits.unsqueeze(1) if columns < 4 * _EVERY else d_logits.unfold(1, _RUN, _EVERY)
+    count = sampled[0].numel() if len(sampled) else 1
+    few = max(1, _elements(d_logits.device.type) // (_SAMPLED_SHARE * count))
+    edges, kept = torch.empty_like(mass), torch.zeros(count, dtype=torch.bool, device=mass.device)
+    for rows in slices(len(mass), few):
+        edges[rows] = _edges(sampled[rows].flatten(1), mass[rows], allowed * (count / columns), kept)
+    return edges, kept.float().mean()
+
+
+def _edges(sample: Tensor, mass: Tensor, allowed: float, kept: Tensor) -> Tensor:
+    """Thresholds [R] of sampled columns [R, S], which may hold this much of the mass below; ``kept`` [S] notes those
+    that are above one."""
     shares = (sample.abs() / torch.where(mass > 0, mass, 1).unsqueeze(1)).float()
-    bins = (shares.view(torch.int32) >> _DROPPED_BITS).clamp_(0, _BINS - 1)
-    sums = shares.new_zeros(len(shares), _BINS).scatter_add_(1, bins.long(), shares).cumsum(1)
+    bins = (shares.view(torch.int32) >> _DROPPED_BITS).clamp_(0, _BINS - 1).long()
+    sums = shares.new_zeros(len(shares), _BINS).scatter_add_(1, bins, shares).cumsum(1)
     # Whole bins, and never the highest that the sample has: of what is above, it tells nothing.
-    fit = (sums * (columns / sample.shape[1]) <= allowed) & (sums < sums[:, -1:])
+    fit = (sums <= allowed) & (sums < sums[:, -1:])
     edges = (fit.sum(1).to(torch.int32) << _DROPPED_BITS).view(torch.float32)
     lowest_kept = torch.where(mass > 0, edges, torch.inf).clamp_(min=torch.finfo(torch.float32).tiny)
-    expected = (shares / lowest_kept.unsqueeze(1)).amax(0) >= 1
-    return edges.to(mass.dtype), expected.float().mean()
+    kept |= shares.div_(lowest_kept.unsqueeze(1)).amax(0) >= 1
+    return edges
 
 
-def _sum_below(d_logits: Tensor, scale: Tensor, lowest: Tensor) -> Tensor:
-    """sum_j scale * |g_j| over scale * |g_j| < 1, [R]; ``lowest`` [C] takes the minima of -scale * |g|."""
+def _sum_below(d_logits: Tensor, tokens: Tensor | None, scale: Tensor, lowest: Tensor) -> Tensor:
+    """sum_j scale * |g_j| over scale * |g_j| < 1 of these tokens, [R]; ``lowest`` [C] takes the minima of
+    -scale * |g|."""
     sums, scale = torch.zeros_like(scale), -scale.unsqueeze(1)
-    for columns, magnitudes in _magnitudes(d_logits):
+    for columns, magnitudes in _magnitudes(d_logits, tokens):
         scaled = magnitudes.mul_(scale)
         torch.minimum(lowest[columns], scaled.amin(0), out=lowest[columns])
         sums -= torch.nn.functional.threshold_(scaled, -1.0, 0.0).sum(1)

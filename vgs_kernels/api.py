@@ -103,7 +103,7 @@ def fused_linear_vgs_loss(
             the head and the hidden states, in [0, 1); 0: nothing is. On peaked rows all but a few per cent of the
             vocabulary is then skipped; where more than 60 % of it matters, all is multiplied. No token loses more in
             any view (see docs/performance.md), and a bias's gradient nothing. The output says what was lost. The host
-            waits for the device; beside the workspace there are temporaries of up to the size of a gradient block.
+            waits for the device; beside the workspace there are temporaries, of some 200 MiB on a GPU.
         return_terms: with False, where lam = 0, gamma is constant, the prior detached and no soft-cap is used, the
             teacher's two projections become one (its states are combined and rounded to their dtype). The loss is then
             (1 + gamma) * eta * KL(p_I || q~), see :attr:`VGSObjective.kappa`: the same gradient, another constant, and

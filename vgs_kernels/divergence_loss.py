@@ -65,14 +65,17 @@ class DivergenceLoss(Loss):
             raise ValueError(f"top_k must be at most the vocabulary's {shard.total} entries, got {divergence.top_k}.")
         super().__init__(shard.local(ids))
         self.divergence, self.policy = divergence, policy
-        self._weights, self._shard, self._gain, self._backend = token_weights, shard, gain, backend
+        self._weights, self._shard, self._backend = token_weights, shard, backend
         self.unit_weights, self.unit = token_weights, unit
         if unit is None:
             self.unit_weights, self.unit = unit_weights(token_weights, token_weights.dtype, policy=policy)
+        if policy is not None:
+            policy.prepare(gain / self.unit)
         self._gradient_alone = gradient_alone
         self._sampled = divergence.kind == "sampled_reverse_kl"
         self.picks = 2 if self._sampled else 1
-        self._of_logits = self.unit_weights * (gain * divergence.scale)
+        factor = gain * divergence.scale
+        self._of_logits = self.unit_weights if factor == 1 else self.unit_weights * factor
         self._sums = token_weights.new_zeros(len(SUMS), len(token_weights))
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
@@ -84,8 +87,8 @@ class DivergenceLoss(Loss):
         elif self.divergence.token_clip is not None:
             weight = torch.where(self._values(state, picked, rows) > self.divergence.token_clip, 0, weight)
         if self.policy is not None:
-            slope = self.policy.evaluate(Statistics(state).log_probability(picked[0]), rows)[1]
-            slope = scaled(self.policy.weights[rows] / self.unit * self._gain, slope)
+            found = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
+            slope = self.policy.pull(rows, found)
             pull = slope if pull is None else pull + slope
         if pull is not None:
             of_tail |= {"policy": pull.to(state.dtype), "chosen": self.ids[rows]}
@@ -159,9 +162,9 @@ class DivergenceLoss(Loss):
         terms = [value, x.entropy, *([] if picked is None else [x.log_probability(picked[0])])]
         losses = scaled(self._weights.to(value.dtype), value)
         if self.policy is not None:
-            terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
+            terms.append(self.policy.values(terms[-1]))
             losses = losses + scaled(self.policy.weights, terms[-1])
-        return losses, torch.stack([term.to(self._weights.dtype) for term in terms])
+        return losses, torch.stack(terms).to(self._weights.dtype)
 
 
 def settings(kind: type[Settings], call: Call) -> Settings:

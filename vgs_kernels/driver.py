@@ -105,10 +105,10 @@ def sweep(
 
 def _pick(logits: Tensor, transform: LogitTransform, ids: Tensor, columns: slice, out: Tensor) -> None:
     """Copy the logits, once transformed, at ``ids`` that lie in these columns to ``out`` [R]."""
-    local = ids - columns.start
-    inside = (local >= 0) & (ids < columns.stop)
-    chosen = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    out.copy_(torch.where(inside, transform(chosen.to(out.dtype)), out))
+    local = ids - columns.start if columns.start else ids
+    place = local.clamp(0, logits.shape[1] - 1)
+    chosen = logits.gather(1, place.unsqueeze(1)).squeeze(1)
+    torch.where(place == local, transform(chosen.to(out.dtype)), out, out=out)
 
 
 class Tiles:

@@ -58,13 +58,13 @@ def thresholds(
         group_name: process group of the scope ``"ranks"``; every rank must call, also one without tokens.
         counted: [N] bool, the tokens that the quantiles are of; the limits of others mean nothing. None means all.
     """
+    if objective.vds_scope == "call" and counted is None:
+        return [grouped_quantile(vds, q) if len(vds) else vds for q in objective.quantiles]
     groups = trajectory_ids if objective.vds_scope == "trajectory" else torch.zeros_like(vds, dtype=torch.int64)
     if counted is not None:  # a group of their own behind all others
         groups = groups.masked_fill(~counted, torch.iinfo(torch.int64).max)
     if objective.vds_scope == "trajectory":
         return [grouped_quantile(vds, q, groups) for q in objective.quantiles]
-    if objective.vds_scope == "call" and counted is None:
-        return [grouped_quantile(vds, q) if len(vds) else vds for q in objective.quantiles]
     pool = vds
     if objective.vds_scope == "ranks":
         pool, groups = (gather_rows(x, group_name) for x in (vds, groups))

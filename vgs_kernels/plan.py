@@ -12,7 +12,7 @@ from .gemm import has_mixed_gemm
 from .rows.layout import quiet
 
 #: Rows of a gradient block: enough for one full wave of a GEMM on a large GPU, few passes over the head gradient.
-_GRADIENT_ROWS = 2048
+GRADIENT_ROWS = 2048
 #: Tiles of fewer bytes for each column (64 tokens of four float32 rows) cost more in reading the heads than a cut
 #: vocabulary costs in projecting twice.
 _MIN_TILE_BYTES, _MIN_ROWS = 1024, 64
@@ -106,7 +106,7 @@ class Plan:
             rows = min(most, 2 * rows or _MIN_ROWS)
             gradient_rows = rows
             if gradient_bytes:
-                gradient_rows = min(n, _GRADIENT_ROWS, (budget - rows * slab_bytes) // gradient_bytes)
+                gradient_rows = min(n, GRADIENT_ROWS, (budget - rows * slab_bytes) // gradient_bytes)
             if rows * slab_bytes > budget or gradient_rows < rows:
                 break
             if rows == n or rows * slab_bytes >= _MIN_TILE_BYTES:

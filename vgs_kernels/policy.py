@@ -34,7 +34,11 @@ class PolicyTerm(NamedTuple):
 
 
 class PolicyGradient:
-    """The [N]-vector arithmetic of a policy term within one call."""
+    """The [N]-vector arithmetic of a policy term within one call.
+
+    Attributes:
+        compares: whether the gradient depends on this call's log-probabilities.
+    """
 
     def __init__(
         self,
@@ -48,20 +52,44 @@ class PolicyGradient:
         self._advantages = wide(advantages)
         self._old = None if old_logps is None else wide(old_logps)
         self._low, self._high = epsilons
+        self.compares = old_logps is not None
 
     @property
     def magnitude(self) -> Tensor:
         """[N]: what the gradient's scale is measured by."""
         return self.weights * self._advantages.to(self.weights.dtype)
 
-    def evaluate(self, log_probabilities: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Values before weights, and their derivatives by the log-probabilities [R] of these tokens."""
-        advantages = self._advantages[rows]
-        ratio = torch.ones_like(advantages)
+    def values(self, log_probabilities: Tensor) -> Tensor:
+        """Of all tokens, before weights, from their log-probabilities [N]."""
+        ratio = torch.ones_like(self._advantages)
         if self._old is not None:
-            ratio = (wide(log_probabilities) - self._old[rows]).exp()
-        free, clipped = (scaled(advantages, x) for x in (ratio, ratio.clamp(1 - self._low, 1 + self._high)))
-        return -torch.minimum(free, clipped), torch.where(free <= clipped, -free, 0)
+            ratio = (wide(log_probabilities) - self._old).exp()
+        free, clipped = (scaled(self._advantages, x) for x in (ratio, ratio.clamp(1 - self._low, 1 + self._high)))
+        return -torch.minimum(free, clipped)
+
+    def prepare(self, factor: Tensor) -> None:
+        """What of the gradient, times a factor, is known before any log-probability is.
+
+        It is -ratio * advantage * weight, and 0 where the clipped value is the lesser one: beyond the upper end of the
+        interval, or with a negative advantage below the lower one.
+        """
+        self._slopes = -scaled(self.weights * factor, self._advantages)
+        if self._old is None:  # a ratio of 1 is inside
+            self._slopes = self._slopes.to(self.weights.dtype)
+            return
+        negative = self._advantages < 0
+        self._most = torch.where(negative, torch.inf, 1 + self._high)
+        # Where the weight is 0, no ratio counts, not even an infinite one.
+        self._least = torch.where(negative, 1 - self._low, -torch.inf).masked_fill_(self._slopes == 0, torch.inf)
+
+    def pull(self, rows: slice, log_probabilities: Tensor | None) -> Tensor:
+        """The prepared gradient by the log-probabilities [R] of these tokens; without an old policy the ratio is 1."""
+        slopes = self._slopes[rows]
+        if self._old is None:
+            return slopes
+        ratio = (wide(log_probabilities) - self._old[rows]).exp()
+        counts = (ratio >= self._least[rows]) & (ratio <= self._most[rows])
+        return torch.where(counts, slopes * ratio, 0)
 
 
 def unit_weights(
@@ -73,10 +101,13 @@ def unit_weights(
     call are weighted with (1 if all are zero).
     """
     weights = token_weights.to(dtype)
+    if factor != 1:
+        weights = weights * factor
+    one = weights.new_ones(())
     if not len(weights):
-        return weights, weights.new_ones(())
-    unit = factor * weights.abs().amax()
+        return weights, one
+    largest = torch.linalg.vector_norm(weights, torch.inf)
     if policy is not None:
-        unit = torch.maximum(unit, policy.magnitude.abs().amax())
-    unit = torch.ldexp(torch.ones_like(unit), torch.frexp(torch.where(unit > 0, unit, 1.0)).exponent)
-    return weights * factor / unit, unit
+        largest = torch.maximum(largest, torch.linalg.vector_norm(policy.magnitude, torch.inf))
+    unit = torch.ldexp(one, torch.frexp(largest).exponent)  # of 0, which has the exponent 0, it is 1
+    return weights / unit, unit

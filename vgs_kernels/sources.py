@@ -204,6 +204,8 @@ class LinearSource(Source):
         plan = Plan.fit(n, shard.largest, *sizes, workspace_bytes, most)
         #: Whether tiles span the vocabulary, on all ranks that share it.
         self.spans = plan.columns >= shard.largest
+        #: Whether there is one tile.
+        self.holds_all = self.spans and 0 < n <= plan.rows
         # Every rank of a group cuts the tokens alike, for their statistics are merged tile by tile.
         plan = replace(plan, columns=max(1, min(plan.columns, shard.columns)))
         super().__init__(n, count == 4, shard, plan, torch.empty(0, dtype=dtype, device=device), True)
@@ -219,7 +221,7 @@ class LinearSource(Source):
         for part, slab in zip(self._parts, self._slabs, strict=True):
             out = slab_rows(slab, slice(0, len(part.views) * n_rows), n_columns)
             part.project(rows, columns, out)
-            tiles += out.split(n_rows)
+            tiles += out.chunk(len(part.views))
         s, t, a, w = (tiles[0], tiles[2], tiles[1], tiles[3]) if self.four else (*tiles[:2], None, None)
         deciding = tiles[2] if len(tiles) == 3 else None
         return RowTile(s, t, a, w, *self._transforms, self._may_be_masked, pitch(n_columns), deciding)

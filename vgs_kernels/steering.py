@@ -20,12 +20,14 @@ from .objective import VGSObjective
 from .parallel import VocabularyShard
 from .plan import GradientView
 from .policy import unit_weights
-from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled
+from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled, wide
 from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
 from .workspace import Workspace
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
+#: Calls of so few tokens fit into one tile together with a copy of two of its rows.
+_FEW_TOKENS = 256
 
 
 class VGSLoss(Loss):
@@ -44,7 +46,9 @@ class VGSLoss(Loss):
         self.dtype, self.gain, self.live_prior = call.dtype, gain, live_prior
         self.policy = call.policy
         self.unit_weights, self.unit = unit_weights(call["token_weights"], self.dtype, self.objective.eta, self.policy)
-        self._of_logits = self.gain * self.unit_weights
+        if self.policy is not None:
+            self.policy.prepare(self.gain / self.unit)
+        self._of_logits = self.unit_weights if self.gain == 1 else self.gain * self.unit_weights
         vds, limits = call.get("vds"), call.get("vds_threshold")
         self.vds = None if vds is None else vds.to(self.dtype)
         self._counted = call.get("counted")
@@ -52,6 +56,7 @@ class VGSLoss(Loss):
         self.of_call = self.objective.vds_scope == "call" and limits is None
         self._seen, self._formed = [], []
         self.limits: list[Tensor] | None = None
+        self.gate: Tensor | None = None
         if limits is not None:
             self.limits = [limit.expand(len(self.unit_weights)) for limit in limits.to(self.dtype).reshape(-1, 1)]
         elif self.vds is not None:
@@ -77,8 +82,8 @@ class VGSLoss(Loss):
         found = RowCoefficients(self._of_logits[rows], self._gamma_of(state, rows), live_prior=self.live_prior)
         if self.policy is None:
             return found
-        slope = self.policy.evaluate(Statistics(state).log_probability(picked[0]), rows)[1]
-        pull = scaled(self.gain * self.policy.weights[rows] / self.unit, slope).to(state.dtype)
+        logps = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
+        pull = self.policy.pull(rows, logps).to(state.dtype)
         return found._replace(policy=pull, chosen=self.ids[rows])
 
     @functools.cached_property
@@ -112,26 +117,31 @@ class VGSLoss(Loss):
         self._formed.append(self.gate_of(vds, rows, limits) & x.kl("a_gap").isfinite())
         return self._formed[-1].nonzero().squeeze(1)
 
-    def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Losses of the tokens [N] and terms [T, N], from the statistics of all; settles the gate."""
-        x = Statistics(state)
+    def settle_gate(self, x: Statistics) -> None:
+        """The gate, from the statistics of all tokens."""
         if self.vds is None:
             self.vds = x.kl("t_view_gap").to(self.dtype)
         if self.limits is None:
             self._find_limits()
         self.gate = self.gate_of(self.vds, slice(None), self.limits)
+
+    def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Losses of the tokens [N] and terms [T, N], from the statistics of all."""
+        x = Statistics(state)
+        if self.gate is None:
+            self.settle_gate(x)
         standard, visual, language = x.kl("s_gap"), x.visual, x.kl("a_gap")
-        per_token = (
-            standard + scaled(self.gamma, visual) + scaled(self.objective.lam * self.gate.to(language.dtype), language)
-        )
-        losses = scaled(self.unit_weights * self.unit, per_token)
-        terms = [standard, visual, language, self.vds, self.gate, x.entropy, x.kl("s_view_gap")]
+        gamma = self.objective.gamma if self.objective.schedule == "constant" else self.gamma
+        preserved = torch.where(self.gate, scaled(self.objective.lam, language), 0)
+        losses = scaled(self.unit_weights * self.unit, standard + scaled(gamma, visual) + preserved)
+        gate = self.gate.to(standard.dtype)
+        terms = [standard, visual, language, wide(self.vds), gate, x.entropy, x.kl("s_view_gap")]
         if picked is not None:
             terms.append(x.log_probability(picked[0]))
         if self.policy is not None:
-            terms.append(self.policy.evaluate(terms[-1], slice(None))[0])
+            terms.append(self.policy.values(terms[-1]))
             losses = losses + scaled(self.policy.weights, terms[-1])
-        return losses, torch.stack([term.to(self.dtype) for term in terms])
+        return losses, torch.stack(terms).to(self.dtype)
 
     def preservation(self, weights: Tensor, shard: VocabularyShard) -> DivergenceLoss:
         """The gradient of the language term, of a pair of text-only rows with these token weights [R]."""
@@ -188,38 +198,45 @@ def linear(call: Call) -> Outcome:
         views.append(gradients.view("student_text_hidden"))
     # Language preservation, the pair (a, w) of the gated tokens. A gate that is known beforehand, or guessed by the
     # tokens so far, lets the term be formed while its rows are in memory. Elsewhere than on a CPU the host would wait
-    # for each tile's gated tokens, too few for a product of their own; where gradients collect in blocks, the first one
-    # would overwrite the term's part of the head's; and a rank of a group may hold no column at all.
+    # for each tile's gated tokens, too few for a product of their own, unless one tile has all tokens; where gradients
+    # collect in blocks, the first one would overwrite the term's part of the head's; and a rank of a group may hold no
+    # column at all.
     language = objective.lam > 0 and text_gradient
-    at_once = language and (loss.limits is not None or loss.of_call) and not prior
-    at_once = at_once and hidden.device.type == "cpu" and shard.group is None
+    here = language and not prior and shard.group is None
+    at_once = here and (loss.limits is not None or loss.of_call) and hidden.device.type == "cpu"
     at_once = at_once and gradients.view("student_text_hidden").in_place
+    at_end = here and not at_once and len(hidden) <= _FEW_TOKENS
     source = LinearSource(
         [StackedRows(student, [hidden, text], call.live), teacher_rows],
         transforms,
         *source_options,
         views,
-        copied=2 if at_once else 0,
+        copied=2 if at_once or at_end else 0,
     )
-    at_once = at_once and source.spans
+    at_once, at_end = at_once and source.spans, at_end and source.holds_all
 
     def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
         pair = loss.preservation(weights, shard)
         sweep(source, call.backend, pair, gradients.sink([view], source.plan, add=True), known)
 
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
-        gated = loss.form_now(state, rows)
-        view = gradients.view("student_text_hidden", objective.lam, gated + rows.start)
-        with Workspace() as memory:
-            pair = TileSource(tile.pair_at(gated, memory.empty, text=True), shard, state)
-            preserve(pair, view, loss.unit_weights[rows][gated], (language_statistics(state[:, gated]), None))
+        if at_end:
+            loss.settle_gate(Statistics(state))
+            gated, weights = loss.unformed()
+        else:
+            gated = loss.form_now(state, rows)
+            weights = loss.unit_weights[rows][gated]
+        if len(gated):
+            view = gradients.view("student_text_hidden", objective.lam, gated + rows.start if rows.start else gated)
+            with Workspace() as memory:
+                pair = TileSource(tile.pair_at(gated, memory.empty, text=True), shard, state)
+                preserve(pair, view, weights, (language_statistics(state[:, gated]), None))
 
-    found = sweep(
-        source, call.backend, loss, gradients.sink(views, source.plan), then=preserve_here if at_once else None
-    )
+    then = preserve_here if at_once or at_end else None
+    found = sweep(source, call.backend, loss, gradients.sink(views, source.plan), then=then)
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
-    tokens, weights = loss.unformed() if language else (hidden[:0], None)
+    tokens, weights = loss.unformed() if language and not at_end else (hidden[:0], None)
     if len(tokens):
         # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
         # p * (gap - mean) would no longer cancel.

@@ -6,6 +6,8 @@ from allocations import AllocationMeter
 
 from benchmarks.problem import Problem, Shape, make_problem
 from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, operators
+from vgs_kernels.active_columns import active_columns, row_sums, temporary_bytes
+from vgs_kernels.gradients import _Products
 from vgs_kernels.plan import Plan, pitch
 
 N, V, D = 1024, 4096, 32
@@ -85,6 +87,27 @@ def test_the_meter_sees_dense_logits(problem):
     with AllocationMeter() as meter:
         torch.mm(problem.student, problem.student_weight.T)
     assert meter.largest == 4 * N * V
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["sure", "guessed wrongly"])
+def test_temporaries_of_a_tolerance_are_counted(failing):
+    """To a fifth, where three in ten columns are needed; also where thresholds must be lowered, for half of the rows
+    have a twentieth of their mass in columns that no sample looks at."""
+    rows, columns, width = 64, 50_000, 64
+    torch.manual_seed(0)
+    block = torch.rand(rows, columns) * 1e-6
+    block[:, torch.arange(columns) % 10 < 3] += 1e-3
+    if failing:
+        place = torch.arange(columns) % 1024
+        block[: rows // 2, (place >= 64) & (place < 220)] += 1e-4
+    weight, hidden, d_hidden, d_weight = (torch.zeros(x, width) for x in (columns, rows, rows, columns))
+    products = _Products(weight, hidden, d_hidden, d_weight, 1.0, False, False)
+    with AllocationMeter() as meter:
+        active = active_columns(block, row_sums(block)[0], 0.02)
+        products.add_columns(block, active)
+    bound = temporary_bytes(rows, columns, width, torch.float32, "cpu")
+    assert 0.8 * bound <= meter.peak <= bound
+    assert 0.25 * columns < len(active) < 0.5 * columns
 
 
 @pytest.mark.parametrize(("n", "workspace"), [(0, 2**20), (1, 2**20), (7, 1), (3000, 2**24), (100_000, 2**30)])

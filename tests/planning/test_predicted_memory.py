@@ -145,6 +145,16 @@ def test_a_pass_holds_what_the_trainer_asks_for(large_run: dict) -> None:
     assert suggested >= 2 * (16384 + 2048)
 
 
+def test_a_gradient_tolerance_takes_temporaries(large_run: dict) -> None:
+    """For a block of 2,048 tokens 192 MiB, of magnitudes and copied rows; or more, for 8,192 columns at a time."""
+    plain, tolerant = (
+        predict(with_training(large_run, gradient_tolerance=x), Machine(), Lengths()) for x in (0.0, 1e-3)
+    )
+    name = "loss: gradient tolerance"
+    assert part(plain, name) == 0 and 192 * 2**20 <= part(tolerant, name) <= 320 * 2**20
+    assert tolerant.peak - plain.peak in (0, part(tolerant, name))
+
+
 @pytest.mark.parametrize(
     ("training", "part_name", "phase"),
     [

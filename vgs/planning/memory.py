@@ -25,6 +25,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
+from vgs_kernels.active_columns import temporary_bytes
+from vgs_kernels.plan import GRADIENT_ROWS
+
 from ..errors import ConfigError, config_errors
 from ..models.families import freeze
 from ..models.heads import output_layer
@@ -352,6 +355,10 @@ def predict(config: Mapping[str, Any], machine: Machine, lengths: Lengths) -> Pl
     row_item = 4 if autocast or wide == 2 else own
     states_and_gradients = rows * views * (2 * student.text.hidden * row_item + teacher.text.hidden * hidden_item)
     add("loss: hidden states and gradients", states_and_gradients, "student")
+    if options.gradient_tolerance > 0:
+        block = (min(rows, GRADIENT_ROWS), student.vocabulary, student.text.hidden)
+        loss_dtype = torch.float32 if wide == 2 else torch.bfloat16
+        add("loss: gradient tolerance", temporary_bytes(*block, loss_dtype, tokens=rows), "student")
     if model.head:
         add("loss: head gradient", 4 * head, "student")
     if autocast and shards == 1:

@@ -318,7 +318,7 @@ def totals(
 ) -> None:
     """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
 
-    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary.
+    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary, and nothing was added before.
     """
     x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
     scalars, options = _options(divergence, limit)
@@ -330,7 +330,10 @@ def totals(
         0.0 if above is None else above, SKIP=above is not None,
         **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
-    sums.add_(parts[:, : len(SUMS)].sum(0))
+    if above is None:
+        sums.add_(parts[:, : len(SUMS)].sum(0))
+    else:
+        torch.sum(parts[:, : len(SUMS)], 0, out=sums)
     if limit is not None:
         torch.logaddexp(tails, parts[:, len(SUMS) :].logsumexp(0), out=tails)
 

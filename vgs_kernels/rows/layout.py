@@ -73,7 +73,8 @@ def wide(x: Tensor) -> Tensor:
 
 def scaled(weight: Tensor | float, value: Tensor) -> Tensor:
     """weight * value, where a zero weight wins over an infinite value."""
-    weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+    if not isinstance(weight, Tensor):
+        return weight * value if weight != 0 else torch.zeros_like(value)
     return torch.where(weight == 0, 0, weight * value)
 
 
@@ -117,15 +118,17 @@ class RowTile(NamedTuple):
         return self.student_text is not None
 
     def pair_at(self, tokens: Tensor, empty: Callable[..., Tensor], *, text: bool = False) -> RowTile:
-        """A copy of the student's and the target's rows of some tokens, or of their text-only rows.
+        """A copy of the student's and the target's rows of some tokens, or of their text-only rows, as wide as those
+        can be read.
 
         Args:
             tokens: which. text: the text-only ones. empty: ``empty(like, *size)`` gives the memory.
         """
         pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
-        size = (len(tokens), self.student.shape[1])
-        student, target = (torch.index_select(row, 0, tokens, out=empty(row, *size)) for row in pair)
-        return RowTile(student, target, None, None, *self[4:7], readable=student.shape[1])
+        rows = (row.as_strided((row.shape[0], self.readable), row.stride()) for row in pair)
+        copies = (torch.index_select(row, 0, tokens, out=empty(row, len(tokens), self.readable)) for row in rows)
+        student, target = (copy[:, : self.student.shape[1]] for copy in copies)
+        return RowTile(student, target, None, None, *self[4:8])
 
     @property
     def pair(self) -> list[tuple[Tensor, LogitTransform]]:
@@ -185,7 +188,7 @@ def slices(n: int, size: int) -> list[slice]:
 
 def named(state: Tensor) -> dict[str, Tensor]:
     """The statistics [R] of a state by name."""
-    return dict(zip(_NAMES[len(state)], state, strict=True))
+    return dict(zip(_NAMES[len(state)], state.unbind(), strict=True))
 
 
 def new_state(n_tokens: int, four: bool, like: Tensor, *, rests: bool = False) -> Tensor:
@@ -292,22 +295,40 @@ class RunningStatistics:
 
 
 class Statistics:
-    """Named views of a state and the divergences that follow from it, [N] each, in float64 where the device has it."""
+    """Named views of a state and the divergences that follow from it, [N] each, in float64 where the device has it.
+
+    What is done to one row is done to all at once, and kept: an operator's start takes longer than its work.
+    """
 
     def __init__(self, state: Tensor) -> None:
-        self._values = named(wide(state))
+        self._state = wide(state)
+        self._names, self._values = _NAMES[len(state)], named(self._state)
+        self._means: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
 
+    @functools.cached_property
+    def _logs(self) -> dict[str, Tensor]:
+        """log sum exp of the rows' centred logits."""
+        names = [name for name in self._names if name.endswith("_sum")]
+        logs = self._state[1 : 2 * len(names) : 2].log().unbind()
+        return {name[0]: log for name, log in zip(names, logs, strict=True)}
+
     def mean(self, name: str) -> Tensor:
         """Expectation of a gap of centred logits, see ``GAPS``."""
-        return self[name] / self[f"{GAPS[name][0]}_sum"]
+        if name not in self._means:
+            row = GAPS[name][0]  # whose gaps lie beside each other
+            gaps = [x for x in self._names if x in GAPS and GAPS[x][0] == row]
+            first = self._names.index(gaps[0])
+            means = self._state[first : first + len(gaps)] / self[f"{row}_sum"]
+            self._means |= dict(zip(gaps, means.unbind(), strict=True))
+        return self._means[name]
 
     def kl(self, gap: str) -> Tensor:
         """KL(softmax(x) || softmax(y)) of the gap x' - y' whose weights are of x, see ``GAPS``."""
         _, x, y = GAPS[gap]
-        plain = self.mean(gap) - self[f"{x}_sum"].log() + self[f"{y}_sum"].log()
+        plain = self.mean(gap) - self._logs[x] + self._logs[y]
         return self._exact(gap.replace("gap", "rest"), plain)
 
     def near(self, rest: str) -> Tensor:
@@ -335,18 +356,18 @@ class Statistics:
     def visual(self) -> Tensor:
         """KL(softmax(s) || softmax(q))."""
         mean_gap = self.mean("s_gap") - self.mean("s_prior_gap")
-        return self._exact("q_rest", mean_gap - self["s_sum"].log() + self["q_sum"].log() + self["q_max"])
+        return self._exact("q_rest", mean_gap - self._logs["s"] + self._logs["q"] + self["q_max"])
 
     @property
     def entropy(self) -> Tensor:
         """Of softmax(s)."""
-        return self["s_sum"].log() - self.mean("s_logit")
+        return self._logs["s"] - self.mean("s_logit")
 
     @property
     def log_sums(self) -> Tensor:
         """log sum exp s' - log sum exp t': what makes s' - t' the log-ratio of the two probabilities."""
-        return self["s_sum"].log() - self["t_sum"].log()
+        return self._logs["s"] - self._logs["t"]
 
     def log_probability(self, logits: Tensor, row: str = "s") -> Tensor:
         """log softmax(row) at columns with these logits, [N]."""
-        return (logits - self[f"{row}_max"]) - self[f"{row}_sum"].log()
+        return (logits - self[f"{row}_max"]) - self._logs[row]
