@@ -38,30 +38,43 @@ def geometry_rows() -> list[str]:
 
 
 def terms_rows() -> list[str]:
-    rows = []
-    for name, sign in (("student", ""), ("plain", ""), ("vgs", ""), ("vgs - plain", "+")):
+    found, rows = FOUND["terms"]["nats"], []
+    for name in found:
+        sign = "+" if " - " in name else ""
         for place, part in ((-1, "all tokens"), (-2, "highest fifth")):
-            cells = [interval(FOUND["terms"]["nats"][name][term][place], sign) for term in TERMS]
-            rows.append(row(name, part, *cells))
+            rows.append(row(name, part, *(interval(found[name][term][place], sign) for term in TERMS)))
     return rows
 
 
 def log_rows() -> list[str]:
-    rows = []
+    rows, ends = [], range(4, 25, 4)
     for name, log in FOUND["logs"].items():
-        for term in ("standard", "language"):
-            parts = [[entry[term] for entry in log[first:last]] for first, last in ((0, 4), (4, 8), (8, 12), (12, 16))]
-            rows.append(row(name, term, *(f"{fmean(part):.2f}" if len(part) == 4 else "not run" for part in parts)))
+        for term in ("standard", "language", "gamma_effective"):
+            if log[0].get(term) is not None:
+                shown = "gamma" if term == "gamma_effective" else term
+                rows.append(row(name, shown, *(f"{fmean(x[term] for x in log[end - 4 : end]):.2f}" for end in ends)))
+    return rows
+
+
+def parts_rows() -> list[str]:
+    rows, batches = [], FOUND["parts"]
+    for name in batches[0]:
+        cells = [
+            f"{fmean(x):.0f} ({min(x):.0f} to {max(x):.0f})" if x else ""
+            for x in ([x[name][f"to {other}"] for x in batches if f"to {other}" in x[name]] for other in ("plain", "vgs"))
+        ]
+        length = [x[name]["norm"] / x["plain"]["norm"] for x in batches]
+        rows.append(row(name, *cells, f"{fmean(length):.1f}"))
     return rows
 
 
 def test_every_row_of_the_page_is_measured() -> None:
-    expected = [*geometry_rows(), *terms_rows(), *log_rows()]
+    expected = [*geometry_rows(), *parts_rows(), *terms_rows(), *log_rows()]
     assert [line for line in expected if line not in PAGE] == []
     tables = [line for line in PAGE.splitlines() if line.startswith("|")]
     heads = 2 * sum(line.startswith("| ---") for line in tables)
-    assert heads == 6 and len(tables) - heads == len(expected)
+    assert heads == 8 and len(tables) - heads == len(expected)
 
 
 if __name__ == "__main__":
-    print("\n".join([*geometry_rows(), "", *terms_rows(), "", *log_rows()]))
+    print("\n\n".join("\n".join(rows) for rows in (geometry_rows(), parts_rows(), terms_rows(), log_rows())))
