@@ -16,7 +16,7 @@ from .plan import GradientView, Plan, gradient_dtype
 from .policy import PolicyGradient
 from .rows import Backend, backend
 from .rows.layout import accumulation_dtype
-from .workspace import in_large_pages
+from .workspace import large_empty
 
 
 def specify(**parts: object) -> str:
@@ -161,7 +161,7 @@ class StudentGradients:
             self._factor, self.unit = unit.item(), torch.ones_like(unit)
         self.by_name = {name: call.zeros(name) for name in call._student if name != "student_weight"}
         weight, needed = call._student["student_weight"], "student_weight" in call.needs
-        gradient = in_large_pages(weight.new_empty(weight.shape if needed else 0, dtype=call.dtype))
+        gradient = large_empty(weight, *(weight.shape if needed else (0,)), dtype=call.dtype)
         gradient[columns if n else 0 :].zero_()  # the first block of tokens overwrites the others
         self.by_name["student_weight"] = gradient
         self.needs_head = bool({"student_weight", "student_bias"} & set(call.needs))

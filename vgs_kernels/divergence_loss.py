@@ -23,7 +23,6 @@ from .rows import Backend
 from .rows.entries_torch import SUMS, TAILS, entry
 from .rows.layout import LARGE, LogitTransform, RowCoefficients, Statistics, scaled, wide
 from .sources import DENSE_ROWS, ComposedRow, DenseSource, LinearSource, Part, StackedRows
-from .workspace import Workspace
 
 #: KLs below this, in nats, are summed by entries: from statistics in float32 they would be right to 1e-4 of this.
 NEARLY_EQUAL = 0.01
@@ -130,9 +129,8 @@ class DivergenceLoss(Loss):
         """The same by entries, of the tokens ``at``, whose state this is; with a limit, of all tokens."""
         tails = None if limit is None else state.new_full((len(TAILS), state.shape[1]), -torch.inf)
         for _, tile in tiles if state.shape[1] else ():
-            with Workspace() as memory:
-                here = tile.pair_at(at, memory.empty) if isinstance(at, Tensor) else tile
-                self._backend.totals(here, state, self.divergence, limit, sums, tails, **options)
+            here = tile.pair_at(at) if isinstance(at, Tensor) else tile
+            self._backend.totals(here, state, self.divergence, limit, sums, tails, **options)
         self._shard.sum(sums)
         if limit is None:
             return {}

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import divergence_loss, steering
 from .arguments import Call, listed
 from .driver import guard
-from .workspace import in_large_pages
+from .workspace import large_empty
 
 _LOSSES = {
     "vgs": steering.linear,
@@ -103,7 +103,7 @@ def _multiply(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     last = owners <= 3 and not torch._C._autograd._get_current_graph_task_keep_graph()
     if last and gradient.dtype == dtype:
         return gradient if factor.device.type == "cpu" and factor.item() == 1 else gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=in_large_pages(torch.empty_like(gradient, dtype=dtype)))
+    return torch.mul(gradient, factor, out=large_empty(gradient, *gradient.shape, dtype=dtype))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from .heads import Head
 from .parallel import VocabularyShard
 from .plan import MAX_ROWS, GradientView, Plan, pitch, slab_rows, states
 from .rows.layout import LogitTransform, RowTile, new_state, quiet, slices
-from .workspace import Workspace
+from .workspace import large_empty
 
 #: Elements of a part of a composed row that is formed on its own.
 _FORMED_ELEMENTS = 1 << 20
@@ -211,9 +211,7 @@ class LinearSource(Source):
         super().__init__(n, count == 4, shard, plan, torch.empty(0, dtype=dtype, device=device), True)
         self._parts, self._transforms = parts, transforms
         self._may_be_masked = any(head.bias is not None for part in parts for head in part.heads)
-        workspace, sizes = Workspace(), [len(part.views) * plan.rows * pitch(plan.columns) for part in parts]
-        self._slabs = [workspace.empty(self.like, size) for size in sizes]
-        self._workspace = workspace  # behind the slabs, which go first
+        self._slabs = [large_empty(self.like, len(part.views) * plan.rows * pitch(plan.columns)) for part in parts]
 
     def load(self, rows: slice, columns: slice) -> RowTile:
         n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start

@@ -22,7 +22,6 @@ from .plan import GradientView
 from .policy import unit_weights
 from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled, wide
 from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
-from .workspace import Workspace
 
 #: Terms of the loss in the order of the operator's rows; ``target_logps`` and ``policy`` follow if asked for.
 TERMS = ("standard", "visual", "language", "vds", "gate", "entropy", "student_vds")
@@ -228,9 +227,8 @@ def linear(call: Call) -> Outcome:
             weights = loss.unit_weights[rows][gated]
         if len(gated):
             view = gradients.view("student_text_hidden", objective.lam, gated + rows.start if rows.start else gated)
-            with Workspace() as memory:
-                pair = TileSource(tile.pair_at(gated, memory.empty, text=True), shard, state)
-                preserve(pair, view, weights, (language_statistics(state[:, gated]), None))
+            pair = TileSource(tile.pair_at(gated, text=True), shard, state)
+            preserve(pair, view, weights, (language_statistics(state[:, gated]), None))
 
     then = preserve_here if at_once or at_end else None
     found = sweep(source, call.backend, loss, gradients.sink(views, source.plan), then=then)

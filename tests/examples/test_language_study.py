@@ -61,7 +61,9 @@ def parts_rows() -> list[str]:
     for name in batches[0]:
         cells = [
             f"{fmean(x):.0f} ({min(x):.0f} to {max(x):.0f})" if x else ""
-            for x in ([x[name][f"to {other}"] for x in batches if f"to {other}" in x[name]] for other in ("plain", "vgs"))
+            for x in (
+                [x[name][f"to {other}"] for x in batches if f"to {other}" in x[name]] for other in ("plain", "vgs")
+            )
         ]
         length = [x[name]["norm"] / x["plain"]["norm"] for x in batches]
         rows.append(row(name, *cells, f"{fmean(length):.1f}"))

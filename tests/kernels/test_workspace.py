@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss, release_workspace, workspace
-from vgs_kernels.workspace import Workspace
+from vgs_kernels.workspace import large_empty
 
 pytestmark = pytest.mark.skipif(
-    workspace._advise() is None, reason="nothing is kept where a system cannot be told that it may take memory back"
+    not workspace._KEEPS, reason="nothing is kept where a system cannot be told that it may take memory back"
 )
 N, V, D = 48, 4096, 16
 
@@ -53,35 +57,64 @@ def nearly_equal(x: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def kept() -> dict[int, int]:
-    return {block.data_ptr(): block.nbytes for block in workspace._FREE.values()}
+    """Address -> bytes of the free blocks."""
+    return {ctypes.addressof(ctypes.c_char.from_buffer(block)): len(block) for block in workspace._FREE.values()}
 
 
 @pytest.mark.parametrize("call", [vgs, jsd, nearly_equal])
 def test_later_calls_take_what_earlier_ones_left(call: Callable) -> None:
-    """Other numbers are left in it by another call, larger by far, and NaN by hand."""
-    first = call(rows(0))
-    before = kept()
-    assert before, "some is kept"
+    """Numbers of another call, larger by far, are left in it, and NaN by hand."""
+    expected = [x.clone() for x in call(rows(0))]
     call(rows(1, scale=30.0))
+    before = kept()
+    assert len(before) >= 2
     for block in workspace._FREE.values():
-        block.view(torch.float32).fill_(torch.nan)
-    again = call(rows(0))
+        block[:] = b"\xff" * len(block)  # NaN
+    found = call(rows(0))
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    del found
     assert kept() == before, "no new block"
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_a_block_that_somebody_holds_is_not_kept() -> None:
-    memory, like = Workspace(), torch.empty(0)
-    free, held = (memory.empty(like, 4, 1024) for _ in range(2))
-    address = free.data_ptr()
-    assert held.shape == (4, 1024) and held.dtype == torch.float32
-    del free
-    memory.close()
+def test_a_block_serves_again_once_nobody_holds_it() -> None:
+    like = torch.empty(0)
+    first, second = (large_empty(like, 4, 1024) for _ in range(2))
+    assert first.shape == (4, 1024) and first.dtype == torch.float32 and kept() == {}
+    address, view = first.data_ptr(), first[1:, ::2]
+    del first
+    assert kept() == {}, "a view holds it"
+    del view
     assert list(kept()) == [address]
-    with Workspace() as other:
-        assert other.empty(like, 1024).data_ptr() == address != held.data_ptr(), "a larger one serves"
-        assert kept() == {}
-    assert list(kept()) == [address]
+    half = large_empty(like, 2048, dtype=torch.bfloat16)
+    assert half.data_ptr() == address != second.data_ptr() and half.dtype == torch.bfloat16, "a larger one serves"
+    assert kept() == {}
+
+
+def test_a_heads_gradient_serves_again_when_it_is_set_to_none() -> None:
+    x, found = rows(0), []
+    head = x["student"].clone().requires_grad_()
+    for _ in range(3):
+        fused_linear_divergence(x["s"], head, [(1.0, x["t"], x["teacher"])]).loss.backward()
+        found.append((head.grad.data_ptr(), head.grad.clone()))
+        assert head.grad.data_ptr() not in kept()
+        torch.optim.SGD([head], lr=0.0).zero_grad()
+    assert all(torch.equal(gradient, found[0][1]) for _, gradient in found)
+    assert len({address for address, _ in found}) < 3, "of three blocks in turn one is the head's again"
+
+
+def test_what_is_accumulated_and_stored_is_its_owners_alone(tmp_path: Path) -> None:
+    x = rows(0)
+    head = x["student"].clone().requires_grad_()
+    for _ in range(2):
+        fused_linear_divergence(x["s"], head, [(1.0, x["t"], x["teacher"])]).loss.backward()
+    single = torch.autograd.grad(fused_linear_divergence(x["s"], head, [(1.0, x["t"], x["teacher"])]).loss, head)[0]
+    torch.testing.assert_close(head.grad, 2 * single)
+    torch.save(head.grad, tmp_path / "gradient.pt")
+    copies = [torch.load(tmp_path / "gradient.pt"), pickle.loads(pickle.dumps(head.grad)), copy.deepcopy(head.grad)]
+    expected = head.grad.clone()
+    head.grad = None
+    jsd(rows(1))
+    assert all(torch.equal(x, expected) for x in copies)
 
 
 def test_an_error_in_a_call_leaves_nothing_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +129,12 @@ def test_an_error_in_a_call_leaves_nothing_that_is_in_use(monkeypatch: pytest.Mo
     assert all(torch.equal(x, y) for x, y in zip(vgs(rows(0)), expected, strict=True))
 
 
-def test_no_more_is_kept_than_one_call_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_kept_than_there_is_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "_KEPT_BYTES", 100_000)
     sizes = [10_000, 40_000, 20_000, 50_000]
-    with Workspace() as memory:
-        addresses = {size: memory.empty(torch.empty(0, dtype=torch.uint8), size).data_ptr() for size in sizes}
+    tensors = {size: large_empty(torch.empty(0, dtype=torch.uint8), size) for size in sizes}
+    addresses = {size: x.data_ptr() for size, x in tensors.items()}
+    tensors.clear()
     assert kept() == {addresses[size]: size for size in (40_000, 50_000)}, "the smallest go first"
     assert release_workspace() == 90_000 and release_workspace() == 0
 
@@ -132,6 +166,5 @@ def test_calls_of_several_threads_share_no_block() -> None:
 
 
 def test_devices_with_an_allocator_of_their_own_keep_theirs() -> None:
-    with Workspace() as memory:
-        assert memory.empty(torch.empty(0, device="meta"), 1 << 20).device.type == "meta"
+    assert large_empty(torch.empty(0, device="meta"), 1 << 20).device.type == "meta"
     assert kept() == {}

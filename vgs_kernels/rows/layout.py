@@ -11,11 +11,13 @@ small numbers, KL(p || q) = E_p[p' - q'] - log sum exp p' + log sum exp q', what
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..workspace import large_empty
 
 #: Running statistics of a pair: max and sum of exp(x') of both rows, then weighted sums, see ``GAPS``.
 PAIR_STATE = ("s_max", "s_sum", "t_max", "t_sum", "s_logit", "s_gap", "t_gap")
@@ -117,16 +119,12 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
-    def pair_at(self, tokens: Tensor, empty: Callable[..., Tensor], *, text: bool = False) -> RowTile:
+    def pair_at(self, tokens: Tensor, *, text: bool = False) -> RowTile:
         """A copy of the student's and the target's rows of some tokens, or of their text-only rows, as wide as those
-        can be read.
-
-        Args:
-            tokens: which. text: the text-only ones. empty: ``empty(like, *size)`` gives the memory.
-        """
+        can be read."""
         pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
         rows = (row.as_strided((row.shape[0], self.readable), row.stride()) for row in pair)
-        copies = (torch.index_select(row, 0, tokens, out=empty(row, len(tokens), self.readable)) for row in rows)
+        copies = (torch.index_select(row, 0, tokens, out=large_empty(row, len(tokens), self.readable)) for row in rows)
         student, target = (copy[:, : self.student.shape[1]] for copy in copies)
         return RowTile(student, target, None, None, *self[4:8])
 
