@@ -130,13 +130,13 @@ def test_an_error_in_a_call_leaves_nothing_that_is_in_use(monkeypatch: pytest.Mo
 
 
 def test_no_more_is_kept_than_there_is_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "_KEPT_BYTES", 100_000)
-    sizes = [10_000, 40_000, 20_000, 50_000]
+    monkeypatch.setattr(workspace, "_KEPT_BYTES", 25 << 12)
+    sizes = [x << 12 for x in (3, 10, 5, 12)]
     tensors = {size: large_empty(torch.empty(0, dtype=torch.uint8), size) for size in sizes}
     addresses = {size: x.data_ptr() for size, x in tensors.items()}
     tensors.clear()
-    assert kept() == {addresses[size]: size for size in (40_000, 50_000)}, "the smallest go first"
-    assert release_workspace() == 90_000 and release_workspace() == 0
+    assert kept() == {addresses[size]: size for size in (10 << 12, 12 << 12)}, "the smallest go first"
+    assert release_workspace() == 22 << 12 and release_workspace() == 0
 
 
 def test_inference_mode_leaves_blocks_that_training_can_write_to() -> None:
