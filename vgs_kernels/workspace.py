@@ -54,8 +54,10 @@ def _taken(needed: int) -> mmap.mmap | None:
 
 
 def _made(needed: int) -> mmap.mmap:
-    """A new one, whose pages will be large if they can be. A little more is asked for, so that it serves for other tokens
-    too; what is not written to takes no memory."""
+    """A new one, whose pages will be large if they can be.
+
+    A little more is asked for, so that it serves for other tokens too; what is not written to takes no memory.
+    """
     block = mmap.mmap(-1, -(-needed // _LEAST_BYTES) * _LEAST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # "never" in the system's settings, or no such advice
         block.madvise(mmap.MADV_HUGEPAGE)
