@@ -60,7 +60,8 @@ def direct_loss(trainer: VGSTrainer, batch: dict) -> float:
 
 @pytest.mark.parametrize("reduction", ["trajectory", "token"])
 def test_one_steps_loss_equals_the_definition(tmp_path: Path, reduction: str) -> None:
-    trainer = make_trainer(tmp_path, lam=0.5, eta=0.41, loss_reduction=reduction, gradient_accumulation_steps=1)
+    settings = {"loss_reduction": reduction, "gradient_accumulation_steps": 1, "gamma_guard": False}
+    trainer = make_trainer(tmp_path, lam=0.5, eta=0.41, **settings)
     batch = rollout(trainer)
     lengths = [len(response) for response in responses_of(batch)]
     assert len(set(lengths)) > 1, "responses of different lengths"
@@ -154,6 +155,7 @@ def test_forwards_of_a_step(tmp_path: Path, options: dict, calls: list) -> None:
     """(model, views in the row, gradient?) of the backbones' forwards."""
     # Every response has gated tokens, whatever it is.
     settings = {"eta": 1.0, "vds_scope": "trajectory", "vds_quantile": 0.0, "per_device_train_batch_size": 8}
+    settings["gamma_guard"] = False  # it would begin with gamma 0
     trainer, seen = make_trainer(tmp_path, **settings, **options), []
     samples = [sample for sample in trainer.train_dataset if sample["images"][0].width == 32]
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
@@ -249,7 +251,7 @@ def test_an_offloaded_teacher_says_the_same(tmp_path: Path) -> None:
 def test_loss_without_terms_has_the_same_gradient(tmp_path: Path) -> None:
     gradients = []
     for log_terms in (True, False):
-        trainer = make_trainer(tmp_path, lam=0.0, eta=0.5, log_terms=log_terms)
+        trainer = make_trainer(tmp_path, lam=0.0, eta=0.5, log_terms=log_terms, gamma_guard=False)
         loss_of(trainer, rollout(trainer)).backward()
         gradients.append(trainer.model.model.language_model.embed_tokens.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
@@ -271,7 +273,8 @@ def logits(trainer: VGSTrainer, group: PromptGroup, response: torch.Tensor) -> l
 
 
 def test_measured_eta_equals_the_ratio_by_hand(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1, eta="measure", learning_rate=0.0, gradient_accumulation_steps=2)
+    settings = {"learning_rate": 0.0, "gradient_accumulation_steps": 2, "gamma_guard": False}
+    trainer = make_trainer(tmp_path, max_steps=1, eta="measure", **settings)
     batches: list[dict] = []
     original = trainer.measure_eta
 

@@ -17,7 +17,7 @@ from trainers import make_trainer
 import vgs_kernels
 from vgs.cli.main import main
 from vgs.teachers.sources import TeacherSource
-from vgs.trainers.model_card import is_ours, teachers_of
+from vgs.trainers.model_card import _Base, is_ours, teachers_of
 
 BASE_CARD = "---\nlicense: apache-2.0\nbase_model: somebody/tiny-qwen\n---\n\n# A base\n"
 CONFIG = """
@@ -76,6 +76,14 @@ def test_a_run_says_what_was_trained_on_what(run: Path) -> None:
     assert "a model of the folder `teacher` said of every token" in card.text
     assert str(run) not in card.content, "a path of this machine is nobody's business"
     assert is_ours(card.content)
+
+
+def test_a_folder_of_the_same_name_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "student").mkdir(parents=True)
+        (tmp_path / name / "student/README.md").write_text(f"---\nbase_model: somebody/{name}\n---\n")
+        monkeypatch.chdir(tmp_path / name)
+        assert _Base(SimpleNamespace(_name_or_path="student")).id == f"somebody/{name}"
 
 
 def test_a_card_that_a_person_has_edited_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

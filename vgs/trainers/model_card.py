@@ -169,8 +169,10 @@ class _Base:
     def __init__(self, config: Any) -> None:
         path = getattr(config, "_name_or_path", "") or ""
         commit = getattr(config, "_commit_hash", None)
-        self.card = _card_fields(path, commit) if path else {}
-        if os.path.isdir(path):
+        folder = os.path.isdir(path)
+        # Cached by a name that means the same folder from any other.
+        self.card = _card_fields(os.path.abspath(path) if folder else path, commit) if path else {}
+        if folder:
             own = self.card.get("base_model")
             self.id = own if isinstance(own, str) else None
             self.shown = f"A model of the folder `{Path(path).name}`" + (f" (of `{self.id}`)" if self.id else "")
