@@ -124,6 +124,11 @@ class Call:
         ignored = None if ids is None else ids == self.integer("ignore_index")
         return VocabularyShard.of(self.options.get("vocab_group"), weights, self.integer("vocab_size"), ids, ignored)
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether gradients of the student's weight or bias are wanted."""
+        return bool({"student_weight", "student_bias"} & set(self.needs))
+
     def zeros(self, name: str) -> Tensor:
         """A gradient of zeros for one of the student's tensors, empty where it is not wanted."""
         like = self._student[name]
@@ -145,7 +150,6 @@ class StudentGradients:
     Attributes:
         head: the student's, of the shard's columns.
         by_name: gradients, empty where not wanted.
-        needs_head: whether those of weight or bias are.
         left_out: of the products, where a tolerance allows it.
         unit: what the gradients are still to be multiplied with: the loss's own, see ``policy.unit_weights``. On a CPU
             the products have done so, for that saves a pass over the head's gradient and rounds nothing more.
@@ -164,7 +168,6 @@ class StudentGradients:
         gradient = large_empty(weight, *(weight.shape if needed else (0,)), dtype=call.dtype)
         gradient[columns if n else 0 :].zero_()  # the first block of tokens overwrites the others
         self.by_name["student_weight"] = gradient
-        self.needs_head = bool({"student_weight", "student_bias"} & set(call.needs))
         tolerance = call.number("gradient_tolerance")
         self.left_out = LeftOut(tolerance, n, gradient) if tolerance and call.needs else None
         self._parts = [

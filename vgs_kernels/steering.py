@@ -176,7 +176,7 @@ def linear(call: Call) -> Outcome:
     student, teacher = (head.first(shard.columns) for head in heads)
     transforms = tuple(head.transform(objective.temperature) for head in (student, teacher))
     source_options = (call.integer("workspace_bytes"), shard, call.dtype)
-    text_gradient = bool({"student_text_hidden", "student_weight", "student_bias"} & set(call.needs))
+    text_gradient = "student_text_hidden" in call.needs or call.needs_head
     prior = not objective.detach_prior and objective.gamma > 0 and text_gradient
     loss = VGSLoss(call, objective, transforms[0].gain, shard.local(call.get("ids")), prior)
     gradients = StudentGradients(call, shard.columns, len(hidden), loss.unit)
@@ -191,7 +191,7 @@ def linear(call: Call) -> Outcome:
 
     # standard + gamma * visual, on all four rows.
     views = []
-    if "student_hidden" in call.needs or gradients.needs_head or prior:
+    if "student_hidden" in call.needs or call.needs_head or prior:
         views.append(gradients.view("student_hidden"))
     if prior:
         views.append(gradients.view("student_text_hidden"))

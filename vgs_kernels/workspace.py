@@ -36,9 +36,10 @@ def large_empty(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> T
     """
     dtype = like.dtype if dtype is None else dtype
     needed = torch.Size(size).numel() * dtype.itemsize
-    if like.device.type != "cpu" or needed < _LEAST_BYTES or not _KEEPS or type(like) is not Tensor:
+    kept = like.device.type == "cpu" and needed >= _LEAST_BYTES and _KEEPS and type(like) is Tensor
+    block = (_taken(needed) or _made(needed)) if kept else None
+    if block is None:
         return like.new_empty(size, dtype=dtype)
-    block = _taken(needed) or _made(needed)
     # PyTorch holds the view of the block until the last tensor on it is gone.
     view = (ctypes.c_char * len(block)).from_buffer(block)
     weakref.finalize(view, _keep, block).atexit = False
@@ -53,12 +54,16 @@ def _taken(needed: int) -> mmap.mmap | None:
     return None
 
 
-def _made(needed: int) -> mmap.mmap:
-    """A new one, whose pages will be large if they can be.
+def _made(needed: int) -> mmap.mmap | None:
+    """A new one, whose pages will be large if they can be; None without memory, which PyTorch then says in its words.
 
     A little more is asked for, so that it serves for other tokens too; what is not written to takes no memory.
     """
-    block = mmap.mmap(-1, -(-needed // _LEAST_BYTES) * _LEAST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size, flags = -(-needed // _LEAST_BYTES) * _LEAST_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        block = mmap.mmap(-1, size, flags=flags)
+    except OSError:
+        return None
     with contextlib.suppress(OSError, AttributeError):  # "never" in the system's settings, or no such advice
         block.madvise(mmap.MADV_HUGEPAGE)
     return block

@@ -165,6 +165,11 @@ def test_calls_of_several_threads_share_no_block() -> None:
         assert all(torch.equal(x, y) for x, y in zip(found[index], values, strict=True))
 
 
+def test_too_much_is_pytorchs_own_error() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        large_empty(torch.empty(0), 1 << 50)
+
+
 def test_devices_with_an_allocator_of_their_own_keep_theirs() -> None:
     assert large_empty(torch.empty(0, device="meta"), 1 << 20).device.type == "meta"
     assert kept() == {}
