@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.rows import entries_triton, rows_triton, triton_common
+from vgs_kernels.rows import entries_triton, rows_triton, slots_triton, triton_common
 from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -44,11 +44,14 @@ class Variant(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """``sweep`` is what it does with a tile: ``"read"``, ``"write"`` the gradient, or ``"none"`` at all."""
+    """``sweep`` is what it does with a tile: ``"read"``, ``"write"`` the gradient, or ``"none"`` at all; then it has a
+    ``layout`` and ``warps`` of its own."""
 
     function: triton.JITFunction
     sweep: str
     variants: list[Variant]
+    layout: dict[str, int] | None = None
+    warps: int = 1
 
 
 #: Projected logits are float32, may be capped, and masked where a head has a bias; logits that the caller holds are of
@@ -80,16 +83,25 @@ def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]])
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
-_GRADIENT = "FOUR PRIOR CLIP TAIL POLICY"
+_GRADIENT = "FOUR PRIOR CLIP TAIL POLICY SLOTS"
 KERNELS = {
     "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
-    "merge_kernel": Kernel(rows_triton.merge_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")])),
+    "merge_kernel": Kernel(
+        rows_triton.merge_kernel, "none", _variants("FOUR", ("FOUR", ""), [({}, "fp32")]), rows_triton.MERGE_LAYOUT
+    ),
+    "slots_kernel": Kernel(
+        slots_triton.slots_kernel,
+        "none",
+        _variants("KNOWN LIMITED COUNTED", ("", "COUNTED", "LIMITED", "KNOWN LIMITED COUNTED"), [({}, "fp32")]),
+        slots_triton.LAYOUT,
+        slots_triton.WARPS,
+    ),
     "gradient_kernel": Kernel(
         entries_triton.gradient_kernel,
         "write",
         [
             *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR"), _WRITES, KIND=0),
-            *_variants(_GRADIENT, ("FOUR PRIOR POLICY",), _FEW_WRITES, KIND=0),
+            *_variants(_GRADIENT, ("FOUR SLOTS", "FOUR PRIOR POLICY", "FOUR POLICY SLOTS"), _FEW_WRITES, KIND=0),
             *_entries(
                 *(_GRADIENT, _FEW_WRITES),
                 {
@@ -104,9 +116,9 @@ KERNELS = {
         entries_triton.totals_kernel,
         "read",
         _entries(
-            *("CLIP TAIL SKIP", _FEW_READS),
+            *("CLIP TAIL SKIP SLOTS", _FEW_READS),
             {
-                "reverse_kl": ("SKIP", "CLIP TAIL"),
+                "reverse_kl": ("SKIP", "SKIP SLOTS", "CLIP TAIL"),
                 "forward_kl": ("SKIP", "CLIP TAIL"),
                 "jsd": ("", "CLIP", "CLIP TAIL"),
             },
@@ -149,13 +161,20 @@ class _Machine(NamedTuple):
     flops: int
 
 
+_POINTERS = {
+    **dict.fromkeys(("chosen_ptr", "token_ptr"), "*i64"),
+    **dict.fromkeys(("slot_ptr", "used_ptr", "formed_ptr"), "*i32"),
+    "counted_ptr": "*i1",
+}
+
+
 def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants: dict[str, Any]) -> dict[str, str]:
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
-        elif name == "chosen_ptr":
-            kinds[name] = "*i64"
+        elif name in _POINTERS:
+            kinds[name] = _POINTERS[name]
         elif name in ("s_ptr", "t_ptr", "a_ptr", "w_ptr"):
             kinds[name] = f"*{logits}"
         elif name in ("out_ptr", "out_text_ptr"):
@@ -165,7 +184,7 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
         elif name.endswith("_stride"):
             kinds[name] = "i64"
         else:
-            kinds[name] = "i32" if name.startswith("n_") else "fp32"
+            kinds[name] = "i32" if name.startswith(("n_", "start", "first")) else "fp32"
     return kinds
 
 
@@ -211,10 +230,11 @@ def _column_bytes(sweep: str, variant: Variant) -> int:
 
 def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = True) -> Resources:
     """Compile one kernel as it is launched, on rows that are aligned to 16 bytes or are not."""
-    kernel, sweep, _ = KERNELS[name]
+    whole = KERNELS[name]
+    kernel, sweep = whole.function, whole.sweep
     options, logits, gradient = variant
     backend = TARGETS[target].backend
-    warps, layout, block = 1, {"LANES": triton_common.MERGE_LANES}, 0
+    warps, layout, block = whole.warps, whole.layout, 0
     if sweep == "read":
         warps, layout = (
             triton_common.STATISTICS_WARPS[backend],
@@ -240,9 +260,11 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
         columns_a_thread = block / (TARGETS[target].warp_size * warps)
         token_bytes = VOCABULARY * _column_bytes(sweep, variant)
         token_flops = round(VOCABULARY * machine.flops / columns_a_thread)
-    else:  # once a token, one lane a thread
+    elif "LANES" in layout:  # once a token, one lane a thread
         token_bytes = 4 * (layout["LANES"] + 1) * len(VGS_STATE if options["FOUR"] else PAIR_STATE)
         token_flops = machine.flops * TARGETS[target].warp_size
+    else:  # a program for many tokens
+        token_bytes, token_flops = 4 * (layout["SAMPLES"] // layout["ROWS"] + 8), 0
     return Resources(
         *(name, options, target, logits, gradient),
         *(machine.registers, machine.spills, compiled.metadata.shared, machine.wide_loads, machine.loads, aligned),

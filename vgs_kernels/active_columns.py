@@ -177,19 +177,31 @@ class LeftOut:
         self.tolerance = tolerance
         self._sums = like.new_zeros(5, n)
 
-    def add(self, tokens: Tensor | slice, factor: float, sums: Tensor, kept: Tensor, counts: tuple[int, int]) -> None:
+    def add(
+        self,
+        tokens: Tensor | slice,
+        factor: float,
+        sums: Tensor,
+        kept: Tensor,
+        counts: tuple[int, int],
+        held: Tensor | None = None,
+    ) -> None:
         """Take a block.
 
         Args:
-            tokens: which.
+            tokens: which, each once but for those of rows that are not ``held``.
             factor: of this view.
             sums, kept: [2, R] of all its columns and of those that were multiplied out, see ``row_sums``.
             counts: how many columns were multiplied out, and of how many.
+            held: [R] bool, rows that are a token's gradient; others are 0. None: all.
         """
         lost = (sums - kept) * factor
         counted = torch.stack([torch.full_like(sums[0], count) for count in counts])
-        block = [*counted, lost[0].abs(), sums[0] * abs(factor), lost[1]]
-        self._sums[:, tokens] += torch.stack(block)
+        block = torch.stack([*counted, lost[0].abs(), sums[0] * abs(factor), lost[1]])
+        if held is None:
+            self._sums[:, tokens] += block
+        else:
+            self._sums.index_add_(1, tokens, block * held)
 
     def terms(self, shard: VocabularyShard) -> Tensor:
         """``SHARES`` [3, N]: of the columns, those multiplied out; of the gradients' L1 mass, what is lost, and the sum

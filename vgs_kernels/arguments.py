@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .active_columns import SHARES, LeftOut
+from .gated_rows import GatedRows
 from .gradients import LinearSink
 from .heads import Head
 from .parallel import VocabularyShard
@@ -181,11 +182,13 @@ class StudentGradients:
         d_hidden = self.by_name[name] if name in self._call.needs else None
         return GradientView(hidden, d_hidden, dtype, alpha * self._factor, self._call.live, tokens)
 
-    def sink(self, views: Sequence[GradientView], plan: Plan, *, add: bool = False) -> LinearSink | None:
+    def sink(
+        self, views: Sequence[GradientView], plan: Plan, *, add: bool = False, gated: GatedRows | None = None
+    ) -> LinearSink | None:
         """Takes the gradient tiles of these views; None without any."""
         if not views:
             return None
-        return LinearSink(views, self.head.weight, *self._parts, plan, add=add, left_out=self.left_out)
+        return LinearSink(views, self.head.weight, *self._parts, plan, add=add, left_out=self.left_out, gated=gated)
 
     def with_shares(self, terms: Tensor, shard: VocabularyShard) -> Tensor:
         """Terms [T, N] and, where they are asked for, ``SHARES`` of what was left out."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .active_columns import LeftOut, active_columns, row_sums
+from .gated_rows import GatedRows
 from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient
 from .plan import GradientView, Plan, pitch, slab_rows
 from .rows.layout import RowTile
@@ -47,6 +48,7 @@ class LinearSink:
         plan: of the source.
         add: add to ``d_weight``; else the first block of tokens overwrites it. ``d_bias`` is always added to.
         left_out: bounds and takes what is left out of the products, see active_columns.py; None: nothing is.
+        gated: whose rows are multiplied out with those of the one view; its tiles span the vocabulary.
     """
 
     def __init__(
@@ -59,22 +61,29 @@ class LinearSink:
         *,
         add: bool = False,
         left_out: LeftOut | None = None,
+        gated: GatedRows | None = None,
     ) -> None:
         self._views, self._weight, self._plan, self._add = views, weight, plan, add
-        self._left_out = left_out
+        self._left_out, self._gated = left_out, gated
         self._d_weight, self._d_bias = d_weight, d_bias
         self._start = 0
-        size = plan.gradient_rows * pitch(plan.columns)
+        n_rows = plan.gradient_rows + (0 if gated is None else gated.slots(plan.gradient_rows))
+        size = n_rows * pitch(plan.columns)
         self._blocks = [None if view.in_place else weight.new_empty(size, dtype=view.dtype) for view in views]
 
     def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
-        """Where to write d_s [R, C] and, if wanted, d_a of a tile."""
+        """Where to write d_s [R, C] and, if wanted, d_a of a tile; or, of tokens with a slot, d_a [S, C] of a block."""
         local = slice(rows.start - self._start, rows.stop - self._start)
         self._written = [
             slab if view.in_place else slab_rows(block, local, slab.shape[1])
             for view, block, slab in zip(self._views, self._blocks, (source.student, source.student_text), strict=False)
         ]
-        return self._written
+        if self._gated is None:
+            return self._written
+        tokens = min(self._plan.gradient_rows, self._views[0].n - self._start)
+        behind = slice(tokens, tokens + self._gated.slots(tokens))
+        slots = slab_rows(self._blocks[0], behind, source.student.shape[1])
+        return [*self._written, slots.zero_() if rows.start == self._start else slots]
 
     def collect(self, rows: slice, columns: slice) -> None:
         """Multiply out the gradient block once it is full, or at the last token."""
@@ -82,47 +91,58 @@ class LinearSink:
         next_rows = min(self._plan.rows, self._views[0].n - rows.stop)
         if not self._views[0].in_place and next_rows > 0 and filled + next_rows <= self._plan.gradient_rows:
             return
+        n_rows = filled
+        if self._gated is not None:
+            n_rows += self._gated.slots(filled)
+            self._gated.close()
         for index, (view, block, tile) in enumerate(zip(self._views, self._blocks, self._written, strict=True)):
-            d_logits = tile if view.in_place else slab_rows(block, slice(0, filled), tile.shape[1])
+            d_logits = tile if view.in_place else slab_rows(block, slice(0, n_rows), tile.shape[1])
             self._multiply(view, slice(self._start, rows.stop), d_logits, columns, self._add or index > 0)
         if columns.stop == len(self._weight):
             self._start = rows.stop
 
     def _multiply(self, view: GradientView, at: slice, d_logits: Tensor, columns: slice, add: bool) -> None:
-        """Into the gradients of these tokens' hidden states and of the head's ``columns``."""
-        tokens = at if view.tokens is None else view.tokens[at]
+        """Into the gradients of the hidden states of these tokens, and of those with a slot, and of the head's
+        ``columns``."""
+        tokens, gated = at if view.tokens is None else view.tokens[at], self._gated
         if self._d_bias is not None:
             self._d_bias[columns].add_(d_logits.sum(0, dtype=self._d_bias.dtype), alpha=view.alpha)
         d_hidden = None if view.d_hidden is None else view.d_hidden[tokens]
-        d_weight = hidden = None
+        out, keep, d_weight, hidden = d_hidden, view.tokens is not None or columns.start > 0, None, None
+        if gated is not None and not (view.d_hidden is gated.view.d_hidden is None):
+            out, keep = gated.view.hidden.new_empty(len(d_logits), self._weight.shape[1], dtype=gated.dtype), False
         if self._d_weight is not None:
             d_weight, hidden = self._d_weight[columns], view.states(tokens)
-        products = _Products(
-            self._weight[columns],
-            hidden,
-            d_hidden,
-            d_weight,
-            view.alpha,
-            view.tokens is not None or columns.start > 0,
-            add or at.start > 0,
-        )
-        if self._left_out is None or (d_hidden is None and d_weight is None):
+            hidden = hidden if gated is None else torch.cat([hidden, gated.states()])
+        products = _Products(self._weight[columns], hidden, out, d_weight, view.alpha, keep, add or at.start > 0)
+        if self._left_out is None or (out is None and d_weight is None):
             products.add(d_logits)
         else:
             self._multiply_active(products, tokens, d_logits, self._left_out)
-        if d_hidden is not None and view.tokens is not None:  # an index makes a copy
+        if gated is not None and out is not None:
+            count = at.stop - at.start
+            gated.add(out[count:])
+            if d_hidden is not None:
+                d_hidden.copy_(out[:count])
+        elif d_hidden is not None and view.tokens is not None:  # an index makes a copy
             view.d_hidden[tokens] = d_hidden
 
-    @staticmethod
-    def _multiply_active(products: _Products, tokens: Tensor | slice, d_logits: Tensor, left_out: LeftOut) -> None:
+    def _multiply_active(
+        self, products: _Products, tokens: Tensor | slice, d_logits: Tensor, left_out: LeftOut
+    ) -> None:
         """The columns that matter alone."""
         sums, count = row_sums(d_logits), d_logits.shape[1]
         active = active_columns(d_logits, sums[0], left_out.tolerance)
         if active is None:
             products.add(d_logits)
-            return left_out.add(tokens, products.alpha, sums, sums, (count, count))
-        kept = products.add_columns(d_logits, active)
-        left_out.add(tokens, products.alpha, sums, kept, (len(active), count))
+            kept, counts = sums, (count, count)
+        else:
+            kept, counts = products.add_columns(d_logits, active), (len(active), count)
+        if self._gated is not None:
+            own = tokens.stop - tokens.start
+            left_out.add(self._gated.tokens, products.alpha, sums[:, own:], kept[:, own:], counts, self._gated.held)
+            sums, kept = sums[:, :own], kept[:, :own]
+        left_out.add(tokens, products.alpha, sums, kept, counts)
 
 
 class _Products(NamedTuple):

@@ -95,7 +95,13 @@ class Plan:
 
     @classmethod
     def fit(
-        cls, n: int, vocab: int, slab_bytes: int, gradient_bytes: int, workspace_bytes: int, max_rows: int | None = None
+        cls,
+        n: int,
+        vocab: int,
+        slab_bytes: int,
+        gradient_bytes: float,
+        workspace_bytes: int,
+        max_rows: int | None = None,
     ) -> Plan:
         """The tiles within the workspace that cause the least traffic; bytes are those of one token and one column."""
         n = max(n, 1)
@@ -106,13 +112,13 @@ class Plan:
             rows = min(most, 2 * rows or _MIN_ROWS)
             gradient_rows = rows
             if gradient_bytes:
-                gradient_rows = min(n, GRADIENT_ROWS, (budget - rows * slab_bytes) // gradient_bytes)
+                gradient_rows = min(n, GRADIENT_ROWS, int((budget - rows * slab_bytes) // gradient_bytes))
             if rows * slab_bytes > budget or gradient_rows < rows:
                 break
             if rows == n or rows * slab_bytes >= _MIN_TILE_BYTES:
                 plans.append(cls(rows, vocab, gradient_rows if gradient_rows == n else gradient_rows // rows * rows))
         if not plans:
-            cells = workspace_bytes // (slab_bytes + gradient_bytes)
+            cells = int(workspace_bytes // (slab_bytes + gradient_bytes))
             rows = min(n, max(_MIN_CUT_ROWS, min(_CUT_ROWS, cells // _MIN_COLUMNS)))
             columns = max(cells // rows // _MIN_COLUMNS, 1) * _MIN_COLUMNS
             return cls(rows, min(columns, vocab), rows)

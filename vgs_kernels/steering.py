@@ -15,10 +15,11 @@ from .arguments import Call, StudentGradients
 from .divergence import Divergence
 from .divergence_loss import DivergenceLoss, Outcome, settings
 from .driver import Loss, Tiles, sweep
+from .gated_rows import GatedRows, slot_share
 from .gradients import DenseSink
 from .objective import VGSObjective
 from .parallel import VocabularyShard
-from .plan import GradientView
+from .plan import GradientView, Plan
 from .policy import unit_weights
 from .rows.layout import LogitTransform, RowCoefficients, RowTile, Statistics, named, scaled, wide
 from .sources import DENSE_ROWS, DenseSource, LinearSource, Source, StackedRows, TileSource
@@ -54,12 +55,18 @@ class VGSLoss(Loss):
         self._scope = (call.get("trajectory_ids"), call.options.get("process_group"), self._counted)
         self.of_call = self.objective.vds_scope == "call" and limits is None
         self._seen, self._formed = [], []
+        self.gated: GatedRows | None = None
         self.limits: list[Tensor] | None = None
         self.gate: Tensor | None = None
         if limits is not None:
             self.limits = [limit.expand(len(self.unit_weights)) for limit in limits.to(self.dtype).reshape(-1, 1)]
         elif self.vds is not None:
             self._find_limits()
+
+    @property
+    def guessed(self) -> bool:
+        """Whether language terms were formed before the gate was known."""
+        return bool(self._formed)
 
     @property
     def needs_vds_first(self) -> bool:
@@ -79,6 +86,8 @@ class VGSLoss(Loss):
         if self.needs_vds_first:
             return None  # no gradient is wanted
         found = RowCoefficients(self._of_logits[rows], self._gamma_of(state, rows), live_prior=self.live_prior)
+        if self.gated is not None:
+            found = found._replace(**self.gated.form(rows, tiles.whole, state))
         if self.policy is None:
             return found
         logps = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
@@ -115,6 +124,15 @@ class VGSLoss(Loss):
             limits = gating.thresholds(torch.cat(self._seen), self.objective, counted=counted)
         self._formed.append(self.gate_of(vds, rows, limits) & x.kl("a_gap").isfinite())
         return self._formed[-1].nonzero().squeeze(1)
+
+    def form_beside(self, view: GradientView, plan: Plan) -> GatedRows:
+        """Form the language term of tokens that are likely to pass the gate beside the plan's gradient blocks."""
+        objective, limits = self.objective, None if self.limits is None else self.limits[-1]
+        weights, scores = self._of_logits * objective.lam, None if limits is None else self.vds
+        settings = (plan.gradient_rows, objective.vds_quantile, limits, scores, self._counted)
+        self.gated = GatedRows(view, self._backend, weights, *settings)
+        self._formed.append(self.gated.formed)
+        return self.gated
 
     def settle_gate(self, x: Statistics) -> None:
         """The gate, from the statistics of all tokens."""
@@ -155,9 +173,9 @@ class VGSLoss(Loss):
         number beforehand; else counting them synchronises a GPU once.
         """
         missing = self.gate.to(self.dtype)
-        if self._formed:
+        if self.guessed:
             missing = missing - torch.cat(self._formed).to(self.dtype)
-        if self.of_call and not self._formed:
+        if self.of_call and not self.guessed:
             count = gating.max_gated(len(self.vds), self.objective)
             scores = self.vds if self._counted is None else self.vds.masked_fill(~self._counted, -torch.inf)
             tokens = torch.topk(scores, count, sorted=False).indices.sort().values
@@ -196,23 +214,25 @@ def linear(call: Call) -> Outcome:
     if prior:
         views.append(gradients.view("student_text_hidden"))
     # Language preservation, the pair (a, w) of the gated tokens. A gate that is known beforehand, or guessed by the
-    # tokens so far, lets the term be formed while its rows are in memory. Elsewhere than on a CPU the host would wait
-    # for each tile's gated tokens, too few for a product of their own, unless one tile has all tokens; where gradients
-    # collect in blocks, the first one would overwrite the term's part of the head's; and a rank of a group may hold no
-    # column at all.
-    language = objective.lam > 0 and text_gradient
+    # tokens so far, lets the term be formed while its rows are in memory: on a CPU by products of its own, elsewhere
+    # in slots beside the tokens of a gradient block, for the host would wait to know how many a tile has. If one tile
+    # has all tokens, their gate is known in time. A rank of a group may hold no column at all.
+    language, text_view = objective.lam > 0 and text_gradient, gradients.view("student_text_hidden")
     here = language and not prior and shard.group is None
-    at_once = here and (loss.limits is not None or loss.of_call) and hidden.device.type == "cpu"
-    at_once = at_once and gradients.view("student_text_hidden").in_place
+    known_or_guessed = here and (loss.limits is not None or loss.of_call)
+    at_once = known_or_guessed and hidden.device.type == "cpu" and text_view.in_place
     at_end = here and not at_once and len(hidden) <= _FEW_TOKENS
+    beside = known_or_guessed and not at_end and bool(views) and _takes_slots(call, text_view)
     source = LinearSource(
         [StackedRows(student, [hidden, text], call.live), teacher_rows],
         transforms,
         *source_options,
         views,
         copied=2 if at_once or at_end else 0,
+        slots=slot_share(objective.vds_quantile) if beside else 0.0,
     )
-    at_once, at_end = at_once and source.spans, at_end and source.holds_all
+    at_once, at_end, beside = at_once and source.spans, at_end and source.holds_all, beside and source.spans
+    gated = loss.form_beside(text_view, source.plan) if beside else None
 
     def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
         pair = loss.preservation(weights, shard)
@@ -221,17 +241,17 @@ def linear(call: Call) -> Outcome:
     def preserve_here(rows: slice, tile: RowTile, state: Tensor) -> None:
         if at_end:
             loss.settle_gate(Statistics(state))
-            gated, weights = loss.unformed()
+            at, weights = loss.unformed()
         else:
-            gated = loss.form_now(state, rows)
-            weights = loss.unit_weights[rows][gated]
-        if len(gated):
-            view = gradients.view("student_text_hidden", objective.lam, gated + rows.start if rows.start else gated)
-            pair = TileSource(tile.pair_at(gated, text=True), shard, state)
-            preserve(pair, view, weights, (language_statistics(state[:, gated]), None))
+            at = loss.form_now(state, rows)
+            weights = loss.unit_weights[rows][at]
+        if len(at):
+            view = gradients.view("student_text_hidden", objective.lam, at + rows.start if rows.start else at)
+            pair = TileSource(tile.pair_at(at, text=True), shard, state)
+            preserve(pair, view, weights, (language_statistics(state[:, at]), None))
 
     then = preserve_here if at_once or at_end else None
-    found = sweep(source, call.backend, loss, gradients.sink(views, source.plan), then=then)
+    found = sweep(source, call.backend, loss, gradients.sink(views, source.plan, gated=gated), then=then)
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
     tokens, weights = loss.unformed() if language and not at_end else (hidden[:0], None)
@@ -244,10 +264,17 @@ def linear(call: Call) -> Outcome:
         source = LinearSource(rows, transforms, *source_options, [view])
         preserve(source, view, weights)
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
-    if at_once and len(tokens) and "student_text_hidden" in call.needs:
+    if (at_once or beside) and len(tokens) and "student_text_hidden" in call.needs:
         of_text.masked_fill_(~loss.gate.unsqueeze(1), 0)  # what was taken back leaves no rounding
     shard.sum(gradients.by_name["student_hidden"], of_text)
     return losses, gradients.with_shares(terms, shard), gradients.unit, gradients.by_name
+
+
+def _takes_slots(call: Call, text: GradientView) -> bool:
+    """Whether a gradient block takes text-only rows beside those of its tokens, with lam in them: float16 has no room
+    for it. At the end the host waits once to know what was guessed wrong, which a captured graph cannot."""
+    capturing = text.hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return call.backend.assign is not None and text.dtype == torch.bfloat16 and not capturing
 
 
 def dense(call: Call) -> Outcome:

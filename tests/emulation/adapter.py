@@ -4,8 +4,11 @@ package looks inside.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from unittest import mock
 
 import triton
 
@@ -17,6 +20,18 @@ def allow_cpu() -> None:
     from vgs_kernels.rows import rows_triton
 
     rows_triton.supports = lambda device: True
+
+
+@contextlib.contextmanager
+def blocks_beside_slots() -> Iterator[None]:
+    """16-bit blocks of logit gradients, with slots for text-only ones, as a GPU has them for many tokens."""
+    from vgs_kernels import arguments, steering
+
+    with (
+        mock.patch.object(arguments, "gradient_dtype", lambda hidden, *_: hidden.dtype),
+        mock.patch.object(steering, "_FEW_TOKENS", 0),
+    ):
+        yield
 
 
 def kernel_names() -> set[str]:

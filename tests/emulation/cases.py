@@ -25,6 +25,8 @@ from vgs_kernels import (
     vgs_loss,
 )
 
+from . import adapter
+
 TOKENS = 3
 
 
@@ -175,6 +177,34 @@ def _fused_vgs(
     return run
 
 
+#: lam as a power of two: then it makes no difference whether it is multiplied before or after 16-bit rounding.
+_SLOTS: dict[str, dict[str, Any]] = {
+    "guessed": {"objective": VGSObjective(lam=0.125)},
+    "adaptive": {"objective": VGSObjective(lam=0.125, schedule="adaptive")},
+    "threshold": {"objective": VGSObjective(lam=0.125), "vds_threshold": 3.0},
+}
+
+
+def _slots(gate: str, softcap: float | None, masked: bool, ignored: bool, frozen: bool) -> Callable[[str], Any]:
+    def run(backend: str) -> dict[str, Tensor]:
+        inputs, bias = _identity(PROJECTED["bfloat16"], masked)
+        inputs["student text"][1, 100] += 40  # certain: its entries are summed
+        for name in ("student", "student text") if frozen else ("student", "student text", "student head"):
+            inputs[name].requires_grad_()
+        options: dict[str, Any] = {"student_softcap": softcap, "teacher_softcap": softcap and 2 * softcap}
+        options |= {f"{model}_bias": x for x in bias.values() for model in ("student", "teacher")}
+        options |= {"target_ids": torch.tensor([3, -100, 5])} if ignored else {}
+
+        def call(x: Mapping[str, Tensor], b: str) -> Any:
+            s, a, t, w, student, teacher = x.values()
+            return fused_linear_vgs_loss(s, a, student, t, w, teacher, **options, **_SLOTS[gate], backend=b)
+
+        with adapter.blocks_beside_slots():
+            return _evaluate(call, inputs, backend)
+
+    return run
+
+
 def _fused_divergence(
     dtype: str, divergence: str, softcap: float | None, masked: bool, workspace: str
 ) -> Callable[[str], dict[str, Tensor]]:
@@ -205,6 +235,11 @@ _GROUPS: list[tuple[str, Callable[..., Callable[[str], dict[str, Tensor]]], dict
             **{"dtype": PROJECTED, "objective": OBJECTIVES, "softcap": (None, 9.0), "masked": _FLAG, "frozen": _FLAG},
             "workspace": WORKSPACES,
         },
+    ),
+    (
+        "VGS in slots",
+        _slots,
+        {"gate": _SLOTS, "softcap": (None, 9.0), "masked": _FLAG, "ignored": _FLAG, "frozen": _FLAG},
     ),
     (
         "fused",

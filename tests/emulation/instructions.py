@@ -82,6 +82,18 @@ def _shuffle(machine: Machine, x: Instruction, active: Active) -> None:
     machine.registers.write(_items(target)[0], values[np.arange(machine.count) ^ distance.value], active)
 
 
+def _reduce(machine: Machine, x: Instruction, active: Active) -> None:
+    """Every thread of a warp gets the sum (or another combination) of all: they take part, or none."""
+    target, source, mask = x.operands
+    members = np.broadcast_to(machine.registers.read(mask, "b32"), (machine.count,))
+    members = members if active is None else members[active]
+    if x.parts[2] not in _INTEGER or (members != np.uint32(0xFFFFFFFF).astype(members.dtype)).any():
+        raise UnknownInstruction(x.text)
+    _by_whole_warps("a reduction", active)
+    values = np.broadcast_to(machine.registers.read(source, x.parts[-1]), (machine.count,)).reshape(-1, 32)
+    machine.registers.write(target, np.repeat(_INTEGER[x.parts[2]].reduce(values, axis=1), 32), active)
+
+
 def _by_whole_warps(what: str, active: Active) -> None:
     if active is not None:
         here = active.reshape(-1, 32)
@@ -246,6 +258,11 @@ def _integer(machine: Machine, x: Instruction, active: Active) -> None:
         if name == "mad":
             sum_kind = f"{kind[0]}{8 * result.dtype.itemsize}"
             result = result + read(others[1], sum_kind)
+    elif name == "bfe" and kind == "u32":
+        place, length = (read(operand, "u32") for operand in others)
+        result = _shifted("shr", value, place) & (_shifted("shl", np.ones_like(value), length) - 1).astype(value.dtype)
+    elif name == "popc":
+        result = np.bitwise_count(value)
     elif name == "not":
         result = ~value
     elif name in ("neg", "abs"):
@@ -300,6 +317,7 @@ _OTHERS: dict[str, Execute] = {
     "st": _store,
     "ldmatrix": _load_matrices,
     "shfl": _shuffle,
+    "redux": _reduce,
     "mov": _move,
     "selp": _select,
     "cvt": _convert,
@@ -321,7 +339,7 @@ def executor(x: Instruction) -> Execute:
     if (
         kind in KINDS
         and KINDS[kind].kind != "f"
-        and name in {*_INTEGER, "shl", "shr", "mul", "mad", "not", "neg", "abs"}
+        and name in {*_INTEGER, "shl", "shr", "mul", "mad", "not", "neg", "abs", "popc", "bfe"}
     ):
         return _integer
     raise UnknownInstruction(x.text)

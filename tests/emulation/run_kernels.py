@@ -39,6 +39,7 @@ WITNESSES = {
         "given, aligned, JSD, clipped top-k, masked",
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
+    "slots_kernel": ["VGS in slots, guessed, ignored", "VGS in slots, threshold"],
     "totals_kernel": ["given, aligned, JSD, clipped top-k, masked", "given, aligned, reverse KL, masked"],
 }
 

@@ -198,6 +198,14 @@ def test_a_warp_sums_by_shuffles():
         execute("setp.lt.s32 %p1, %r1, 3; @%p1 shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1;")
 
 
+def test_a_warp_sums_in_one_step():
+    body = f"mov.b32 %r6, -1; redux.sync.add.s32 %r5, %r4, %r6; {STORE}"
+    found = execute(body, np.arange(-32, 32, dtype=np.int32), threads=64)
+    assert set(found[:32]) == {-528} and set(found[32:]) == {496}
+    with pytest.raises(Fault, match="some threads of a warp"):
+        execute("mov.b32 %r6, -1; setp.lt.s32 %p1, %r1, 3; @%p1 redux.sync.add.s32 %r5, %r4, %r6;")
+
+
 def test_blocks_exchange_through_shared_memory():
     """Each thread reads what its neighbour of the other warp wrote."""
     body = f"""

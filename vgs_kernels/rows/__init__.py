@@ -18,6 +18,7 @@ class Backend(NamedTuple):
 
     ``rests``: whether statistics include the ``RESTS`` of layout.py. ``skips``: whether totals take ``above``: a larger
     KL of a row without an entry above ``LARGE`` is that of its statistics, and the row is not read again.
+    ``assign``: gives slots to tokens without the host, which totals and gradients then take; None: it cannot.
     """
 
     statistics: Callable[..., None]
@@ -25,6 +26,7 @@ class Backend(NamedTuple):
     totals: Callable[..., None]
     rests: bool = False
     skips: bool = False
+    assign: Callable[..., None] | None = None
 
 
 def backend(name: str) -> Backend:
@@ -51,7 +53,10 @@ def backend(name: str) -> Backend:
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
-    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops", skips=name == "triton")
+        from .slots_triton import assign
+
+        return Backend(rows.statistics, entries.gradient, entries.totals, skips=True, assign=assign)
+    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
 
 
 @functools.cache

@@ -121,16 +121,16 @@ def _log_ratio(state_ptr, state_stride):
 
 
 @triton.jit
-def _of_statistics(state_ptr, state_stride, above, KIND: tl.constexpr):
+def _of_statistics(state_ptr, state_stride, above, KIND: tl.constexpr, GAP: tl.constexpr):
     """A KL, what its gradient is centred at, and whether both are exact: neither too small nor of a certain student."""
     s_sum = tl.load(state_ptr + state_stride)
     t_sum = tl.load(state_ptr + 3 * state_stride)
     log_ratio = tl.log(tl.div_rn(s_sum, t_sum))
     if KIND == _REVERSE:
-        value = tl.div_rn(tl.load(state_ptr + 5 * state_stride), s_sum) - log_ratio
+        value = tl.div_rn(tl.load(state_ptr + GAP * state_stride), s_sum) - log_ratio
         mean = value
     else:
-        value = tl.div_rn(tl.load(state_ptr + 6 * state_stride), t_sum) + log_ratio
+        value = tl.div_rn(tl.load(state_ptr + (GAP + 1) * state_stride), t_sum) + log_ratio
         mean = value * 0 - 1
     return value, mean, (s_sum >= 1 / _LARGE) & (value >= above)
 
@@ -152,13 +152,14 @@ def _log_sum(maximum, total):
 
 
 @triton.jit(
-    do_not_specialize=["state_stride", "n_rows", "n_columns", "n_blocks"], do_not_specialize_on_alignment=["state_ptr"]
+    do_not_specialize=["state_stride", "n_rows", "n_columns", "n_blocks"],
+    do_not_specialize_on_alignment=["state_ptr", "slot_ptr"],
 )
 def totals_kernel(
-    s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, limit_ptr,
+    s_ptr, t_ptr, s_stride, t_stride, state_ptr, state_stride, limit_ptr, slot_ptr,
     out_ptr, n_rows, n_columns, n_loaded, n_blocks,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip, above,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, SKIP: tl.constexpr,
+    KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr, SKIP: tl.constexpr, SLOTS: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +172,10 @@ def totals_kernel(
     begin = tl.program_id(1) * (n_blocks * LANES * WIDTH)
     end = tl.minimum(begin + n_blocks * LANES * WIDTH, n_columns)
     if SKIP:
-        of_statistics, mean, skipped = _of_statistics(state_ptr, state_stride, above, KIND)
+        of_statistics, mean, skipped = _of_statistics(state_ptr, state_stride, above, KIND, 11 if SLOTS else 5)
         end = tl.where(skipped, begin, end)
+        if SLOTS:
+            end = tl.where(tl.load(slot_ptr + row) < 0, begin, end)
         skipped &= tl.program_id(1) == 0  # the first split speaks for all
     lane = tl.arange(0, LANES)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -220,7 +223,30 @@ def totals_kernel(
         tl.store(out_ptr + 5 * n_rows, _log_sum(t_max, t_tail))
 
 
-_VECTORS = ("weight", "gamma", "sums", "policy", "chosen", "tail_slope", "tail_log", "limit")
+@triton.jit
+def _centred(p, slope, sums_ptr, sums_stride):
+    """The gradient of a pair by its logits, of weight 1, from ``SUMS``."""
+    slopes = tl.load(sums_ptr + sums_stride)
+    rest = tl.load(sums_ptr + 2 * sums_stride)
+    top = tl.load(sums_ptr + 3 * sums_stride)
+    return tl.where(p > _SATURATED, rest * top - (1 - rest) * slopes, slope - p * (slopes + top))
+
+
+@triton.jit
+def _of_text(d_a, weight, a, cap, inv_temperature, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """A gradient by a' as one by the text-only logits a in the tile."""
+    if MASKED:
+        d_a = tl.where(weight != 0, d_a, 0.0)
+        d_a = tl.where(a > float("-inf"), d_a, 0.0)
+    if HAS_CAP:
+        d_a *= cap_slope(a, cap, inv_temperature)
+    return d_a
+
+
+_VECTORS = (
+    *("weight", "gamma", "sums", "policy", "chosen", "tail_slope", "tail_log", "limit"),
+    *("slot", "text_weight"),
+)
 
 
 @triton.jit(
@@ -231,9 +257,10 @@ def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
     out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, sums_stride,
     weight_ptr, gamma_ptr, sums_ptr, policy_ptr, chosen_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
+    slot_ptr, text_weight_ptr,
     n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
-    FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr,
+    FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr, SLOTS: tl.constexpr,
     KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
     STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -269,14 +296,10 @@ def gradient_kernel(
     else:
         log_ratio = s_centred - t_centred - _log_ratio(state_ptr, state_stride)
         _, slope = _entry(p, q, log_ratio, beta, clip, KIND, CLIP, MASKED)
-        sums_ptr += row
-        slopes = tl.load(sums_ptr + sums_stride)
-        rest = tl.load(sums_ptr + 2 * sums_stride)
-        top = tl.load(sums_ptr + 3 * sums_stride)
         if TAIL:
             share = exp(s_centred - tl.load(tail_log_ptr + row))
             slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
-        d_s = weight * tl.where(p > _SATURATED, rest * top - (1 - rest) * slopes, slope - p * (slopes + top))
+        d_s = weight * _centred(p, slope, sums_ptr + row, sums_stride)
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -292,12 +315,18 @@ def gradient_kernel(
         q -= anchored(tl.load(state_ptr + 8 * state_stride), MASKED)
         prior_weight = weight * gamma
         d_a = prior_weight * (exp(q) * (1 / tl.load(state_ptr + 9 * state_stride)) - p)
-        if MASKED:
-            d_a = tl.where(prior_weight != 0, d_a, 0.0)
-            d_a = tl.where(a > float("-inf"), d_a, 0.0)
-        if STUDENT_CAP:
-            d_a *= cap_slope(a, student_cap, inv_temperature)
+        d_a = _of_text(d_a, prior_weight, a, student_cap, inv_temperature, STUDENT_CAP, MASKED)
         tl.store(out_text_ptr + row * out_text_stride + at, d_a, mask=stored)
+    if SLOTS:
+        slot = tl.load(slot_ptr + row).to(tl.int64)
+        if slot >= 0:
+            text_weight = tl.load(text_weight_ptr + row)
+            p_a = exp(a_centred) * (1 / tl.load(state_ptr + 5 * state_stride))
+            log_ratio = a_centred - w_centred - _log_ratio(state_ptr + 4 * state_stride, state_stride)
+            _, slope = _entry(p_a, p_a, log_ratio, beta, clip, _REVERSE, False, MASKED)
+            d_a = text_weight * _centred(p_a, slope, sums_ptr + row, sums_stride)
+            d_a = _of_text(d_a, text_weight, a, student_cap, inv_temperature, STUDENT_CAP, MASKED)
+            tl.store(out_text_ptr + slot * out_text_stride + at, tl.where(at < n_columns, d_a, 0.0), mask=stored)
 
 
 def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
@@ -315,10 +344,13 @@ def totals(
     sums: Tensor,
     tails: Tensor | None,
     above: float | None = None,
+    slots: Tensor | None = None,
 ) -> None:
     """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
 
-    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary, and nothing was added before.
+    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary, and nothing was added before. With
+    ``slots`` [R], int32, sums of tokens where they are negative are void; the tile is then the pair of text-only rows,
+    and ``state`` that of four rows from ``a_max`` on.
     """
     x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
     scalars, options = _options(divergence, limit)
@@ -326,8 +358,8 @@ def totals(
     parts = state.new_empty(count, len(SUMS) + len(TAILS), n_rows)
     totals_kernel[(n_rows, count)](
         *x.rows, *x.strides, state, state.stride(0), state if limit is None else limit,
-        parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
-        0.0 if above is None else above, SKIP=above is not None,
+        x.rows[0] if slots is None else slots, parts, n_rows, x.n_columns, x.n_loaded, blocks, *x.scalars, *scalars,
+        0.0 if above is None else above, SKIP=above is not None, SLOTS=slots is not None,
         **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
     if above is None:
@@ -348,7 +380,8 @@ def gradient(
 ) -> None:
     """Write d_s to ``out`` [R, C], of a live prior d_a to ``out_text``; arguments as in entries_torch.gradient.
 
-    Columns behind C that are ``readable`` are overwritten with 0.
+    Columns behind C that are ``readable`` are overwritten with 0. Of tokens with a slot, ``out_text`` [S, C] takes the
+    gradient of the language term.
     """
     x = TileArguments.of(tile)
     scalars, options = _options(divergence, coefficients.limit)
@@ -360,5 +393,6 @@ def gradient(
         0 if sums is None else sums.stride(0), *vectors,
         x.n_columns, x.n_loaded, *x.scalars, *scalars,
         FOUR=tile.four, PRIOR=coefficients.live_prior, POLICY=coefficients.policy is not None,
-        **x.options, **options, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
+        SLOTS=coefficients.slot is not None, **x.options, **options,
+        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

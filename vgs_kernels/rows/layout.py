@@ -146,6 +146,9 @@ class RowCoefficients(NamedTuple):
     that is inside the support, columns outside have weight * (share * tail_slope - p * mean), with the share
     exp(s' - tail_log) of the tail, which ``sums`` include.
 
+    With four rows and a ``slot`` (int32, negative for none), the gradient of text_weight * KL(softmax(a) || softmax(w))
+    by a is written there, ``sums`` being those of that pair.
+
     Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
     and -policy * p elsewhere.
     """
@@ -159,6 +162,8 @@ class RowCoefficients(NamedTuple):
     tail_slope: Tensor | None = None
     tail_log: Tensor | None = None
     limit: Tensor | None = None
+    slot: Tensor | None = None
+    text_weight: Tensor | None = None
 
     def centre(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         """``mean`` and ``top`` [R], from the statistics of all columns: raw gaps, for every normaliser cancels."""

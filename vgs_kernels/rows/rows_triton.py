@@ -187,6 +187,9 @@ def statistics_kernel(
         )  # fmt: skip
 
 
+MERGE_LAYOUT = {"LANES": MERGE_LANES}
+
+
 # The number of tokens decides strides and offsets: no recompilation for another batch length.
 @triton.jit(
     do_not_specialize=["state_stride", "n_rows", "n_splits"],
@@ -249,7 +252,7 @@ def statistics(tile: RowTile, state: Tensor) -> None:
     )  # fmt: skip
     merge_kernel[(n_rows,)](
         state, state.stride(0), parts, n_rows, count,
-        FOUR=tile.four, LANES=MERGE_LANES, num_warps=1, **OPTIONS,
+        FOUR=tile.four, **MERGE_LAYOUT, num_warps=1, **OPTIONS,
     )  # fmt: skip
 
 

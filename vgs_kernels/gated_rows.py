@@ -1,0 +1,109 @@
+"""The language term of gated tokens while a GPU has their rows in memory, before the gate of the call is known.
+
+Each block of logit gradients has a few rows more than its tokens, the *slots*. A token that passes the gate of the
+tokens so far gets one, as long as there are any, and its text-only gradient is multiplied out with the block: no host
+waits, no row is projected again. Which tokens were formed is compared with the gate at the end (steering.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .divergence import Divergence
+from .plan import GradientView
+from .rows import Backend
+from .rows.layout import RowTile
+
+#: Slots beside the share of the tokens that pass: gated tokens come in crowds, and a slot that stays empty is
+#: multiplied out all the same.
+_SPARE = 1.1
+#: Whole steps of a product's inner size.
+_SLOT_MULTIPLE = 16
+
+
+def slot_share(quantile: float) -> float:
+    """Slots for each token of a block."""
+    return min(1.0, _SPARE * (1.0 - quantile))
+
+
+class GatedRows:
+    """Who holds which slot, and the gradients of those who do.
+
+    Args:
+        view: text-only hidden states and their gradient, with the ``alpha`` of the block's other rows.
+        backend: that ``assigns`` slots.
+        weights: [N] d loss / d logits of the term, without the divergence's own slope.
+        block: tokens of a gradient block.
+        quantile: of the scores that pass.
+        limits: [N] that the scores must exceed; None: the quantile of the tokens so far.
+        scores: [N], where they are known beforehand.
+        counted: [N] bool tokens of which the quantile is, and which may pass; None: all.
+
+    Attributes:
+        formed: [N] int32, 1 for tokens whose gradient has been collected.
+        held: [S] bool, slots of the block that was closed that have a token.
+        tokens: [S] that token, and any one where there is none.
+        dtype: of gradients of hidden states.
+    """
+
+    def __init__(
+        self,
+        view: GradientView,
+        backend: Backend,
+        weights: Tensor,
+        block: int,
+        quantile: float,
+        limits: Tensor | None = None,
+        scores: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> None:
+        self.view, self._backend, self._weights = view, backend, weights
+        self._block, self._quantile, self._counted = block, quantile, counted
+        self._limits = None if limits is None else limits.contiguous()
+        self._known, self.dtype = scores is not None, weights.dtype
+        n = len(weights)
+        self._scores = torch.empty_like(weights, dtype=torch.float32) if scores is None else scores.float().contiguous()
+        self.formed = torch.zeros_like(weights, dtype=torch.int32)
+        self._used = weights.new_zeros(1, dtype=torch.int32)
+        self._slots = weights.new_empty(n, dtype=torch.int32)
+        self._held_by = weights.new_empty(self.slots(min(n, block)), dtype=torch.int64)
+
+    def slots(self, tokens: int) -> int:
+        """How many a block of so many tokens has."""
+        return max(int(slot_share(self._quantile) * tokens) // _SLOT_MULTIPLE, 1) * _SLOT_MULTIPLE
+
+    def form(self, rows: slice, tile: RowTile, state: Tensor) -> dict[str, Tensor]:
+        """Give slots to these tokens, as far as they are likely to pass; what ``RowCoefficients`` then need.
+
+        Args:
+            rows: which tokens.
+            tile: their four rows over the vocabulary.
+            state: [K, R] their statistics.
+        """
+        start = rows.start // self._block * self._block
+        block = self._held_by[: self.slots(min(self._block, len(self.formed) - start))]
+        slots, sums = self._slots[rows], state.new_empty(4, rows.stop - rows.start)
+        self._backend.assign(
+            *(state, rows, self._scores, self._limits, self._counted, self._quantile),
+            *(slots, block, self._used, self.formed),
+            known=self._known,
+            first=rows.start == start,
+        )
+        text = RowTile(tile.student_text, tile.teacher_text, None, None, *tile[4:8])
+        self._backend.totals(text, state[4:], Divergence(), None, sums, None, above=-torch.inf, slots=slots)
+        self._of_block = block
+        return {"slot": slots, "sums": sums, "text_weight": self._weights[rows]}
+
+    def close(self) -> None:
+        """The block's tokens are all there."""
+        self.held, self.tokens = self._of_block >= 0, self._of_block.clamp(min=0)
+
+    def states(self) -> Tensor:
+        """Hidden states of the block's slots, [S, D]; any where there is no token, for its gradient is 0."""
+        return self.view.states(self.tokens)
+
+    def add(self, d_hidden: Tensor) -> None:
+        """Take the gradients [S, D] of these hidden states."""
+        if self.view.d_hidden is not None:
+            self.view.d_hidden.index_add_(0, self.tokens, d_hidden)
