@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.rows import entries_triton, rows_triton, slots_triton, triton_common
+from vgs_kernels.rows import columns_triton, entries_triton, rows_triton, slots_triton, triton_common
 from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 
 class Kernel(NamedTuple):
     """``sweep`` is what it does with a tile: ``"read"``, ``"write"`` the gradient, or ``"none"`` at all; then it has a
-    ``layout`` and ``warps`` of its own."""
+    ``layout`` and ``warps`` of its own. Those read scalars of tokens, or finished gradients."""
 
     function: triton.JITFunction
     sweep: str
@@ -83,6 +83,8 @@ def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]])
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
+#: Finished gradients.
+_BLOCKS = [Variant({}, "fp32", "fp32"), Variant({}, "fp32", "bf16")]
 _GRADIENT = "FOUR PRIOR CLIP TAIL POLICY SLOTS"
 KERNELS = {
     "statistics_kernel": Kernel(rows_triton.statistics_kernel, "read", _variants("FOUR", ("FOUR", ""), _READS)),
@@ -95,6 +97,15 @@ KERNELS = {
         _variants("KNOWN LIMITED COUNTED", ("", "COUNTED", "LIMITED", "KNOWN LIMITED COUNTED"), [({}, "fp32")]),
         slots_triton.LAYOUT,
         slots_triton.WARPS,
+    ),
+    "row_sums_kernel": Kernel(columns_triton.row_sums_kernel, "none", _BLOCKS, columns_triton.SUMS_LAYOUT, 8),
+    "thresholds_kernel": Kernel(columns_triton.thresholds_kernel, "none", _BLOCKS, columns_triton.SAMPLE_LAYOUT, 8),
+    "below_kernel": Kernel(
+        columns_triton.below_kernel,
+        "none",
+        [Variant({"SOME": some}, "fp32", block.gradient) for some in (False, True) for block in _BLOCKS],
+        columns_triton.BELOW_LAYOUT,
+        8,
     ),
     "gradient_kernel": Kernel(
         entries_triton.gradient_kernel,
@@ -133,7 +144,8 @@ class Resources:
 
     Spills are bytes (NVIDIA) or registers (AMD). ``aligned`` is whether rows begin at multiples of 16 bytes, as ours
     do and a caller's logits may not. ``token_bytes`` are those that one token reads and writes at ``VOCABULARY``
-    columns; ``token_flops`` come from the instructions of one column block, a fused multiply-add being two.
+    columns; ``token_flops`` come from the instructions of one column block, a fused multiply-add being two. Both are 0
+    where a program has to do with many tokens, or with gradients.
     """
 
     kernel: str
@@ -177,14 +189,14 @@ def _signature(kernel: triton.JITFunction, logits: str, gradient: str, constants
             kinds[name] = _POINTERS[name]
         elif name in ("s_ptr", "t_ptr", "a_ptr", "w_ptr"):
             kinds[name] = f"*{logits}"
-        elif name in ("out_ptr", "out_text_ptr"):
+        elif name == "g_ptr" or (name in ("out_ptr", "out_text_ptr") and "s_ptr" in kernel.arg_names):
             kinds[name] = f"*{gradient}"
         elif name.endswith("_ptr"):
             kinds[name] = "*fp32"
         elif name.endswith("_stride"):
             kinds[name] = "i64"
         else:
-            kinds[name] = "i32" if name.startswith(("n_", "start", "first")) else "fp32"
+            kinds[name] = "i32" if name.startswith(("n_", "start", "first", "every")) else "fp32"
     return kinds
 
 
@@ -251,7 +263,7 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
         for index, argument in enumerate(kernel.params)
         if not (argument.do_not_specialize or argument.do_not_specialize_on_alignment)
         if argument.name.endswith("_ptr")
-        or (aligned and (argument.name.endswith("_stride") or argument.name == "n_loaded"))
+        or (aligned and (argument.name.endswith("_stride") or argument.name.startswith("n_")))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_common.OPTIONS})
@@ -260,11 +272,11 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
         columns_a_thread = block / (TARGETS[target].warp_size * warps)
         token_bytes = VOCABULARY * _column_bytes(sweep, variant)
         token_flops = round(VOCABULARY * machine.flops / columns_a_thread)
-    elif "LANES" in layout:  # once a token, one lane a thread
+    elif name == "merge_kernel":  # once a token, one lane a thread
         token_bytes = 4 * (layout["LANES"] + 1) * len(VGS_STATE if options["FOUR"] else PAIR_STATE)
         token_flops = machine.flops * TARGETS[target].warp_size
-    else:  # a program for many tokens
-        token_bytes, token_flops = 4 * (layout["SAMPLES"] // layout["ROWS"] + 8), 0
+    else:
+        token_bytes = token_flops = 0
     return Resources(
         *(name, options, target, logits, gradient),
         *(machine.registers, machine.spills, compiled.metadata.shared, machine.wide_loads, machine.loads, aligned),

@@ -17,8 +17,8 @@ token that fails it gets a lower threshold. At tolerance * L / (number of column
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ _RUN, _EVERY, _CAUTION = 64, 1024, 0.75
 #: Checks in which a threshold is halved before it is set to where it always holds.
 _HALVINGS = 3
 #: Quarters of an octave: the upper bits of a float32 up to 2.
-_DROPPED_BITS, _BINS = 21, 512
+DROPPED_BITS, _BINS = 21, 512
 #: What the rounding of sums could add to what is lost.
 _MARGIN = 1e-3
 #: Elements of a block of temporaries: in the cache of a CPU; on a GPU, few launches.
@@ -96,7 +96,14 @@ def row_sums(d_logits: Tensor) -> Tensor:
     return sums
 
 
-def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor | None:
+def sampled_runs(columns: int) -> tuple[int, int]:
+    """Distance and number of the runs of ``_RUN`` columns that are sampled: if there are few columns, all of them."""
+    if columns < 4 * _EVERY:
+        return _RUN, -(-columns // _RUN)
+    return _EVERY, (columns - _RUN) // _EVERY + 1
+
+
+def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float, passes: Passes | None = None) -> Tensor | None:
     """Indices of the columns that some token needs, ascending; None where they are too many, or not all finite.
 
     The host waits for the device.
@@ -105,10 +112,12 @@ def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor |
         d_logits: [R, C].
         mass: [R] sums of |d_logits|.
         tolerance: share of its mass that each token may lose, > 0.
+        passes: over the block; those of PyTorch if none are given.
     """
+    passes = passes or PYTORCH
     allowed, columns = tolerance * (1 - _MARGIN), d_logits.shape[1]
     least = allowed / columns
-    thresholds, expected = _guess(d_logits, mass, allowed * _CAUTION)
+    thresholds, expected = passes.guess(d_logits, mass, allowed * _CAUTION)
     thresholds.clamp_(min=least)
     if not torch.where(mass.isfinite().all(), expected, torch.inf) <= _BREAK_EVEN:
         return None
@@ -117,7 +126,7 @@ def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor |
         here, scale = mass, torch.where(mass > 0, 1 / (thresholds * mass), 0).clamp_(max=torch.finfo(mass.dtype).max)
         if tokens is not None:
             here, scale = mass[tokens], scale[tokens]
-        failed = ~(_sum_below(d_logits, tokens, scale, lowest) <= allowed * (here * scale))
+        failed = ~(passes.sum_below(d_logits, tokens, scale, lowest) <= allowed * (here * scale))
         at = failed.nonzero().squeeze(1)
         tokens = at if tokens is None else tokens[at]
         if not len(tokens):
@@ -127,10 +136,17 @@ def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float) -> Tensor |
     return None
 
 
-def _guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
-    """Thresholds [R] as shares of the mass, and the share of the columns that would be kept, from a sample."""
+def guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """Thresholds [R] as shares of the mass, and the share of the columns that would be kept, from a sample.
+
+    Args:
+        d_logits: [R, C].
+        mass: [R] sums of |d_logits|.
+        allowed: share of the mass that may be below.
+    """
     columns = d_logits.shape[1]
-    sampled = d_logits.unsqueeze(1) if columns < 4 * _EVERY else d_logits.unfold(1, _RUN, _EVERY)
+    every, _ = sampled_runs(columns)
+    sampled = d_logits.unsqueeze(1) if every == _RUN else d_logits.unfold(1, _RUN, every)
     count = sampled[0].numel() if len(sampled) else 1
     few = max(1, _elements(d_logits.device.type) // (_SAMPLED_SHARE * count))
     edges, kept = torch.empty_like(mass), torch.zeros(count, dtype=torch.bool, device=mass.device)
@@ -143,25 +159,43 @@ def _edges(sample: Tensor, mass: Tensor, allowed: float, kept: Tensor) -> Tensor
     """Thresholds [R] of sampled columns [R, S], which may hold this much of the mass below; ``kept`` [S] notes those
     that are above one."""
     shares = (sample.abs() / torch.where(mass > 0, mass, 1).unsqueeze(1)).float()
-    bins = (shares.view(torch.int32) >> _DROPPED_BITS).clamp_(0, _BINS - 1).long()
+    bins = (shares.view(torch.int32) >> DROPPED_BITS).clamp_(0, _BINS - 1).long()
     sums = shares.new_zeros(len(shares), _BINS).scatter_add_(1, bins, shares).cumsum(1)
     # Whole bins, and never the highest that the sample has: of what is above, it tells nothing.
     fit = (sums <= allowed) & (sums < sums[:, -1:])
-    edges = (fit.sum(1).to(torch.int32) << _DROPPED_BITS).view(torch.float32)
+    edges = (fit.sum(1).to(torch.int32) << DROPPED_BITS).view(torch.float32)
     lowest_kept = torch.where(mass > 0, edges, torch.inf).clamp_(min=torch.finfo(torch.float32).tiny)
     kept |= shares.div_(lowest_kept.unsqueeze(1)).amax(0) >= 1
     return edges
 
 
-def _sum_below(d_logits: Tensor, tokens: Tensor | None, scale: Tensor, lowest: Tensor) -> Tensor:
+def sum_below(d_logits: Tensor, tokens: Tensor | None, scale: Tensor, lowest: Tensor) -> Tensor:
     """sum_j scale * |g_j| over scale * |g_j| < 1 of these tokens, [R]; ``lowest`` [C] takes the minima of
-    -scale * |g|."""
+    -scale * |g|.
+
+    Args:
+        d_logits: [N, C].
+        tokens: [R] int64 indices of its rows; None: all.
+        scale: [R].
+        lowest: [C], at most 0, changed in place.
+    """
     sums, scale = torch.zeros_like(scale), -scale.unsqueeze(1)
     for columns, magnitudes in _magnitudes(d_logits, tokens):
         scaled = magnitudes.mul_(scale)
         torch.minimum(lowest[columns], scaled.amin(0), out=lowest[columns])
         sums -= torch.nn.functional.threshold_(scaled, -1.0, 0.0).sum(1)
     return sums
+
+
+class Passes(NamedTuple):
+    """The functions of this module that read a whole block, as one backend has them."""
+
+    row_sums: Callable[[Tensor], Tensor]
+    guess: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    sum_below: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+PYTORCH = Passes(row_sums, guess, sum_below)
 
 
 class LeftOut:
@@ -171,10 +205,11 @@ class LeftOut:
         tolerance: share of each token's L1 mass that may be left out, in each view.
         n: tokens.
         like: of the accumulated gradients' dtype and device.
+        passes: who reads the blocks; PyTorch if nobody is named.
     """
 
-    def __init__(self, tolerance: float, n: int, like: Tensor) -> None:
-        self.tolerance = tolerance
+    def __init__(self, tolerance: float, n: int, like: Tensor, passes: Passes | None = None) -> None:
+        self.tolerance, self.passes = tolerance, passes or PYTORCH
         self._sums = like.new_zeros(5, n)
 
     def add(

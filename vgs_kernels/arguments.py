@@ -170,7 +170,7 @@ class StudentGradients:
         gradient[columns if n else 0 :].zero_()  # the first block of tokens overwrites the others
         self.by_name["student_weight"] = gradient
         tolerance = call.number("gradient_tolerance")
-        self.left_out = LeftOut(tolerance, n, gradient) if tolerance and call.needs else None
+        self.left_out = LeftOut(tolerance, n, gradient, call.backend.passes) if tolerance and call.needs else None
         self._parts = [
             self.by_name[name][:columns] if name in call.needs else None for name in ("student_weight", "student_bias")
         ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .active_columns import LeftOut, active_columns, row_sums
+from .active_columns import LeftOut, active_columns
 from .gated_rows import GatedRows
 from .gemm import UPCAST_COLUMNS, add_hidden_gradient, add_weight_gradient
 from .plan import GradientView, Plan, pitch, slab_rows
@@ -131,13 +131,14 @@ class LinearSink:
         self, products: _Products, tokens: Tensor | slice, d_logits: Tensor, left_out: LeftOut
     ) -> None:
         """The columns that matter alone."""
-        sums, count = row_sums(d_logits), d_logits.shape[1]
-        active = active_columns(d_logits, sums[0], left_out.tolerance)
+        row_sums, count = left_out.passes.row_sums, d_logits.shape[1]
+        sums = row_sums(d_logits)
+        active = active_columns(d_logits, sums[0], left_out.tolerance, left_out.passes)
         if active is None:
             products.add(d_logits)
             kept, counts = sums, (count, count)
         else:
-            kept, counts = products.add_columns(d_logits, active), (len(active), count)
+            kept, counts = products.add_columns(d_logits, active, row_sums), (len(active), count)
         if self._gated is not None:
             own = tokens.stop - tokens.start
             left_out.add(self._gated.tokens, products.alpha, sums[:, own:], kept[:, own:], counts, self._gated.held)
@@ -166,7 +167,7 @@ class _Products(NamedTuple):
         if self.d_weight is not None:
             add_weight_gradient(d_logits, self.hidden, self.d_weight, self.alpha, keep=self.keep_weight)
 
-    def add_columns(self, d_logits: Tensor, active: Tensor) -> Tensor:
+    def add_columns(self, d_logits: Tensor, active: Tensor, row_sums: Callable[[Tensor], Tensor]) -> Tensor:
         """Of these columns alone, a few at a time; returns their ``row_sums``."""
         for out, keep in ((self.d_hidden, self.keep_hidden), (self.d_weight, self.keep_weight)):
             if out is not None and not keep:

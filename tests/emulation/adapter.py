@@ -34,6 +34,15 @@ def blocks_beside_slots() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def bold_guesses(wanted: bool) -> Iterator[None]:
+    """Thresholds of a ``gradient_tolerance`` that at first leave too much out, so that tokens are checked again."""
+    from vgs_kernels import active_columns
+
+    with mock.patch.object(active_columns, "_CAUTION", 4.0 if wanted else active_columns._CAUTION):
+        yield
+
+
 def kernel_names() -> set[str]:
     """Names of all Triton kernels that the package launches itself: those that nothing else calls."""
     found = set()

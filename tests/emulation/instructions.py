@@ -311,6 +311,12 @@ def _float(machine: Machine, x: Instruction, active: Active) -> None:
     machine.registers.write(target, (flush(result) if ftz else result).astype(np.float32), active)
 
 
+def _absolute_half(machine: Machine, x: Instruction, active: Active) -> None:
+    """|x| of 16-bit floats of either kind: without the sign."""
+    target, source = x.operands
+    machine.registers.write(target, machine.registers.read(source, "u16") & np.uint16(0x7FFF), active)
+
+
 _FLOATS = {"add", "sub", "mul", "fma", "max", "min", "neg", "abs", *_APPROXIMATE}
 _OTHERS: dict[str, Execute] = {
     "ld": _load,
@@ -334,6 +340,8 @@ def executor(x: Instruction) -> Execute:
     name, kind = x.parts[0], x.parts[-1]
     if name in _OTHERS:
         return _OTHERS[name]
+    if name == "abs" and kind in ("bf16", "f16"):
+        return _absolute_half
     if kind == "f32" and name in _FLOATS:
         return _float
     if (

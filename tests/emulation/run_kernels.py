@@ -40,6 +40,9 @@ WITNESSES = {
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
     "slots_kernel": ["VGS in slots, guessed, ignored", "VGS in slots, threshold"],
+    "row_sums_kernel": ["VGS with a tolerance, bfloat16, whole"],
+    "thresholds_kernel": ["VGS with a tolerance, bfloat16, whole"],
+    "below_kernel": ["VGS with a tolerance, bfloat16, bold, whole"],
     "totals_kernel": ["given, aligned, JSD, clipped top-k, masked", "given, aligned, reverse KL, masked"],
 }
 

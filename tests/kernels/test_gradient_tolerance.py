@@ -27,6 +27,7 @@ from vgs_kernels import (
     operators,
     vgs_loss,
 )
+from vgs_kernels import active_columns as columns
 from vgs_kernels.active_columns import SHARES, active_columns, row_sums
 
 N, V, DT = 24, 1200, 16
@@ -104,6 +105,19 @@ DENSE = {
 }
 
 
+#: Blocks that are of no interest to the kernels: float64, which they do not take, and those alike.
+ONE_BACKEND = {"float64", "very peaked", "one column", "tied"}
+
+
+def kernels():
+    """The passes in Triton, here by its interpreter."""
+    from vgs_kernels.rows import columns_triton, rows_triton
+
+    if not rows_triton.supports(torch.device(DEVICE)):
+        pytest.skip("needs the Triton interpreter")
+    return columns_triton.PASSES
+
+
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-2, 0.3])
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_block_keeps_the_bound(name, tolerance):
@@ -113,10 +127,31 @@ def test_a_block_keeps_the_bound(name, tolerance):
     assert lost_share(block, active) <= tolerance
 
 
+@pytest.mark.parametrize("caution", [0.75, 4.0])
+@pytest.mark.parametrize("name", [name for name in SPARSE if name not in ONE_BACKEND])
+def test_kernels_find_the_same_columns(monkeypatch, name, caution):
+    """Also where a guess leaves too much out, and tokens are looked at again."""
+    passes, block = kernels(), SPARSE[name]().to(DEVICE)
+    monkeypatch.setattr(columns, "_CAUTION", caution)
+    block = torch.cat([block, torch.full_like(block, torch.nan)], 1)[:, : block.shape[1]]  # nothing behind it is read
+    mass = passes.row_sums(block)
+    torch.testing.assert_close(mass, row_sums(block), rtol=1e-5, atol=1e-6 * mass[0].max().item())
+    active = active_columns(block, mass[0], 1e-2, passes)
+    assert lost_share(block, active) <= 1e-2
+    wanted = active_columns(block, mass[0], 1e-2)
+    assert set(active.tolist()) ^ set(wanted.tolist()) <= set(active[:2].tolist())  # sums may be rounded otherwise
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_a_block_that_is_needed_whole(name):
     block = DENSE[name]().to(DEVICE)
     assert active_columns(block, row_sums(block)[0], 1e-3) is None
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name not in ONE_BACKEND])
+def test_a_block_that_kernels_need_whole(name):
+    passes, block = kernels(), DENSE[name]().to(DEVICE)
+    assert active_columns(block, passes.row_sums(block)[0], 1e-3, passes) is None
 
 
 def test_most_of_what_can_go_goes():

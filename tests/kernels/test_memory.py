@@ -104,7 +104,7 @@ def test_temporaries_of_a_tolerance_are_counted(failing):
     products = _Products(weight, hidden, d_hidden, d_weight, 1.0, False, False)
     with AllocationMeter() as meter:
         active = active_columns(block, row_sums(block)[0], 0.02)
-        products.add_columns(block, active)
+        products.add_columns(block, active, row_sums)
     bound = temporary_bytes(rows, columns, width, torch.float32, "cpu")
     assert 0.8 * bound <= meter.peak <= bound
     assert 0.25 * columns < len(active) < 0.5 * columns

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), r
 def splits(monkeypatch):
     """Several splits a row, the last one shorter."""
     monkeypatch.setattr(triton_common, "_MIN_SPLIT_BLOCKS", 1)
-    monkeypatch.setattr(triton_common, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: 2)
 
 
 #: Columns, pitch and dtype: one or several splits, aligned or not, with and without room behind the last column.

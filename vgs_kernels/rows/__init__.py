@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..active_columns import Passes
 
 
 class Backend(NamedTuple):
@@ -18,6 +21,7 @@ class Backend(NamedTuple):
 
     ``rests``: whether statistics include the ``RESTS`` of layout.py. ``skips``: whether totals take ``above``: a larger
     KL of a row without an entry above ``LARGE`` is that of its statistics, and the row is not read again.
+    ``passes``: over blocks of gradients; None: those of PyTorch.
     ``assign``: gives slots to tokens without the host, which totals and gradients then take; None: it cannot.
     """
 
@@ -27,6 +31,7 @@ class Backend(NamedTuple):
     rests: bool = False
     skips: bool = False
     assign: Callable[..., None] | None = None
+    passes: Passes | None = None
 
 
 def backend(name: str) -> Backend:
@@ -53,9 +58,10 @@ def backend(name: str) -> Backend:
     else:
         from . import entries_triton as entries
         from . import rows_triton as rows
+        from .columns_triton import PASSES
         from .slots_triton import assign
 
-        return Backend(rows.statistics, entries.gradient, entries.totals, skips=True, assign=assign)
+        return Backend(rows.statistics, entries.gradient, entries.totals, skips=True, assign=assign, passes=PASSES)
     return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
 
 

@@ -70,7 +70,8 @@ def _aligned(rows: Sequence[Tensor], n_loaded: int) -> bool:
 
 
 @functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of any other device one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -86,7 +87,7 @@ def statistics_launch(x: TileArguments) -> tuple[dict[str, int | bool], int, int
     """Layout of a sweep that only reads, number of splits of a row, and blocks of a split."""
     layout = statistics_layout(VENDOR, x.rows[0].element_size(), _aligned(x.rows, x.n_loaded))
     n_blocks = triton.cdiv(x.n_columns, layout["LANES"] * layout["WIDTH"])
-    return layout, *splits(len(x.rows[0]), n_blocks, _multiprocessors(x.rows[0].device))
+    return layout, *splits(len(x.rows[0]), n_blocks, multiprocessors(x.rows[0].device))
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
