@@ -99,7 +99,9 @@ KERNELS = {
         slots_triton.WARPS,
     ),
     "row_sums_kernel": Kernel(columns_triton.row_sums_kernel, "none", _BLOCKS, columns_triton.SUMS_LAYOUT, 8),
-    "thresholds_kernel": Kernel(columns_triton.thresholds_kernel, "none", _BLOCKS, columns_triton.SAMPLE_LAYOUT, 8),
+    "thresholds_kernel": Kernel(
+        columns_triton.thresholds_kernel, "none", _BLOCKS, columns_triton.sample_layout(256), 8
+    ),
     "below_kernel": Kernel(
         columns_triton.below_kernel,
         "none",

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 SHARES = ("gradient_kept", "gradient_lost", "gradient_tail")
 #: Above this share of the columns, gathering them saves little: on a CPU half of them cost 0.73 of all, and 0.67 all.
 _BREAK_EVEN = 0.6
-#: Runs of columns that are sampled: how long, how far apart; how much of the tolerance a guess takes, since it errs.
-_RUN, _EVERY, _CAUTION = 64, 1024, 0.75
+#: Runs of columns that are sampled: how long, how far apart at least, how many at most; how much of the tolerance a
+#: guess takes, since it errs.
+RUN, _EVERY, _MOST_RUNS, _CAUTION = 64, 1024, 256, 0.75
 #: Checks in which a threshold is halved before it is set to where it always holds.
 _HALVINGS = 3
 #: Quarters of an octave: the upper bits of a float32 up to 2.
@@ -97,10 +98,11 @@ def row_sums(d_logits: Tensor) -> Tensor:
 
 
 def sampled_runs(columns: int) -> tuple[int, int]:
-    """Distance and number of the runs of ``_RUN`` columns that are sampled: if there are few columns, all of them."""
+    """Distance and number of the runs of ``RUN`` columns that are sampled: if there are few columns, all of them."""
     if columns < 4 * _EVERY:
-        return _RUN, -(-columns // _RUN)
-    return _EVERY, (columns - _RUN) // _EVERY + 1
+        return RUN, -(-columns // RUN)
+    every = _EVERY * -(-columns // (_EVERY * _MOST_RUNS))
+    return every, (columns - RUN) // every + 1
 
 
 def active_columns(d_logits: Tensor, mass: Tensor, tolerance: float, passes: Passes | None = None) -> Tensor | None:
@@ -146,7 +148,7 @@ def guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tenso
     """
     columns = d_logits.shape[1]
     every, _ = sampled_runs(columns)
-    sampled = d_logits.unsqueeze(1) if every == _RUN else d_logits.unfold(1, _RUN, every)
+    sampled = d_logits.unsqueeze(1) if every == RUN else d_logits.unfold(1, RUN, every)
     count = sampled[0].numel() if len(sampled) else 1
     few = max(1, _elements(d_logits.device.type) // (_SAMPLED_SHARE * count))
     edges, kept = torch.empty_like(mass), torch.zeros(count, dtype=torch.bool, device=mass.device)

@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..active_columns import DROPPED_BITS, Passes, sampled_runs
+from ..active_columns import DROPPED_BITS, RUN, Passes, sampled_runs
 from .triton_common import GRADIENT_BLOCK, GRADIENT_WARPS, OPTIONS, VENDOR, multiprocessors, splits
 
-#: Columns of a sampled run, runs that are loaded at a time; rows and columns of a tile, a row for each warp.
-SAMPLE_LAYOUT = {"RUN": 64, "RUNS": 64, "DROPPED": DROPPED_BITS}
+#: Rows and columns of a tile, a row for each warp.
 BELOW_LAYOUT = {"ROWS": 8, "COLUMNS": 256}
 SUMS_LAYOUT = {"BLOCK": GRADIENT_BLOCK}
 #: Half the number of bins of a threshold.
@@ -41,35 +40,25 @@ def row_sums_kernel(g_ptr, g_stride, out_ptr, n_rows, n_columns, n_blocks, BLOCK
     tl.store(out_ptr + n_rows, tl.sum(sums, axis=0))
 
 
-@triton.jit
-def _sum_below(g_ptr, inverse, edge, n_columns, n_runs, every, RUN: tl.constexpr, RUNS: tl.constexpr):
-    """Of a row's sampled runs, the sum of the shares that are below an edge."""
-    total = tl.zeros([RUNS], tl.float32)
-    for start in range(0, n_runs, RUNS):
-        run = start + tl.arange(0, RUNS)
-        at = run[:, None] * every + tl.arange(0, RUN)[None, :]
-        share = tl.load(g_ptr + at, mask=(run < n_runs)[:, None] & (at < n_columns), other=0.0).to(tl.float32)
-        share = tl.abs(share) * inverse
-        total += tl.sum(tl.where(share < edge, share, 0.0), axis=1)
-    return tl.sum(total, axis=0)
-
-
 @triton.jit(do_not_specialize=["n_runs", "allowed"])
 def thresholds_kernel(
     g_ptr, g_stride, mass_ptr, out_ptr, n_columns, n_runs, every, allowed,
-    RUN: tl.constexpr, RUNS: tl.constexpr, DROPPED: tl.constexpr,
+    RUN: tl.constexpr, SAMPLES: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
     """The highest bin of a row's shares below which its sample holds no more than is allowed, nor all it has."""
     row = tl.program_id(0).to(tl.int64)
-    g_ptr += row * g_stride
     mass = tl.load(mass_ptr + row)
-    inverse = 1 / tl.where(mass > 0, mass, 1.0)
-    total = _sum_below(g_ptr, inverse, float("inf"), n_columns, n_runs, every, RUN, RUNS)
+    sample = tl.arange(0, SAMPLES)
+    run = sample // RUN
+    at = run * every + sample % RUN
+    share = tl.load(g_ptr + row * g_stride + at, mask=(run < n_runs) & (at < n_columns), other=0.0).to(tl.float32)
+    share = tl.abs(share) * (1 / tl.where(mass > 0, mass, 1.0))
+    total = tl.sum(share, axis=0)
     found = n_runs * 0
     step = found + _HALF
     while step >= 1:
         edge = ((found + step) << DROPPED).to(tl.float32, bitcast=True)
-        below = _sum_below(g_ptr, inverse, edge, n_columns, n_runs, every, RUN, RUNS)
+        below = tl.sum(tl.where(share < edge, share, 0.0), axis=0)
         found = tl.where((below <= allowed) & (below < total), found + step, found)
         step = step // 2
     tl.store(out_ptr + row, (found << DROPPED).to(tl.float32, bitcast=True))
@@ -102,6 +91,11 @@ def below_kernel(
     tl.store(most_ptr + tl.program_id(1).to(tl.int64) * n_columns + at, tl.max(most, axis=0), mask=at < n_columns)
 
 
+def sample_layout(runs: int) -> dict[str, int]:
+    """Of ``thresholds_kernel``: all of a row's samples are held at once, and no thread is without any."""
+    return {"RUN": RUN, "SAMPLES": RUN * max(triton.next_power_of_2(runs), 16), "DROPPED": DROPPED_BITS}
+
+
 def row_sums(d_logits: Tensor) -> Tensor:
     """As active_columns.row_sums."""
     rows, columns = d_logits.shape
@@ -120,11 +114,11 @@ def guess(d_logits: Tensor, mass: Tensor, allowed: float) -> tuple[Tensor, Tenso
     rows, columns = d_logits.shape
     every, count = sampled_runs(columns)
     thresholds = torch.empty_like(mass)
-    sampled = count * SAMPLE_LAYOUT["RUN"] if every > SAMPLE_LAYOUT["RUN"] else columns
+    sampled = min(count * RUN, columns)
     if rows:
         thresholds_kernel[(rows,)](
             d_logits, d_logits.stride(0), mass, thresholds, columns, count, every, allowed * (sampled / columns),
-            **SAMPLE_LAYOUT, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
+            **sample_layout(count), num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
         )  # fmt: skip
     return thresholds, mass.new_zeros(())
 

@@ -156,7 +156,7 @@ def _call(problem: Problem, job: Job, floor: bool) -> Any:
     return runner("ours", Context(problem, job, None))
 
 
-def _put_right() -> Any:
+def put_right() -> Any:
     """Which tokens are put right at the end, the gate of numbers that nobody computed cannot say."""
 
     def unformed(loss: steering.VGSLoss) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,28 +169,30 @@ def _put_right() -> Any:
     return mock.patch.object(steering.VGSLoss, "unformed", unformed)
 
 
+def executed_costs(device: Device, job: Job) -> dict[str, PerEntry]:
+    """What the kernels of a job execute and move, by variant. Few tokens are executed, in the phases that many take."""
+    small = Shape(16_384, 64, 64)
+    device.execute = True
+    with CPUValues(), mock.patch.object(steering, "_FEW_TOKENS", 0), put_right():
+        problem = random_problem(small, _EXECUTED)
+        executed = record(device, lambda: _call(problem, job, False)(problem.leaves(job.trainable)))
+    device.execute = False
+    along_columns = (launch for launch in executed.launches if launch.grid[1] > 1)
+    return {_variant(launch): per_entry(launch, launch.grid[0] * small.vocab) for launch in along_columns}
+
+
 def predictions() -> dict[str, Any]:
     """Seconds by device, job, and part; of ours and of the floor."""
     device = install(Device(kind="cuda", execute=False))
-    shape, small = SHAPES[SHAPE], Shape(16_384, 64, 64)
-    found: dict[str, Any] = {name: {} for name in DEVICES}
+    shape, found = SHAPES[SHAPE], {name: {} for name in DEVICES}
     for name in MODELLED:
         job = JOBS[name]
-        device.execute = True
-        # Few tokens are executed, but in the phases that many take.
-        with CPUValues(), mock.patch.object(steering, "_FEW_TOKENS", 0), _put_right():
-            problem = random_problem(small, _EXECUTED)
-            executed = record(device, lambda p=problem, j=job: _call(p, j, False)(p.leaves(j.trainable)))
-        device.execute = False
-        costs = {}
-        for launch in executed.launches:
-            if launch.grid[1] > 1:  # along the columns
-                costs[_variant(launch)] = per_entry(launch, launch.grid[0] * small.vocab)
+        costs = executed_costs(device, job)
         problem = make_problem(shape, TOKENS)
         move_at_most(0)
         for label in ("ours", "floor"):
             call = _call(problem, job, label == "floor")
-            with _put_right():
+            with put_right():
                 counted = record(device, lambda c=call, p=problem, j=job: c(p.leaves(j.trainable)))
             for title, hardware in DEVICES.items():
                 parts = predict(counted, costs, shape.vocab, hardware)
