@@ -7,6 +7,8 @@ waits, no row is projected again. Which tokens were formed is compared with the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,9 +71,13 @@ class GatedRows:
         self._slots = weights.new_empty(n, dtype=torch.int32)
         self._held_by = weights.new_empty(self.slots(min(n, block)), dtype=torch.int64)
 
+    def know(self, scores: Tensor, limits: Tensor) -> None:
+        """Take the scores [N] of all tokens and what they must exceed."""
+        self._scores, self._limits, self._known = scores, limits.contiguous(), True
+
     def slots(self, tokens: int) -> int:
-        """How many a block of so many tokens has."""
-        return max(int(slot_share(self._quantile) * tokens) // _SLOT_MULTIPLE, 1) * _SLOT_MULTIPLE
+        """How many a block of so many tokens has: if the quantile is theirs, enough for all that pass."""
+        return max(math.ceil(slot_share(self._quantile) * tokens / _SLOT_MULTIPLE), 1) * _SLOT_MULTIPLE
 
     def form(self, rows: slice, tile: RowTile, state: Tensor) -> dict[str, Tensor]:
         """Give slots to these tokens, as far as they are likely to pass; what ``RowCoefficients`` then need.

@@ -56,6 +56,7 @@ class VGSLoss(Loss):
         self.of_call = self.objective.vds_scope == "call" and limits is None
         self._seen, self._formed = [], []
         self.gated: GatedRows | None = None
+        self.gate_first = False
         self.limits: list[Tensor] | None = None
         self.gate: Tensor | None = None
         if limits is not None:
@@ -87,6 +88,9 @@ class VGSLoss(Loss):
             return None  # no gradient is wanted
         found = RowCoefficients(self._of_logits[rows], self._gamma_of(state, rows), live_prior=self.live_prior)
         if self.gated is not None:
+            if self.gate_first:
+                self.settle_gate(Statistics(state))
+                self.gated.know(self.vds, self.limits[-1])
             found = found._replace(**self.gated.form(rows, tiles.whole, state))
         if self.policy is None:
             return found
@@ -125,12 +129,13 @@ class VGSLoss(Loss):
         self._formed.append(self.gate_of(vds, rows, limits) & x.kl("a_gap").isfinite())
         return self._formed[-1].nonzero().squeeze(1)
 
-    def form_beside(self, view: GradientView, plan: Plan) -> GatedRows:
-        """Form the language term of tokens that are likely to pass the gate beside the plan's gradient blocks."""
+    def form_beside(self, view: GradientView, plan: Plan, *, gate_first: bool) -> GatedRows:
+        """Form the language term beside the plan's gradient blocks: of tokens that are likely to pass the gate or, with
+        ``gate_first``, of those that do, for all tokens are in one tile."""
         objective, limits = self.objective, None if self.limits is None else self.limits[-1]
         weights, scores = self._of_logits * objective.lam, None if limits is None else self.vds
         settings = (plan.gradient_rows, objective.vds_quantile, limits, scores, self._counted)
-        self.gated = GatedRows(view, self._backend, weights, *settings)
+        self.gated, self.gate_first = GatedRows(view, self._backend, weights, *settings), gate_first
         self._formed.append(self.gated.formed)
         return self.gated
 
@@ -218,11 +223,11 @@ def linear(call: Call) -> Outcome:
     # in slots beside the tokens of a gradient block, for the host would wait to know how many a tile has. If one tile
     # has all tokens, their gate is known in time. A rank of a group may hold no column at all.
     language, text_view = objective.lam > 0 and text_gradient, gradients.view("student_text_hidden")
-    here = language and not prior and shard.group is None
+    here, few = language and not prior and shard.group is None, len(hidden) <= _FEW_TOKENS
     known_or_guessed = here and (loss.limits is not None or loss.of_call)
     at_once = known_or_guessed and hidden.device.type == "cpu" and text_view.in_place
-    at_end = here and not at_once and len(hidden) <= _FEW_TOKENS
-    beside = known_or_guessed and not at_end and bool(views) and _takes_slots(call, text_view)
+    beside = known_or_guessed and bool(views) and _takes_slots(call, text_view)
+    at_end = here and few and not at_once and not beside
     source = LinearSource(
         [StackedRows(student, [hidden, text], call.live), teacher_rows],
         transforms,
@@ -231,8 +236,10 @@ def linear(call: Call) -> Outcome:
         copied=2 if at_once or at_end else 0,
         slots=slot_share(objective.vds_quantile) if beside else 0.0,
     )
-    at_once, at_end, beside = at_once and source.spans, at_end and source.holds_all, beside and source.spans
-    gated = loss.form_beside(text_view, source.plan) if beside else None
+    at_once, at_end = at_once and source.spans, at_end and source.holds_all
+    gate_first = beside and few and source.holds_all and loss.of_call
+    beside = beside and source.spans and (gate_first or not _captures(hidden))
+    gated = loss.form_beside(text_view, source.plan, gate_first=gate_first) if beside else None
 
     def preserve(source: Source, view: GradientView, weights: Tensor, known: tuple | None = None) -> None:
         pair = loss.preservation(weights, shard)
@@ -254,7 +261,7 @@ def linear(call: Call) -> Outcome:
     found = sweep(source, call.backend, loss, gradients.sink(views, source.plan, gated=gated), then=then)
     losses, terms = loss.finish(*found)
     del source  # frees the slabs
-    tokens, weights = loss.unformed() if language and not at_end else (hidden[:0], None)
+    tokens, weights = loss.unformed() if language and not (at_end or gate_first) else (hidden[:0], None)
     if len(tokens):
         # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
         # p * (gap - mean) would no longer cancel.
@@ -272,9 +279,13 @@ def linear(call: Call) -> Outcome:
 
 def _takes_slots(call: Call, text: GradientView) -> bool:
     """Whether a gradient block takes text-only rows beside those of its tokens, with lam in them: float16 has no room
-    for it. At the end the host waits once to know what was guessed wrong, which a captured graph cannot."""
-    capturing = text.hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return call.backend.assign is not None and text.dtype == torch.bfloat16 and not capturing
+    for it."""
+    return call.backend.assign is not None and text.dtype == torch.bfloat16
+
+
+def _captures(like: Tensor) -> bool:
+    """Whether launches are captured in a graph: then the host cannot wait to know what was guessed wrong."""
+    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def dense(call: Call) -> Outcome:

@@ -37,14 +37,14 @@ class Corrected:
         monkeypatch.setattr(steering.VGSLoss, "unformed", counted)
 
 
-def run(problem, **options):
-    return evaluate(fused_linear_vgs_loss, problem, **options, backend="triton", workspace_bytes=SPACE)
+def run(problem, workspace_bytes=SPACE, **options):
+    return evaluate(fused_linear_vgs_loss, problem, **options, backend="triton", workspace_bytes=workspace_bytes)
 
 
-def assert_exact(monkeypatch, problem, exact=None, **options):
+def assert_exact(monkeypatch, problem, exact=None, workspace_bytes=SPACE, **options):
     counts = Corrected(monkeypatch)
     exact = exact or evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
-    ours = run(problem, **options)
+    ours = run(problem, workspace_bytes, **options)
     assert_gradients_close(ours, exact, rtol=7e-3)  # stored twice in bf16: 2^-9 each
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
     if "student_text_hidden" in ours.gradients:
@@ -144,6 +144,22 @@ def test_with_a_tolerance_both_views_are_counted(monkeypatch):
     exact = run(bfloat16_problem(), **options)
     assert (ours.output.gradient_lost <= 1e-3).all() and (ours.output.gradient_kept > 0).all()
     assert_gradients_close(ours, exact, rtol=3e-3)
+
+
+@pytest.mark.parametrize("quantile", some([0.7], 0.0, 0.99))
+def test_few_tokens_know_their_gate(monkeypatch, quantile):
+    """All are in one tile: there is a slot for each that passes, nothing is guessed, and nobody counts."""
+    monkeypatch.setattr(steering, "_FEW_TOKENS", 256)
+    objective = VGSObjective(**STRONG, vds_quantile=quantile)
+    ours, counts = assert_exact(monkeypatch, bfloat16_problem(), workspace_bytes=2**30, objective=objective)
+    assert counts.formed == counts.added == 0 and int(ours.output.gate.sum()) == {0.0: 199, 0.7: 60, 0.99: 2}[quantile]
+
+
+def test_a_captured_call_does_not_guess(monkeypatch):
+    """The host cannot count what was wrong: all gated tokens are projected again."""
+    monkeypatch.setattr(steering, "_captures", lambda like: True)
+    ours, counts = assert_exact(monkeypatch, bfloat16_problem(), objective=VGSObjective(**STRONG))
+    assert counts.formed == 0 and counts.added == int(ours.output.gate.sum())
 
 
 def test_float16_keeps_a_phase_of_its_own(monkeypatch):
