@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.rows import columns_triton, entries_triton, rows_triton, slots_triton, triton_common
+from vgs_kernels.rows import columns_triton, entries_triton, picks_triton, rows_triton, slots_triton, triton_common
 from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -98,6 +98,24 @@ KERNELS = {
         slots_triton.LAYOUT,
         slots_triton.WARPS,
     ),
+    "pick_kernel": Kernel(
+        picks_triton.pick_kernel,
+        "none",
+        _variants("BOTH", ("BOTH", ""), _READS),
+        picks_triton.LAYOUT,
+        picks_triton.WARPS,
+    ),
+    "token_scalars_kernel": Kernel(
+        picks_triton.token_scalars_kernel,
+        "none",
+        _variants(
+            "SAMPLED CLIP POLICY COMPARES",
+            ("CLIP", "POLICY COMPARES", "CLIP POLICY COMPARES", "SAMPLED", "SAMPLED CLIP POLICY COMPARES"),
+            [({}, "fp32")],
+        ),
+        picks_triton.LAYOUT,
+        picks_triton.WARPS,
+    ),
     "row_sums_kernel": Kernel(columns_triton.row_sums_kernel, "none", _BLOCKS, columns_triton.SUMS_LAYOUT, 8),
     "thresholds_kernel": Kernel(
         columns_triton.thresholds_kernel, "none", _BLOCKS, columns_triton.sample_layout(256), 8
@@ -176,7 +194,8 @@ class _Machine(NamedTuple):
 
 
 _POINTERS = {
-    **dict.fromkeys(("chosen_ptr", "token_ptr"), "*i64"),
+    **dict.fromkeys(("chosen_ptr", "token_ptr", "id_ptr"), "*i64"),
+    **dict.fromkeys(("slope_ptr", "old_ptr"), "*fp64"),
     **dict.fromkeys(("slot_ptr", "used_ptr", "formed_ptr"), "*i32"),
     "counted_ptr": "*i1",
 }
