@@ -18,7 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.rows import columns_triton, entries_triton, picks_triton, rows_triton, slots_triton, triton_common
+from vgs_kernels.rows import (
+    columns_triton,
+    entries_triton,
+    entry_triton,
+    picks_triton,
+    rows_triton,
+    slots_triton,
+    triton_common,
+)
 from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -79,7 +87,7 @@ def _variants(flags: str, used: Sequence[str], tiles: Sequence[tuple], **fixed: 
 
 def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]]) -> list[Variant]:
     """``used``: sets of flags by divergence."""
-    kinds = entries_triton.KINDS
+    kinds = entry_triton.KINDS
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
@@ -139,6 +147,7 @@ KERNELS = {
                     "reverse_kl": ("", "CLIP TAIL POLICY"),
                     "forward_kl": ("", "CLIP TAIL POLICY"),
                     "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
+                    "even_jsd": ("", "CLIP TAIL POLICY"),
                 },
             ),
         ],
@@ -152,6 +161,7 @@ KERNELS = {
                 "reverse_kl": ("SKIP", "SKIP SLOTS", "CLIP TAIL"),
                 "forward_kl": ("SKIP", "CLIP TAIL"),
                 "jsd": ("", "CLIP", "CLIP TAIL"),
+                "even_jsd": ("", "CLIP TAIL"),
             },
         ),
     ),
