@@ -18,7 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vgs_kernels.rows import columns_triton, entries_triton, rows_triton, slots_triton, triton_common
+from vgs_kernels.rows import (
+    columns_triton,
+    entries_triton,
+    entry_triton,
+    picks_triton,
+    rows_triton,
+    slots_triton,
+    triton_common,
+)
 from vgs_kernels.rows.layout import PAIR_STATE, VGS_STATE
 
 TARGETS = {
@@ -79,7 +87,7 @@ def _variants(flags: str, used: Sequence[str], tiles: Sequence[tuple], **fixed: 
 
 def _entries(flags: str, tiles: Sequence[tuple], used: dict[str, Sequence[str]]) -> list[Variant]:
     """``used``: sets of flags by divergence."""
-    kinds = entries_triton.KINDS
+    kinds = entry_triton.KINDS
     return [variant for name in used for variant in _variants(flags, used[name], tiles, KIND=kinds[name])]
 
 
@@ -97,6 +105,24 @@ KERNELS = {
         _variants("KNOWN LIMITED COUNTED", ("", "COUNTED", "LIMITED", "KNOWN LIMITED COUNTED"), [({}, "fp32")]),
         slots_triton.LAYOUT,
         slots_triton.WARPS,
+    ),
+    "pick_kernel": Kernel(
+        picks_triton.pick_kernel,
+        "none",
+        _variants("BOTH", ("BOTH", ""), _READS),
+        picks_triton.LAYOUT,
+        picks_triton.WARPS,
+    ),
+    "token_scalars_kernel": Kernel(
+        picks_triton.token_scalars_kernel,
+        "none",
+        _variants(
+            "SAMPLED CLIP POLICY COMPARES",
+            ("CLIP", "POLICY COMPARES", "CLIP POLICY COMPARES", "SAMPLED", "SAMPLED CLIP POLICY COMPARES"),
+            [({}, "fp32")],
+        ),
+        picks_triton.LAYOUT,
+        picks_triton.WARPS,
     ),
     "row_sums_kernel": Kernel(columns_triton.row_sums_kernel, "none", _BLOCKS, columns_triton.SUMS_LAYOUT, 8),
     "thresholds_kernel": Kernel(
@@ -121,6 +147,7 @@ KERNELS = {
                     "reverse_kl": ("", "CLIP TAIL POLICY"),
                     "forward_kl": ("", "CLIP TAIL POLICY"),
                     "jsd": ("", "CLIP", "CLIP TAIL POLICY"),
+                    "even_jsd": ("", "CLIP TAIL POLICY"),
                 },
             ),
         ],
@@ -134,6 +161,7 @@ KERNELS = {
                 "reverse_kl": ("SKIP", "SKIP SLOTS", "CLIP TAIL"),
                 "forward_kl": ("SKIP", "CLIP TAIL"),
                 "jsd": ("", "CLIP", "CLIP TAIL"),
+                "even_jsd": ("", "CLIP TAIL"),
             },
         ),
     ),
@@ -176,7 +204,8 @@ class _Machine(NamedTuple):
 
 
 _POINTERS = {
-    **dict.fromkeys(("chosen_ptr", "token_ptr"), "*i64"),
+    **dict.fromkeys(("chosen_ptr", "token_ptr", "id_ptr"), "*i64"),
+    **dict.fromkeys(("slope_ptr", "old_ptr"), "*fp64"),
     **dict.fromkeys(("slot_ptr", "used_ptr", "formed_ptr"), "*i32"),
     "counted_ptr": "*i1",
 }

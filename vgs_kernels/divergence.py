@@ -92,6 +92,11 @@ class Divergence:
         return self.divergence
 
     @property
+    def sampled(self) -> bool:
+        """Whether it is an estimate from the sampled token."""
+        return self.divergence == "sampled_reverse_kl"
+
+    @property
     def scale(self) -> float:
         """Factor on values and gradients."""
         return self.temperature**2 if self.temperature_squared else 1.0

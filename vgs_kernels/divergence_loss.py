@@ -22,6 +22,7 @@ from .policy import PolicyGradient, unit_weights
 from .rows import Backend
 from .rows.entries_torch import SUMS, TAILS, entry
 from .rows.layout import LARGE, LogitTransform, RowCoefficients, Statistics, scaled, wide
+from .rows.picks_torch import clipped, token_values
 from .sources import DENSE_ROWS, ComposedRow, DenseSource, LinearSource, Part, StackedRows
 
 #: KLs below this, in nats, are summed by entries: from statistics in float32 they would be right to 1e-4 of this.
@@ -71,27 +72,18 @@ class DivergenceLoss(Loss):
         if policy is not None:
             policy.prepare(gain / self.unit)
         self._gradient_alone = gradient_alone
-        self._sampled = divergence.kind == "sampled_reverse_kl"
-        self.picks = 2 if self._sampled else 1
+        self.picks = 2 if divergence.sampled else 1
         factor = gain * divergence.scale
         self._of_logits = self.unit_weights if factor == 1 else self.unit_weights * factor
         self._sums = token_weights.new_zeros(len(SUMS), len(token_weights))
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients:
-        sums, weight, pull = self._sums[:, rows], self._of_logits[rows], None
-        of_tail = {} if self._sampled else self._add_up(state, tiles, sums)
-        if self._sampled:
-            pull = scaled(weight, self._clipped(self._values(state, picked, rows)))
-            weight = torch.zeros_like(weight)
-        elif self.divergence.token_clip is not None:
-            weight = torch.where(self._values(state, picked, rows) > self.divergence.token_clip, 0, weight)
-        if self.policy is not None:
-            found = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
-            slope = self.policy.pull(rows, found)
-            pull = slope if pull is None else pull + slope
-        if pull is not None:
-            of_tail |= {"policy": pull.to(state.dtype), "chosen": self.ids[rows]}
-        return RowCoefficients(weight, sums=sums, **of_tail)
+        sums, policy = self._sums[:, rows], None if self.policy is None else self.policy.slopes.at(rows)
+        of_tail = {} if self.divergence.sampled else self._add_up(state, tiles, sums)
+        given = state, picked, self._of_logits[rows], sums[0], self.divergence, policy
+        weight, pull = self._backend.token_scalars(*given)
+        chosen = None if pull is None else self.ids[rows]
+        return RowCoefficients(weight, sums=sums, policy=pull, chosen=chosen, **of_tail)
 
     def _add_up(self, state: Tensor, tiles: Tiles, sums: Tensor) -> dict[str, Tensor]:
         """Fill ``SUMS`` [4, R]; returns the scalars of a tail.
@@ -141,22 +133,10 @@ class DivergenceLoss(Loss):
         sums[:3] += torch.stack([value, slope, log_p.exp()])
         return {"tail_slope": slope.to(state.dtype), "tail_log": tails[0], "limit": limit}
 
-    def _values(self, state: Tensor, picked: Tensor | None, rows: slice) -> Tensor:
-        """Values of tokens [R] before a clip of theirs."""
-        x = Statistics(state)
-        value = wide(self._sums[0, rows])
-        if self._sampled:
-            value = x.log_probability(picked[0]) - x.log_probability(picked[1], "t")
-        # A student without any mass inside the support, as of distributions that do not meet.
-        return value.masked_fill(x["s_sum"] == 0, torch.inf)
-
-    def _clipped(self, values: Tensor) -> Tensor:
-        limit = self.divergence.token_clip
-        return values if limit is None else values.clamp(min=-limit if self._sampled else None, max=limit)
-
     def finish(self, state: Tensor, picked: Tensor | None) -> tuple[Tensor, Tensor]:
         """Losses of the tokens [N] and terms [T, N], from the statistics of all."""
-        x, value = Statistics(state), self._clipped(self._values(state, picked, slice(None))) * self.divergence.scale
+        x, value = Statistics(state), token_values(state, picked, self._sums[0], self.divergence)
+        value = clipped(value, self.divergence) * self.divergence.scale
         terms = [value, x.entropy, *([] if picked is None else [x.log_probability(picked[0])])]
         losses = scaled(self._weights.to(value.dtype), value)
         if self.policy is not None:

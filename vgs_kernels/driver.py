@@ -17,7 +17,7 @@ from torch import Tensor
 from .divergence import Divergence
 from .gradients import Sink
 from .rows import Backend
-from .rows.layout import LogitTransform, RowCoefficients, RowTile, slices
+from .rows.layout import RowCoefficients, RowTile, slices
 from .sources import Source
 
 
@@ -43,7 +43,7 @@ class Loss:
     divergence: Divergence | None = None
 
     def __init__(self, ids: Tensor | None = None) -> None:
-        self.ids = ids
+        self.ids = None if ids is None else ids.contiguous()
 
     def settle(self, rows: slice, state: Tensor, picked: Tensor | None, tiles: Tiles) -> RowCoefficients | None:
         """Values of these tokens, and the scalars of their gradient (None: there is none).
@@ -89,26 +89,18 @@ def sweep(
             for columns, tile in tiles:
                 backend.statistics(tile, found[0])
                 if ids is not None:
-                    for out, (logits, transform) in zip(found[1], tile.pair, strict=False):
-                        _pick(logits, transform, ids[rows], columns, out)
+                    backend.pick(tile, ids[rows], columns.start, found[1])
             source.shard.merge(*found)
         scalars = loss.settle(rows, *found, tiles)
         for columns, tile in tiles if sink is not None and scalars is not None else ():
-            here = scalars if scalars.chosen is None else scalars._replace(chosen=scalars.chosen - columns.start)
+            moves = columns.start and scalars.chosen is not None
+            here = scalars._replace(chosen=scalars.chosen - columns.start) if moves else scalars
             out = sink.tiles(rows, columns, tile)
             backend.gradient(tile, found[0], loss.divergence, here, *out)
             sink.collect(rows, columns)
         if then is not None:
             then(rows, tiles.whole, found[0])
     return state, picked
-
-
-def _pick(logits: Tensor, transform: LogitTransform, ids: Tensor, columns: slice, out: Tensor) -> None:
-    """Copy the logits, once transformed, at ``ids`` that lie in these columns to ``out`` [R]."""
-    local = ids - columns.start if columns.start else ids
-    place = local.clamp(0, logits.shape[1] - 1)
-    chosen = logits.gather(1, place.unsqueeze(1)).squeeze(1)
-    torch.where(place == local, transform(chosen.to(out.dtype)), out, out=out)
 
 
 class Tiles:

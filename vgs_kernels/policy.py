@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .rows.layout import scaled, wide
+from .rows.picks_torch import PolicySlopes
 
 
 class PolicyTerm(NamedTuple):
@@ -37,7 +38,7 @@ class PolicyGradient:
     """The [N]-vector arithmetic of a policy term within one call.
 
     Attributes:
-        compares: whether the gradient depends on this call's log-probabilities.
+        slopes: of the gradient, once prepared.
     """
 
     def __init__(
@@ -52,7 +53,6 @@ class PolicyGradient:
         self._advantages = wide(advantages)
         self._old = None if old_logps is None else wide(old_logps)
         self._low, self._high = epsilons
-        self.compares = old_logps is not None
 
     @property
     def magnitude(self) -> Tensor:
@@ -73,23 +73,15 @@ class PolicyGradient:
         It is -ratio * advantage * weight, and 0 where the clipped value is the lesser one: beyond the upper end of the
         interval, or with a negative advantage below the lower one.
         """
-        self._slopes = -scaled(self.weights * factor, self._advantages)
+        slopes = -scaled(self.weights * factor, self._advantages)
         if self._old is None:  # a ratio of 1 is inside
-            self._slopes = self._slopes.to(self.weights.dtype)
+            self.slopes = PolicySlopes(slopes.to(self.weights.dtype))
             return
         negative = self._advantages < 0
-        self._most = torch.where(negative, torch.inf, 1 + self._high)
-        # Where the weight is 0, no ratio counts, not even an infinite one.
-        self._least = torch.where(negative, 1 - self._low, -torch.inf).masked_fill_(self._slopes == 0, torch.inf)
-
-    def pull(self, rows: slice, log_probabilities: Tensor | None) -> Tensor:
-        """The prepared gradient by the log-probabilities [R] of these tokens; without an old policy the ratio is 1."""
-        slopes = self._slopes[rows]
-        if self._old is None:
-            return slopes
-        ratio = (wide(log_probabilities) - self._old[rows]).exp()
-        counts = (ratio >= self._least[rows]) & (ratio <= self._most[rows])
-        return torch.where(counts, slopes * ratio, 0)
+        most = torch.where(negative, torch.inf, 1 + self._high)
+        # Where the weight is 0, no ratio counts, not even an infinite one: none compares with NaN.
+        least = torch.where(negative, 1 - self._low, -torch.inf).masked_fill_(slopes == 0, torch.nan)
+        self.slopes = PolicySlopes(slopes, self._old.contiguous(), least, most)
 
 
 def unit_weights(

@@ -94,8 +94,8 @@ class VGSLoss(Loss):
             found = found._replace(**self.gated.form(rows, tiles.whole, state))
         if self.policy is None:
             return found
-        logps = Statistics(state).log_probability(picked[0]) if self.policy.compares else None
-        pull = self.policy.pull(rows, logps).to(state.dtype)
+        policy = self.policy.slopes.at(rows)
+        _, pull = self._backend.token_scalars(state, picked, found.weight, None, None, policy)
         return found._replace(policy=pull, chosen=self.ids[rows])
 
     @functools.cached_property

@@ -65,7 +65,12 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "JSD, clipped top-k": {"divergence": "jsd", "support": "student_top_k", "top_k": 8, "clip": 0.05},
     "JSD, clipped": {"divergence": "jsd", "clip": 0.05},
     "forward KL, plausible": {"divergence": "forward_kl", "support": "plausible", "plausibility": 0.1},
+    "reverse KL, clipped tokens": {"divergence": "reverse_kl", "token_clip": 3.0},
+    "sampled": {"divergence": "sampled_reverse_kl"},
+    "sampled, clipped": {"divergence": "sampled_reverse_kl", "token_clip": 2.0},
 }
+#: The last one: without log-probabilities of before, and with a token that is ignored.
+POLICIES = (False, True, "policy on some tokens")
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,15 @@ def _rows(count: int, layout: Layout, masked: bool) -> list[Tensor]:
     return rows
 
 
-def _policy(columns: int) -> dict[str, Any]:
-    """A sampled token in each block of columns, and the term on it."""
-    vector = torch.linspace(0.5, 1.5, TOKENS)
-    ids = torch.tensor([1, columns // 2 + 4, columns - 1])[:TOKENS]
-    return {"target_ids": ids, "policy": PolicyTerm(advantages=1 - vector, weights=vector, old_logps=-5 * vector)}
+def _sampled(columns: int, policy: bool | str, needed: bool = False) -> dict[str, Any]:
+    """A likely token and others in each block of columns, and the term on them; nothing without one, unless they are
+    needed."""
+    ids = torch.tensor([-100 if isinstance(policy, str) else columns // 3, columns // 2 + 4, columns - 1])
+    if not policy:
+        return {"target_ids": ids} if needed else {}
+    advantages, weights = torch.tensor([0.5, -0.5, -0.2]), torch.linspace(0.5, 1.5, TOKENS)
+    old = torch.tensor([-0.1, -12.0, -14.0]) if policy is True else None
+    return {"target_ids": ids, "policy": PolicyTerm(advantages, weights, old)}
 
 
 def _evaluate(call: Callable[..., Any], leaves: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -113,11 +122,11 @@ def _evaluate(call: Callable[..., Any], leaves: Mapping[str, Tensor], backend: s
 _ROWS = ("student", "student text", "teacher", "teacher text")
 
 
-def _given_vgs(layout: str, objective: str, masked: bool, policy: bool) -> Callable[[str], dict[str, Tensor]]:
+def _given_vgs(layout: str, objective: str, masked: bool, policy: bool | str) -> Callable[[str], dict[str, Tensor]]:
     def run(backend: str) -> dict[str, Tensor]:
         columns = LAYOUTS[layout].columns
         rows = [x.requires_grad_(i < 2) for i, x in enumerate(_rows(4, LAYOUTS[layout], masked))]
-        options = {**OBJECTIVES[objective], "vocab_size": columns, **(_policy(columns) if policy else {})}
+        options = {**OBJECTIVES[objective], "vocab_size": columns, **_sampled(columns, policy)}
         return _evaluate(
             lambda x, b: vgs_loss(*x.values(), **options, backend=b), dict(zip(_ROWS, rows, strict=True)), backend
         )
@@ -125,7 +134,9 @@ def _given_vgs(layout: str, objective: str, masked: bool, policy: bool) -> Calla
     return run
 
 
-def _given_divergence(layout: str, divergence: str, masked: bool, policy: bool) -> Callable[[str], dict[str, Tensor]]:
+def _given_divergence(
+    layout: str, divergence: str, masked: bool, policy: bool | str
+) -> Callable[[str], dict[str, Tensor]]:
     def run(backend: str) -> dict[str, Tensor]:
         columns = LAYOUTS[layout].columns
         s, t = _rows(2, LAYOUTS[layout], masked)
@@ -133,7 +144,8 @@ def _given_divergence(layout: str, divergence: str, masked: bool, policy: bool) 
             s[0, columns // 3] += 30
             noise = torch.randn(s.shape, generator=torch.Generator().manual_seed(1)).to(s.dtype)
             t[1] = s[1] + 0.05 * noise[1]
-        options = {"vocab_size": columns, **DIVERGENCES[divergence], **(_policy(columns) if policy else {})}
+        options = {"vocab_size": columns, **DIVERGENCES[divergence]}
+        options |= _sampled(columns, policy, needed="sampled" in divergence)
         return _evaluate(
             lambda x, b: divergence_loss(x["student"], [(1.0, x["teacher"])], **options, backend=b),
             {"student": s.requires_grad_(), "teacher": t},
@@ -158,7 +170,7 @@ WORKSPACES = {"whole": 2**28, "cut": 2**13}
 
 
 def _fused_vgs(
-    dtype: str, objective: str, softcap: float | None, masked: bool, frozen: bool, workspace: str
+    dtype: str, objective: str, softcap: float | None, masked: bool, frozen: bool, workspace: str, policy: bool | str
 ) -> Callable[[str], dict[str, Tensor]]:
     def run(backend: str) -> dict[str, Tensor]:
         inputs, bias = _identity(PROJECTED[dtype], masked)
@@ -167,6 +179,7 @@ def _fused_vgs(
         options: dict[str, Any] = {"student_softcap": softcap, "teacher_softcap": softcap and 2 * softcap}
         options |= {f"{model}_bias": x for x in bias.values() for model in ("student", "teacher")}
         options |= {**OBJECTIVES[objective], "workspace_bytes": WORKSPACES[workspace]}
+        options |= _sampled(PROJECTED[dtype].columns, policy)
 
         def call(x: Mapping[str, Tensor], b: str) -> Any:
             s, a, t, w, student, teacher = x.values()
@@ -224,7 +237,7 @@ def _tolerant(dtype: str, frozen: bool, bold: bool, workspace: str) -> Callable[
 
 
 def _fused_divergence(
-    dtype: str, divergence: str, softcap: float | None, masked: bool, workspace: str
+    dtype: str, divergence: str, softcap: float | None, masked: bool, workspace: str, policy: bool | str
 ) -> Callable[[str], dict[str, Tensor]]:
     def run(backend: str) -> dict[str, Tensor]:
         inputs, bias = _identity(PROJECTED[dtype], masked)
@@ -232,6 +245,7 @@ def _fused_divergence(
         bias = bias.get("bias")
         options = {**DIVERGENCES[divergence], "student_softcap": softcap, "student_bias": bias}
         options |= {"workspace_bytes": WORKSPACES[workspace]}
+        options |= _sampled(PROJECTED[dtype].columns, policy, needed="sampled" in divergence)
 
         def call(x: Mapping[str, Tensor], b: str) -> Any:
             target = [(1.0, x["teacher"], x["teacher head"], *([] if bias is None else [bias]))]
@@ -244,14 +258,14 @@ def _fused_divergence(
 
 _FLAG = (False, True)
 _GROUPS: list[tuple[str, Callable[..., Callable[[str], dict[str, Tensor]]], dict[str, Any]]] = [
-    ("given VGS", _given_vgs, {"layout": LAYOUTS, "objective": OBJECTIVES, "masked": _FLAG, "policy": _FLAG}),
-    ("given", _given_divergence, {"layout": LAYOUTS, "divergence": DIVERGENCES, "masked": _FLAG, "policy": _FLAG}),
+    ("given VGS", _given_vgs, {"layout": LAYOUTS, "objective": OBJECTIVES, "masked": _FLAG, "policy": POLICIES}),
+    ("given", _given_divergence, {"layout": LAYOUTS, "divergence": DIVERGENCES, "masked": _FLAG, "policy": POLICIES}),
     (
         "fused VGS",
         _fused_vgs,
         {
             **{"dtype": PROJECTED, "objective": OBJECTIVES, "softcap": (None, 9.0), "masked": _FLAG, "frozen": _FLAG},
-            "workspace": WORKSPACES,
+            **{"workspace": WORKSPACES, "policy": POLICIES},
         },
     ),
     (
@@ -273,6 +287,7 @@ _GROUPS: list[tuple[str, Callable[..., Callable[[str], dict[str, Tensor]]], dict
             "softcap": (None, 9.0),
             "masked": _FLAG,
             "workspace": WORKSPACES,
+            "policy": POLICIES,
         },
     ),
 ]
@@ -288,11 +303,7 @@ def all_cases() -> Iterator[Case]:
     for group, make, factors in _GROUPS:
         for values in itertools.product(*factors.values()):
             chosen = dict(zip(factors, values, strict=True))
-            if (
-                group == "given"
-                and chosen["policy"]
-                and "top_k" in DIVERGENCES[chosen["divergence"]].get("support", "")
-            ):
+            if "top_k" in DIVERGENCES.get(chosen.get("divergence"), {}).get("support", ""):
                 chosen["policy"] = False
             yield Case(_named(group, chosen), {"group": group, **chosen}, make(**chosen))
 

@@ -26,6 +26,29 @@ def fma(x: NDArray, y: NDArray, z: NDArray) -> NDArray:
     return np.where(inexact, bits + np.where(away, 1, -1), bits).view(np.float64).astype(np.float32)
 
 
+def fma_double(x: NDArray, y: NDArray, z: NDArray) -> NDArray:
+    """The same of float64, whose product is two numbers; what is not finite is rounded twice."""
+    product = x * y
+    (high, low), (y_high, y_low) = (_halves(value) for value in (x, y))
+    error = ((high * y_high - product) + high * y_low + low * y_high) + low * y_low
+    total = product + z
+    part = total - product
+    exact = total + (error + ((product - (total - part)) + (z - part)))
+    return np.where(np.isfinite(exact), exact, total)
+
+
+def _halves(x: NDArray) -> tuple[NDArray, NDArray]:
+    """float64 as a sum of two numbers of 26 bits (Veltkamp)."""
+    scaled = x * np.float64(2**27 + 1)
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
+def coarse(x: NDArray) -> NDArray:
+    """float64 without its lower word, as approximate instructions return it."""
+    return (np.asarray(x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+
+
 def bfloat16_bits(x: NDArray) -> NDArray:
     """float32 rounded to nearest, ties to even; every NaN is 0x7FFF."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)

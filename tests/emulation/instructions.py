@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .floats import bfloat16_bits, float16_bits, flush, fma, truncated_bfloat16_bits
+from .floats import bfloat16_bits, coarse, float16_bits, flush, fma, fma_double, truncated_bfloat16_bits
 from .memory import Fault, Threads
 from .ptx import Instruction, Operand, Vector
 from .registers import KINDS
@@ -304,10 +304,8 @@ def _float(machine: Machine, x: Instruction, active: Active) -> None:
         result = exact.astype(np.float32) if rounded_exactly else machine.approximate(np.asarray(exact))
     elif name in ("max", "min"):
         result = _extreme(name, "NaN" in x.parts)(*values)
-    elif name in ("neg", "abs"):
-        result = -values[0] if name == "neg" else np.abs(values[0])
     else:
-        result = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name](*values)
+        result = _ARITHMETIC[name](*values)
     machine.registers.write(target, (flush(result) if ftz else result).astype(np.float32), active)
 
 
@@ -317,6 +315,16 @@ def _absolute_half(machine: Machine, x: Instruction, active: Active) -> None:
     machine.registers.write(target, machine.registers.read(source, "u16") & np.uint16(0x7FFF), active)
 
 
+def _double(machine: Machine, x: Instruction, active: Active) -> None:
+    name = x.parts[0]
+    target, *operands = x.operands
+    values = [machine.registers.read(operand, "f64") for operand in operands]
+    result = np.asarray(_DOUBLES[name](*values))
+    machine.registers.write(target, coarse(result) if "approx" in x.parts else result, active)
+
+
+_ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs}
+_DOUBLES = {**_ARITHMETIC, "fma": fma_double, "rcp": np.reciprocal}
 _FLOATS = {"add", "sub", "mul", "fma", "max", "min", "neg", "abs", *_APPROXIMATE}
 _OTHERS: dict[str, Execute] = {
     "ld": _load,
@@ -344,6 +352,8 @@ def executor(x: Instruction) -> Execute:
         return _absolute_half
     if kind == "f32" and name in _FLOATS:
         return _float
+    if kind == "f64" and name in _DOUBLES:
+        return _double
     if (
         kind in KINDS
         and KINDS[kind].kind != "f"

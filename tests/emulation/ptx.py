@@ -82,6 +82,7 @@ class SyntaxFault(Exception):
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.[a-z](\d+)\b.*?([\w$]+)\s*(?:,|$)", re.MULTILINE)
 _SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\s*\[(\d*)\]")
+_LOCAL = re.compile(r"\.reg\s+\.\w+\s+([A-Za-z]\w*)\s*;")
 _LABEL = re.compile(r"([\w$]+):\s*")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _ADDRESS = re.compile(r"\[\s*(%?[\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
@@ -165,6 +166,8 @@ def parse(text: str) -> Program:
         SyntaxFault: for text that it does not know.
     """
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    for name in {match[1] for match in _LOCAL.finditer(text)}:
+        text = re.sub(rf"(?<![%\w$]){name}\b", f"%{name}", text)
     head = _ENTRY.search(text)
     if head is None:
         raise SyntaxFault("there is no kernel")

@@ -40,6 +40,11 @@ WITNESSES = {
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
     "slots_kernel": ["VGS in slots, guessed, ignored", "VGS in slots, threshold"],
+    "pick_kernel": ["given, pitched, sampled, policy", "fused VGS, bfloat16, constant, 9.0, masked, cut, policy"],
+    "token_scalars_kernel": [
+        "given, short, sampled, clipped, policy",
+        "given, short, reverse KL, clipped tokens, policy",
+    ],
     "row_sums_kernel": ["VGS with a tolerance, bfloat16, whole"],
     "thresholds_kernel": ["VGS with a tolerance, bfloat16, whole"],
     "below_kernel": ["VGS with a tolerance, bfloat16, bold, whole"],

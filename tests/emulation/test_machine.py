@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
-from tests.emulation.floats import Approximation, bfloat16_bits, flush, fma, from_bfloat16, truncated_bfloat16_bits
+from tests.emulation.floats import (
+    Approximation,
+    bfloat16_bits,
+    coarse,
+    flush,
+    fma,
+    fma_double,
+    from_bfloat16,
+    truncated_bfloat16_bits,
+)
 from tests.emulation.instructions import UnknownInstruction
 from tests.emulation.machine import Machine
 from tests.emulation.memory import Fault, GlobalMemory
@@ -142,8 +153,6 @@ def test_bfloat16_is_rounded_as_pytorch_rounds_it():
 
 
 def test_fma_rounds_once():
-    from fractions import Fraction
-
     generator = np.random.default_rng(0)
     x, y, z = (generator.standard_normal(500).astype(np.float32) for _ in range(3))
     z = np.where(np.arange(500) % 2, -x * y, z * np.float32(2**-30))  # near cancellation, and near a tie
@@ -153,6 +162,35 @@ def test_fma_rounds_once():
         for neighbour in (np.nextafter(found, np.float32(-np.inf)), np.nextafter(found, np.float32(np.inf))):
             assert error <= abs(Fraction(float(neighbour)) - (a * b + c))
     assert flush(np.array([-1e-40, 1e-30], np.float32)).tolist() == [0, np.float32(1e-30)]
+
+
+def test_fma_of_float64_rounds_once():
+    """Where the sum cancels, too; what is not finite stays so."""
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((2, 500))
+    z = np.concatenate([-x[:250] * y[:250], generator.standard_normal(250)])
+    for found, *given in zip(fma_double(x, y, z), x, y, z, strict=True):
+        a, b, c = (Fraction(value) for value in given)
+        assert abs(Fraction(found) - (a * b + c)) <= abs(a * b + c) * Fraction(2**-52)
+    with np.errstate(all="ignore"):
+        found = fma_double(np.array([np.inf, 1e300, 0.0]), np.array([1.0, 1e300, np.inf]), np.ones(3))
+    assert found[0] == found[1] == np.inf and np.isnan(found[2])
+
+
+def test_float64_in_two_registers():
+    """Its words are taken apart in a register that a block of the text names; a reciprocal has no lower word."""
+    body = f"""
+    cvt.f64.f32 %rd5, %r4;
+    rcp.approx.ftz.f64 %rd6, %rd5;
+    fma.rn.f64 %rd6, %rd6, 0d4008000000000000, 0dBFF0000000000000;
+    {{ .reg .b32 tmp; mov.b64 {{tmp, %r7}}, %rd6; }}
+    mov.b32 %r6, 0;
+    mov.b64 %rd7, {{%r6, %r7}};
+    cvt.rn.f32.f64 %r5, %rd7; {STORE}"""
+    found = execute(body, np.array([7.0, -0.5, 3.0, 1e-3], np.float32))
+    np.testing.assert_allclose(found[:4], [3 / 7 - 1, -7, 0, 2999], 1e-5, 1e-5)
+    third = coarse(np.array(1 / 3))
+    assert third != 1 / 3 and abs(third * 3 - 1) < 1e-6
 
 
 def test_an_approximation_is_off_by_two_ulp_and_repeats_itself():

@@ -13,8 +13,9 @@ import pytest
 from launch import SUPPORT
 
 ROOT = SUPPORT.parents[1]
-#: Kernels that read no logits.
+#: Kernels that read no rows of logits.
 OTHERS = {"merge_kernel", "slots_kernel", "row_sums_kernel", "thresholds_kernel", "below_kernel"}
+OTHERS |= {"pick_kernel", "token_scalars_kernel"}
 KERNELS = {"statistics_kernel", "gradient_kernel", "totals_kernel", *OTHERS}
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 

@@ -220,8 +220,8 @@ DRIVERS = [
     Mutation(
         "clipped-tokens-keep-their-gradient",
         "A token's value is clipped, its gradient is not.",
-        "vgs_kernels/divergence_loss.py",
-        "weight = torch.where(self._values(state, picked, rows) > self.divergence.token_clip, 0, weight)",
+        "vgs_kernels/rows/picks_torch.py",
+        "weight = torch.where(token_values(state, picked, summed, divergence) > divergence.token_clip, 0, weight)",
         "weight = weight.clone()",
         ("test_divergence_family",),
         KERNELS,

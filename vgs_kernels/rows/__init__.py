@@ -2,7 +2,8 @@
 
 layout.py has the notation and what all share. rows_torch.py and rows_triton.py take statistics of four rows, those of
 the VGS loss, or of a pair; entries_torch.py and entries_triton.py have the divergences of a pair, and all gradients.
-rows_loops.py has both, in loops that a C compiler makes. What PyTorch's files say is the specification.
+rows_loops.py has both, in loops that a C compiler makes. picks_torch.py and picks_triton.py look at single columns and
+compute what a gradient takes of each token. What PyTorch's files say is the specification.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from ..active_columns import Passes
 
 
 class Backend(NamedTuple):
-    """Who works on tiles: statistics and gradients of rows, and totals of divergences by entries.
+    """Who works on tiles: statistics and gradients of rows, totals of divergences by entries; and between the sweeps,
+    logits of single columns and the scalars of a gradient.
 
     ``rests``: whether statistics include the ``RESTS`` of layout.py. ``skips``: whether totals take ``above``: a larger
     KL of a row without an entry above ``LARGE`` is that of its statistics, and the row is not read again.
@@ -28,6 +32,8 @@ class Backend(NamedTuple):
     statistics: Callable[..., None]
     gradient: Callable[..., None]
     totals: Callable[..., None]
+    pick: Callable[..., None]
+    token_scalars: Callable[..., tuple[Tensor, Tensor | None]]
     rests: bool = False
     skips: bool = False
     assign: Callable[..., None] | None = None
@@ -43,6 +49,8 @@ def backend(name: str) -> Backend:
     """
     if name == "auto":
         name = _of_cpu()
+    if name != "triton":
+        from . import picks_torch as picks
     if name == "torch":
         from . import entries_torch as entries
         from . import rows_torch as rows
@@ -57,12 +65,14 @@ def backend(name: str) -> Backend:
             raise ValueError(f"backend='loops' needs a C compiler for {error}.") from error
     else:
         from . import entries_triton as entries
+        from . import picks_triton as picks
         from . import rows_triton as rows
         from .columns_triton import PASSES
         from .slots_triton import assign
-
-        return Backend(rows.statistics, entries.gradient, entries.totals, skips=True, assign=assign, passes=PASSES)
-    return Backend(rows.statistics, entries.gradient, entries.totals, rests=name == "loops")
+    functions = rows.statistics, entries.gradient, entries.totals, picks.pick, picks.token_scalars
+    if name == "triton":
+        return Backend(*functions, skips=True, assign=assign, passes=PASSES)
+    return Backend(*functions, rests=name == "loops")
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..divergence import Divergence
 from .entries_torch import SUMS, TAILS
+from .entry_triton import KINDS, REVERSE, entry
 from .layout import LARGE, SATURATED, RowCoefficients, RowTile
 from .triton_common import (
     GRADIENT_BLOCK,
@@ -32,65 +33,7 @@ from .triton_common import (
     transform,
 )
 
-_REVERSE, _FORWARD = tl.constexpr(0), tl.constexpr(1)
 _LARGE, _SATURATED = tl.constexpr(LARGE), tl.constexpr(SATURATED)
-#: The gradient of the sampled one is a policy's alone, whatever is multiplied by its weights of 0.
-KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "sampled_reverse_kl": 1}
-
-
-@triton.jit
-def _expm1(x):
-    """Of x <= 0: near 0 the series, for e^x - 1 cancels there."""
-    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))))
-    return tl.where(x > -0.4, series, exp(x) - 1)
-
-
-@triton.jit
-def _log1p(x):
-    """Of -1 < x <= 0: near 0 as 2 * artanh(x / (2 + x))."""
-    z = x / (2 + x)
-    z2 = z * z
-    series = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9)))))
-    return tl.where(x > -0.35, series, log(tl.maximum(1 + x, 1e-37)))
-
-
-@triton.jit
-def _balanced(plain, y, x):
-    """y * (e^x - 1 - x), which is ``plain`` where x is not small."""
-    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
-    return tl.where(tl.abs(x) < 0.1, y * series, plain)
-
-
-@triton.jit
-def _entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr):
-    """An entry and p times its derivative, as entries_torch.entry."""
-    if KIND == _REVERSE:
-        value = p * r
-        if MASKED:
-            value = tl.where(p > 0, value, 0.0)
-        slope = value + p if CLIP else value
-        if not CLIP:
-            value = _balanced(value - p + q, p, -r)
-    elif KIND == _FORWARD:
-        value = -q * r
-        if MASKED:
-            value = tl.where(q > 0, value, 0.0)
-        slope = -q
-        if not CLIP:
-            value = _balanced(value + p - q, q, r)
-    else:
-        larger = r >= 0
-        ratio = -_log1p(tl.where(larger, beta, 1 - beta) * _expm1(-tl.abs(r)))
-        slope = (1 - beta) * p * tl.where(larger, ratio, ratio + r)
-        value = beta * q * tl.where(larger, ratio - r, ratio)
-        if MASKED:
-            slope = tl.where(p > 0, slope, 0.0)
-            value = tl.where(q > 0, value, 0.0)
-        value += slope
-    if CLIP:
-        slope = tl.where(value > clip, 0.0, slope)
-        value = tl.minimum(value, clip)
-    return value, slope
 
 
 @triton.jit
@@ -126,7 +69,7 @@ def _of_statistics(state_ptr, state_stride, above, KIND: tl.constexpr, GAP: tl.c
     s_sum = tl.load(state_ptr + state_stride)
     t_sum = tl.load(state_ptr + 3 * state_stride)
     log_ratio = tl.log(tl.div_rn(s_sum, t_sum))
-    if KIND == _REVERSE:
+    if KIND == REVERSE:
         value = tl.div_rn(tl.load(state_ptr + GAP * state_stride), s_sum) - log_ratio
         mean = value
     else:
@@ -191,7 +134,7 @@ def totals_kernel(
             raw, _raw(t_ptr, at, n_loaded), at, n_columns, state_ptr, state_stride,
             student_scale, student_cap, target_scale, target_cap, inv_temperature, STUDENT_CAP, TARGET_CAP, MASKED,
         )  # fmt: skip
-        value, slope = _entry(p, q, s - t - shift, beta, clip, KIND, CLIP, MASKED)
+        value, slope = entry(p, q, s - t - shift, beta, clip, KIND, CLIP, MASKED)
         counted = at < n_columns
         if TAIL:
             limit = tl.load(limit_ptr + row)
@@ -295,7 +238,7 @@ def gradient_kernel(
             d_s = tl.where(p > 0, d_s, 0.0)
     else:
         log_ratio = s_centred - t_centred - _log_ratio(state_ptr, state_stride)
-        _, slope = _entry(p, q, log_ratio, beta, clip, KIND, CLIP, MASKED)
+        _, slope = entry(p, q, log_ratio, beta, clip, KIND, CLIP, MASKED)
         if TAIL:
             share = exp(s_centred - tl.load(tail_log_ptr + row))
             slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
@@ -323,7 +266,7 @@ def gradient_kernel(
             text_weight = tl.load(text_weight_ptr + row)
             p_a = exp(a_centred) * (1 / tl.load(state_ptr + 5 * state_stride))
             log_ratio = a_centred - w_centred - _log_ratio(state_ptr + 4 * state_stride, state_stride)
-            _, slope = _entry(p_a, p_a, log_ratio, beta, clip, _REVERSE, False, MASKED)
+            _, slope = entry(p_a, p_a, log_ratio, beta, clip, REVERSE, False, MASKED)
             d_a = text_weight * _centred(p_a, slope, sums_ptr + row, sums_stride)
             d_a = _of_text(d_a, text_weight, a, student_cap, inv_temperature, STUDENT_CAP, MASKED)
             tl.store(out_text_ptr + slot * out_text_stride + at, tl.where(at < n_columns, d_a, 0.0), mask=stored)
@@ -332,7 +275,8 @@ def gradient_kernel(
 def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[float], dict[str, object]]:
     divergence = divergence or Divergence()  # of four rows none is read
     clip = 0.0 if divergence.clip is None else float(divergence.clip)
-    options = {"KIND": KINDS[divergence.kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
+    kind = "even_jsd" if divergence.kind == "jsd" and divergence.beta == 0.5 else divergence.kind
+    options = {"KIND": KINDS[kind], "CLIP": divergence.clip is not None, "TAIL": limit is not None}
     return [float(divergence.beta), clip], options
 
 

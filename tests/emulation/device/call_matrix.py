@@ -67,10 +67,9 @@ def _ids(x: Inputs) -> Tensor:
     return torch.zeros(len(x.student), dtype=torch.int64, device="cuda")
 
 
-def _policy(x: Inputs) -> Any:
+def _policy(x: Inputs) -> dict[str, Any]:
     ones = torch.ones(len(x.student), device="cuda")
-    term = PolicyTerm(advantages=ones, weights=ones, old_logps=ones)
-    return fused_linear_vgs_loss(*x, target_ids=_ids(x), policy=term)
+    return {"target_ids": _ids(x), "policy": PolicyTerm(advantages=ones, weights=ones, old_logps=ones)}
 
 
 def _biased(x: Inputs) -> Any:
@@ -106,7 +105,7 @@ FORMS = {
     "VGS": Form(_vgs()),
     "VGS, bias": Form(_biased),
     "VGS, soft-cap": Form(_vgs(student_softcap=30.0, teacher_softcap=30.0)),
-    "VGS, policy term": Form(_policy),
+    "VGS, policy term": Form(lambda x: fused_linear_vgs_loss(*x, **_policy(x))),
     "VGS, live prior": Form(_vgs(objective=VGSObjective(detach_prior=False))),
     "VGS, adaptive": Form(_vgs(objective=VGSObjective(schedule="adaptive"))),
     "VGS, threshold given": Form(_vgs(vds_threshold=0.1)),
@@ -120,6 +119,8 @@ FORMS = {
     "VGS, 128 MiB": Form(_vgs(workspace_bytes=2**27)),
     "reverse KL": Form(_divergence(divergence="reverse_kl")),
     "forward KL": Form(_divergence(divergence="forward_kl")),
+    "reverse KL, clipped tokens": Form(_divergence(token_clip=1.0)),
+    "sampled reverse KL, policy term": Form(lambda x: _divergence(divergence="sampled_reverse_kl", **_policy(x))(x)),
     "JSD": Form(_divergence(divergence="jsd")),
     "JSD, clipped top-k": Form(_divergence(divergence="jsd", clip=0.05, **_TOP_K)),
     "forward KL, teacher's top-k": Form(_divergence(divergence="forward_kl", support="teacher_top_k", top_k=64)),

@@ -12,7 +12,7 @@ import torch
 from oracle import vgs_oracle
 from problems import evaluate, make_problem, relative_error
 
-from vgs_kernels import VGSObjective, fused_linear_divergence, fused_linear_vgs_loss
+from vgs_kernels import PolicyTerm, VGSObjective, fused_linear_divergence, fused_linear_vgs_loss
 
 from ..triton_device import BadLaunch, Device, install
 from .call_matrix import make_inputs
@@ -89,6 +89,12 @@ def compiled_again(device: Device) -> list[str]:
                 lambda x=x, t=target, n=name: fused_linear_divergence(x[0], x[2], t, divergence=n).loss.backward(),
             )
             found.loaded += other.loaded
+        ids, ones = torch.zeros(tokens, dtype=torch.int64, device="cuda"), torch.ones(tokens, device="cuda")
+        options = {"target_ids": ids, "policy": PolicyTerm(ones, ones, ones), "divergence": "sampled_reverse_kl"}
+        other = record(
+            device, lambda x=x, t=target, o=options: fused_linear_divergence(x[0], x[2], t, **o).loss.backward()
+        )
+        found.loaded += other.loaded
         loaded += found.loaded if index else []
     return loaded
 
