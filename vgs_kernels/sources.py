@@ -46,8 +46,10 @@ class StackedRows:
 
     def project(self, rows: slice, columns: slice, out: Tensor) -> None:
         at = rows if self.tokens is None else self.tokens[rows]
-        views = [states(view, at, self.live) for view in self.views]
-        hidden = views[0] if len(views) == 1 else torch.cat(views)
+        hidden = self.views[0][at] if len(self.views) == 1 else torch.cat([view[at] for view in self.views])
+        if self.live is not None:  # of all views at once
+            each = hidden.unflatten(0, (len(self.views), len(hidden) // len(self.views)))
+            hidden = quiet(each, self.live[at]).flatten(0, 1)
         bias = None if self.head.bias is None else self.head.bias[columns]
         project(hidden, self.head.weight[columns], out, bias=bias)
 

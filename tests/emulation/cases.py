@@ -25,7 +25,7 @@ from vgs_kernels import (
     vgs_loss,
 )
 
-from . import adapter
+from . import adapter, direct_cases
 
 TOKENS = 3
 
@@ -290,6 +290,7 @@ _GROUPS: list[tuple[str, Callable[..., Callable[[str], dict[str, Tensor]]], dict
             "policy": POLICIES,
         },
     ),
+    *direct_cases.GROUPS,
 ]
 
 
@@ -314,15 +315,17 @@ def covering_cases() -> list[Case]:
     return covering(cases, lambda case: {f"{case.factors['group']} {name}": x for name, x in case.factors.items()})
 
 
-def _allowed(name: str, expected: Tensor) -> tuple[Tensor, float]:
-    """Greatest error of each element, and of the norm as a fraction."""
-    size = expected.double().abs()
+def _allowed(name: str, expected: Tensor, approximate: bool) -> tuple[Tensor, float]:
+    """Greatest error of each element, and of the norm. Approximate instructions are off by twice as much in sums of
+    logarithms far from 0."""
+    size = expected.double().nan_to_num(0.0, 0.0, 0.0).abs()
     if not name.startswith("gradient of"):
-        return 2e-6 + 2e-5 * size, 1e-4
+        return 2e-6 + 2e-5 * size, 1e-4 * size.norm()
     if expected.dtype == torch.float32:
-        return 2e-5 * size.max() + 0 * size, 1e-5
-    # Nearly equal numbers are rounded to neighbours now and then: an ulp, in few entries.
-    return 1e-5 * size.max() + 2 * torch.finfo(expected.dtype).eps * size, torch.finfo(expected.dtype).eps / 16
+        return (4e-5 if approximate else 2e-5) * size.max() + 0 * size, 1e-5 * size.norm()
+    # Nearly equal numbers are rounded to neighbours now and then: an ulp, in few entries, which may be the largest.
+    eps = torch.finfo(expected.dtype).eps
+    return 1e-5 * size.max() + 2 * eps * size, eps / 16 * size.norm() + eps * size.max()
 
 
 def _too_often(found: Tensor, wanted: Tensor, part: float) -> bool:
@@ -352,13 +355,13 @@ def differences(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], ap
             if not torch.equal(found, wanted):
                 problems.append(f"{name}: {found.tolist()}, not {wanted.tolist()}")
         elif found.numel():
-            element, norm = _allowed(name, wanted)
+            element, norm = _allowed(name, wanted, approximate)
             finite = wanted.isfinite()
             error = torch.where(finite, found.double() - wanted.double(), 0).abs()
             same = torch.equal(found[~finite], wanted[~finite]) or bool(wanted[~finite].isnan().any())
             if not (error <= element).all() or not same:
                 problems.append(f"{name}: off by {error.max().item():.2e}, allowed {element.max().item():.2e}")
-            elif not error.norm() <= norm * wanted[finite].double().norm() + 1e-6:
+            elif not error.norm() <= norm + 1e-6:
                 problems.append(f"{name}: off by {error.norm().item():.2e} in the norm")
             elif _too_often(found, wanted, 0.05 if approximate else 0.01):
                 problems.append(f"{name}: {(found != wanted).sum()} of {wanted.numel()} are rounded to a neighbour")

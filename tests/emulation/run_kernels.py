@@ -39,17 +39,21 @@ WITNESSES = {
         "given, aligned, JSD, clipped top-k, masked",
         "given, pitched bfloat16, JSD, clipped, policy",
     ],
-    "slots_kernel": ["VGS in slots, guessed, ignored", "VGS in slots, threshold"],
+    "slots_kernel": ["slots alone", "slots alone, limited"],
     "pick_kernel": ["given, pitched, sampled, policy", "fused VGS, bfloat16, constant, 9.0, masked, cut, policy"],
     "token_scalars_kernel": [
         "given, short, sampled, clipped, policy",
         "given, short, reverse KL, clipped tokens, policy",
     ],
-    "row_sums_kernel": ["VGS with a tolerance, bfloat16, whole"],
-    "thresholds_kernel": ["VGS with a tolerance, bfloat16, whole"],
-    "below_kernel": ["VGS with a tolerance, bfloat16, bold, whole"],
+    "row_sums_kernel": ["passes alone, bfloat16"],
+    "thresholds_kernel": ["passes alone, bfloat16"],
+    "below_kernel": ["passes alone, bfloat16"],
     "totals_kernel": ["given, aligned, JSD, clipped top-k, masked", "given, aligned, reverse KL, masked"],
 }
+
+
+#: What is sure elsewhere: a quantile of the scores beside the sampled ones is as good.
+UNSURE = {"slots_kernel": "address moved"}
 
 
 def _problems(case: Case, expected: dict[str, torch.Tensor], approximate: bool = False) -> list[str]:
@@ -117,7 +121,8 @@ def faults(each: int, sure: bool) -> list[dict[str, Any]]:
         for name in names:
             case, expected = cases[name], cases[name].run("torch")
             (program,) = _programs(device, case, kernel)
-            for fault in _sample(planted(program), each, SURE if sure else None):
+            kinds = tuple(kind for kind in SURE if kind != UNSURE.get(kernel)) if sure else None
+            for fault in _sample(planted(program), each, kinds):
                 device.change = lambda x, fault=fault, program=program: fault(x) if x is program else x
                 problems = _problems(case, expected)
                 device.change = None

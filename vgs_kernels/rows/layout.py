@@ -177,7 +177,7 @@ class RowCoefficients(NamedTuple):
 
 
 def quiet(x: Tensor, live: Tensor | None, lowest: float = 0.0) -> Tensor:
-    """Rows [R, C] of which those that are not ``live`` [R] may hold anything: what is not finite becomes 0.
+    """Rows [..., R, C] of which those that are not ``live`` [R] may hold anything: what is not finite becomes 0.
 
     ``lowest`` is what becomes of -inf, which masks a logit.
     """
