@@ -29,7 +29,10 @@ settings.register_profile("repeatable", max_examples=25, deadline=None, derandom
 settings.load_profile("repeatable")
 
 #: Tests against the oracle, on ``problems.DEVICE``: where that is a GPU, ``-m gpu`` selects them as well.
-EXACTNESS = ("test_loss_*.py", "test_divergence*.py", "test_policy_term.py", "test_integration_torch.py")
+EXACTNESS = (
+    *("test_loss_*.py", "test_divergence*.py", "test_policy_term.py", "test_integration_torch.py"),
+    "test_gated_rows.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import vgs_oracle
-from problems import TRAINABLE, assert_gradients_close, evaluate, make_problem
+from problems import DEVICE, TRAINABLE, assert_gradients_close, evaluate, make_problem
 
 from vgs_kernels import VGSObjective, arguments, fused_linear_vgs_loss, gated_rows, steering
 
@@ -79,8 +79,8 @@ GATES = {
     "threshold": {"vds_threshold": 0.05},
     "threshold, none above": {"vds_threshold": 1e9},
     "threshold, all above": {"vds_threshold": -1.0},
-    "scores": {"vds": torch.linspace(0, 1, TOKENS).roll(70)},
-    "scores and threshold": {"vds": torch.linspace(0, 1, TOKENS).roll(70), "vds_threshold": 0.41},
+    "scores": {"vds": torch.linspace(0, 1, TOKENS, device=DEVICE).roll(70)},
+    "scores and threshold": {"vds": torch.linspace(0, 1, TOKENS, device=DEVICE).roll(70), "vds_threshold": 0.41},
     "adaptive": {"objective": VGSObjective(**STRONG, schedule="adaptive")},
 }
 
@@ -108,7 +108,7 @@ def test_ignored_tokens_masked_columns_and_soft_caps(monkeypatch, softcap):
     problem = bfloat16_problem(bias=True)
     for bias in problem.biases().values():
         bias[VOCAB // 2 :][:3] = -torch.inf
-    ids = problem.target_ids.index_fill(0, torch.arange(0, TOKENS, 3), -100)
+    ids = problem.target_ids.index_fill(0, torch.arange(0, TOKENS, 3, device=DEVICE), -100)
     options = {"objective": VGSObjective(**STRONG, temperature=0.8), "target_ids": ids}
     options |= {"student_softcap": softcap, "teacher_softcap": softcap}
     exact = evaluate(fused_linear_vgs_loss, problem, dtype=torch.float64, **options, backend="torch")
