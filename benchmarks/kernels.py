@@ -102,7 +102,9 @@ KERNELS = {
     "slots_kernel": Kernel(
         slots_triton.slots_kernel,
         "none",
-        _variants("KNOWN LIMITED COUNTED", ("", "COUNTED", "LIMITED", "KNOWN LIMITED COUNTED"), [({}, "fp32")]),
+        _variants(
+            "KNOWN LIMITED COUNTED EXACT", ("", "COUNTED", "LIMITED", "KNOWN LIMITED COUNTED EXACT"), [({}, "fp32")]
+        ),
         slots_triton.LAYOUT,
         slots_triton.WARPS,
     ),

@@ -154,7 +154,8 @@ def fused_linear_vgs_loss(
     request.fixed |= {"teacher_hidden": teacher_rows, "teacher_text_hidden": teacher_text_rows}
     request.put_head("student", student, request.student)
     request.put_head("teacher", teacher, request.fixed)
-    # Counting the gated tokens waits for the device, where nothing bounds their number.
+    # Counting the gated tokens waits for the device, where nothing bounds their number. Guesses are counted, too, but
+    # a call that is captured in a graph makes none.
     counts = objective.lam > 0 and (vds_threshold is not None or objective.vds_scope != "call")
     return _vgs(request, "vgs", objective, process_group, synchronises=counts)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .divergence import Divergence
 from .plan import GradientView
 from .rows import Backend
-from .rows.layout import RowTile
+from .rows.layout import RowTile, quiet
 
 #: Slots beside the share of the tokens that pass: gated tokens come in crowds, and a slot that stays empty is
 #: multiplied out all the same.
@@ -63,7 +63,7 @@ class GatedRows:
         self.view, self._backend, self._weights = view, backend, weights
         self._block, self._quantile, self._counted = block, quantile, counted
         self._limits = None if limits is None else limits.contiguous()
-        self._known, self.dtype = scores is not None, weights.dtype
+        self._known, self._exact, self.dtype = scores is not None, False, weights.dtype
         n = len(weights)
         self._scores = torch.empty_like(weights, dtype=torch.float32) if scores is None else scores.float().contiguous()
         self.formed = torch.zeros_like(weights, dtype=torch.int32)
@@ -72,8 +72,9 @@ class GatedRows:
         self._held_by = weights.new_empty(self.slots(min(n, block)), dtype=torch.int64)
 
     def know(self, scores: Tensor, limits: Tensor) -> None:
-        """Take the scores [N] of all tokens and what they must exceed."""
-        self._scores, self._limits, self._known = scores, limits.contiguous(), True
+        """Take the scores [N] of all tokens and what they must exceed: nothing is a guess then."""
+        self._scores, self._limits = scores, limits.contiguous()
+        self._known = self._exact = True
 
     def slots(self, tokens: int) -> int:
         """How many a block of so many tokens has: if the quantile is theirs, enough for all that pass."""
@@ -94,6 +95,7 @@ class GatedRows:
             *(state, rows, self._scores, self._limits, self._counted, self._quantile),
             *(slots, block, self._used, self.formed),
             known=self._known,
+            exact=self._exact,
             first=rows.start == start,
         )
         text = RowTile(tile.student_text, tile.teacher_text, None, None, *tile[4:8])
@@ -106,8 +108,8 @@ class GatedRows:
         self.held, self.tokens = self._of_block >= 0, self._of_block.clamp(min=0)
 
     def states(self) -> Tensor:
-        """Hidden states of the block's slots, [S, D]; any where there is no token, for its gradient is 0."""
-        return self.view.states(self.tokens)
+        """Hidden states of the block's slots, [S, D]; where there is no token, finite ones: its gradient is 0."""
+        return quiet(self.view.states(self.tokens), self.held)
 
     def add(self, d_hidden: Tensor) -> None:
         """Take the gradients [S, D] of these hidden states."""

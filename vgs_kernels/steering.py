@@ -226,7 +226,7 @@ def linear(call: Call) -> Outcome:
     here, few = language and not prior and shard.group is None, len(hidden) <= _FEW_TOKENS
     known_or_guessed = here and (loss.limits is not None or loss.of_call)
     at_once = known_or_guessed and hidden.device.type == "cpu" and text_view.in_place
-    beside = known_or_guessed and bool(views) and _takes_slots(call, text_view)
+    beside = known_or_guessed and bool(views) and _takes_slots(call, views[0], text_view)
     at_end = here and few and not at_once and not beside
     source = LinearSource(
         [StackedRows(student, [hidden, text], call.live), teacher_rows],
@@ -277,10 +277,10 @@ def linear(call: Call) -> Outcome:
     return losses, gradients.with_shares(terms, shard), gradients.unit, gradients.by_name
 
 
-def _takes_slots(call: Call, text: GradientView) -> bool:
-    """Whether a gradient block takes text-only rows beside those of its tokens, with lam in them: float16 has no room
-    for it."""
-    return call.backend.assign is not None and text.dtype == torch.bfloat16
+def _takes_slots(call: Call, view: GradientView, text: GradientView) -> bool:
+    """Whether a view's gradient blocks take text-only rows beside those of its tokens, with lam in them: float16 has no
+    room for it."""
+    return call.backend.assign is not None and view.dtype == text.dtype == torch.bfloat16
 
 
 def _captures(like: Tensor) -> bool:

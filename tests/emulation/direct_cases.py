@@ -43,7 +43,7 @@ def _state() -> Tensor:
     return state
 
 
-def slots(limited: bool, known: bool, ignored: bool) -> Run:
+def slots(limited: bool, known: bool, ignored: bool, exact: bool) -> Run:
     """Who gets a slot, in three tiles and two blocks."""
     counted = torch.arange(TOKENS) % 5 != 0 if ignored else torch.ones(TOKENS, dtype=torch.bool)
     given, limits = _normal(TOKENS, seed=1).abs(), torch.full((TOKENS,), LIMIT) if limited or known else None
@@ -62,8 +62,8 @@ def slots(limited: bool, known: bool, ignored: bool) -> Run:
             ordered = seen[~seen.isnan()].sort().values
             limit = LIMIT if limits is not None else ordered[int(QUANTILE * (len(ordered) - 1))]
             for token in range(rows.start, rows.stop):
-                passes = scores[token] > limit and counted[token] and x["a_gap"][token].isfinite()
-                passes = passes and x["a_sum"][token] > 0 and x["w_sum"][token].isfinite()
+                finite = x["a_gap"][token].isfinite() and x["a_sum"][token] > 0 and x["w_sum"][token].isfinite()
+                passes = scores[token] > limit and counted[token] and (exact or finite)
                 if passes and used < SLOTS:
                     formed[token], slot[token], tokens[used] = 1, used, token
                     used += 1
@@ -82,6 +82,7 @@ def slots(limited: bool, known: bool, ignored: bool) -> Run:
                 *(state[:, rows], rows, scores, limits, counted if ignored else None, QUANTILE),
                 *(slot[rows], tokens, used, formed),
                 known=known,
+                exact=exact,
                 first=index != 1,
             )
             found |= {f"tokens of tile {index}": tokens.clone(), f"used in tile {index}": used.to(torch.int64)}
@@ -122,6 +123,6 @@ def passes(block: str) -> Run:
 
 
 GROUPS: list[tuple[str, Callable[..., Run], dict[str, Any]]] = [
-    ("slots alone", slots, {"limited": FLAG, "known": FLAG, "ignored": FLAG}),
+    ("slots alone", slots, {"limited": FLAG, "known": FLAG, "ignored": FLAG, "exact": FLAG}),
     ("passes alone", passes, {"block": BLOCKS}),
 ]

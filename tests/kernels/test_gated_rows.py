@@ -1,5 +1,7 @@
 """The language term of tokens that are likely to pass the gate, formed beside a GPU's gradient blocks, in Triton."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import vgs_oracle
@@ -17,7 +19,9 @@ TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINAB
 @pytest.fixture(autouse=True)
 def blocks_of_16_bits(monkeypatch):
     """As on devices whose products take 16-bit gradients of logits, and as if the tokens were many."""
-    monkeypatch.setattr(arguments, "gradient_dtype", lambda hidden, *_: hidden.dtype)
+    monkeypatch.setattr(
+        arguments, "gradient_dtype", lambda x, head, dtype: x.dtype if x.dtype == head.dtype != dtype else dtype
+    )
     monkeypatch.setattr(steering, "_FEW_TOKENS", 0)
 
 
@@ -128,6 +132,34 @@ def test_what_is_not_finite_gets_no_slot():
     assert ours.output.language[60].isnan() and not ours.output.gate[60]
     assert all(gradient.isfinite().all() for gradient in ours.gradients.values())
     assert_gradients_close(ours, known, rtol=1e-2)
+
+
+def test_an_empty_slot_holds_nothing():
+    """Whatever the first token's states are: its rows of zeros are multiplied with them."""
+    problem, options = (
+        bfloat16_problem(bias=True),
+        {"objective": VGSObjective(lam=0.4, gamma=0.0), "vds_threshold": 1e9},
+    )
+    problem.student_text_hidden[0] = torch.nan
+    assert all(gradient.isfinite().all() for gradient in run(problem, **options).gradients.values())
+
+
+@pytest.mark.parametrize("few", [0, 256])
+def test_a_gated_token_that_is_not_finite_shows(monkeypatch, few):
+    """Its loss is NaN, and so are its gradients, however many tokens there are."""
+    monkeypatch.setattr(steering, "_FEW_TOKENS", few)
+    problem, options = bfloat16_problem(bias=True).rows(slice(0, 130)), {"objective": VGSObjective(lam=0.4, gamma=0.0)}
+    scores = evaluate(vgs_oracle, problem, requires_grad=(), **options).output.vds
+    problem.student_text_hidden[scores.argmax()] = torch.nan
+    ours = run(problem, 2**28, **options)
+    assert ours.loss.isnan() and ours.gradients["student_weight"].isnan().any()
+
+
+def test_views_of_two_dtypes_have_no_block_in_common():
+    problem, options = bfloat16_problem(), {"objective": VGSObjective(**STRONG)}
+    problem = replace(problem, student_hidden=problem.student_hidden.float())
+    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
+    assert_gradients_close(run(problem, **options), exact, rtol=7e-3)
 
 
 def test_certain_text_only_rows_are_as_exact_as_others(monkeypatch):

@@ -41,7 +41,7 @@ def _quantile(score_ptr, count, quantile, SAMPLES: tl.constexpr):
 def slots_kernel(
     state_ptr, state_stride, score_ptr, limit_ptr, counted_ptr, slot_ptr, token_ptr, used_ptr, formed_ptr,
     start, n_rows, n_slots, quantile, first,
-    KNOWN: tl.constexpr, LIMITED: tl.constexpr, COUNTED: tl.constexpr,
+    KNOWN: tl.constexpr, LIMITED: tl.constexpr, COUNTED: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """One program; of [N] vectors the tokens from ``start`` on, of [R] vectors the first ``n_rows``."""
@@ -68,10 +68,11 @@ def slots_kernel(
     else:
         tl.debug_barrier()  # these scores are read by all threads
         passes = score.to(tl.int32, bitcast=True) > _quantile(score_ptr, start + n_rows, quantile, SAMPLES)
-    # A gradient that is not finite could not be taken back.
-    infinity = float("inf")
-    passes &= counted & (score > -infinity) & (tl.abs(a_gap) < infinity)
-    passes &= (a_sum > 0) & (a_sum < infinity) & (w_sum > 0) & (w_sum < infinity)
+    passes &= counted
+    if not EXACT:  # a gradient that is not finite could not be taken back
+        infinity = float("inf")
+        passes &= (score > -infinity) & (tl.abs(a_gap) < infinity)
+        passes &= (a_sum > 0) & (a_sum < infinity) & (w_sum > 0) & (w_sum < infinity)
     used = tl.load(used_ptr)
     if first:  # of its block of gradients
         used = used * 0
@@ -106,6 +107,7 @@ def assign(
     formed: Tensor,
     *,
     known: bool,
+    exact: bool,
     first: bool,
 ) -> None:
     """Give slots to the tokens that pass the gate as far as one can know, until none is left.
@@ -122,6 +124,7 @@ def assign(
         used: [1] int32, read and written: how many slots are taken.
         formed: [N] int32, written: 1 for tokens that have got one.
         known: see ``scores``.
+        exact: whether scores and limits are those of the call; else what is not finite gets no slot.
         first: whether a block of gradients begins, whose slots are all free.
     """
     for part in slices(len(slots), LAYOUT["ROWS"]):
@@ -130,6 +133,6 @@ def assign(
             here, here.stride(0), scores, scores if limits is None else limits, formed if counted is None else counted,
             slots[part], tokens, used, formed, rows.start + part.start, part.stop - part.start, len(tokens),
             float(quantile), int(first and part.start == 0),
-            KNOWN=known, LIMITED=limits is not None, COUNTED=counted is not None,
+            KNOWN=known, LIMITED=limits is not None, COUNTED=counted is not None, EXACT=exact,
             **LAYOUT, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
