@@ -66,7 +66,7 @@ def entry(p, q, r, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr, MASKED: t
         least = tl.minimum(r, 0.0)
         most = tl.maximum(r, 0.0)
         share = 0.5 if KIND == _EVEN else tl.where(r >= 0, beta, 1 - beta)
-        larger = _log1p(share * _expm1(least - most), KIND != _EVEN)
+        larger = _log1p(share * _expm1(-tl.abs(r)), KIND != _EVEN)
         slope = (1 - beta) * p * (least - larger)
         value = beta * q * (most + larger)
         if MASKED:
