@@ -109,7 +109,7 @@ class LinearSink:
             self._d_bias[columns].add_(d_logits.sum(0, dtype=self._d_bias.dtype), alpha=view.alpha)
         d_hidden = None if view.d_hidden is None else view.d_hidden[tokens]
         out, keep, d_weight, hidden = d_hidden, view.tokens is not None or columns.start > 0, None, None
-        if gated is not None and not (view.d_hidden is gated.view.d_hidden is None):
+        if gated is not None and any(x.d_hidden is not None for x in (view, gated.view)):
             out, keep = gated.view.hidden.new_empty(len(d_logits), self._weight.shape[1], dtype=gated.dtype), False
         if self._d_weight is not None:
             d_weight, hidden = self._d_weight[columns], view.states(tokens)
