@@ -9,7 +9,9 @@ install it in a process of its own, before a kernel is launched.
 
 from __future__ import annotations
 
+import atexit
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -182,4 +184,8 @@ def install(device: Device) -> Device:
         raise RuntimeError("Triton interprets its kernels (TRITON_INTERPRET); none would be compiled.")
     triton.knobs.runtime.add_stages_inspection_hook = _ptx_alone
     triton.runtime.driver.set_active(EmulatedDriver(device))
+    if device.kind == "cuda":
+        # PyTorch's thread for backward passes lets go of the last graph after ``backward`` has returned, which takes
+        # Python's lock: on a busy machine it has come too late once, and a process that had done all was aborted.
+        atexit.register(time.sleep, 1.0)
     return device
