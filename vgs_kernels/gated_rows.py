@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from .divergence import Divergence
 from .plan import GradientView
 from .rows import Backend
 from .rows.layout import RowTile, quiet
@@ -20,6 +19,8 @@ from .rows.layout import RowTile, quiet
 #: Slots beside the share of the tokens that pass: gated tokens come in crowds, and a slot that stays empty is
 #: multiplied out all the same.
 _SPARE = 1.1
+#: Rows for each token of a block, for those that were guessed wrongly: what is known of them comes after the last one.
+_LATE = 1 / 16
 #: Whole steps of a product's inner size.
 _SLOT_MULTIPLE = 16
 
@@ -27,6 +28,11 @@ _SLOT_MULTIPLE = 16
 def slot_share(quantile: float) -> float:
     """Slots for each token of a block."""
     return min(1.0, _SPARE * (1.0 - quantile))
+
+
+def share_beside(quantile: float) -> float:
+    """Rows beside each token of a block: slots, and those that come late."""
+    return slot_share(quantile) + _LATE
 
 
 class GatedRows:
@@ -44,7 +50,7 @@ class GatedRows:
 
     Attributes:
         formed: [N] int32, 1 for tokens whose gradient has been collected.
-        held: [S] bool, slots of the block that was closed that have a token.
+        held: [S] bool, rows beside the block that was closed that have a token.
         tokens: [S] that token, and any one where there is none.
         dtype: of gradients of hidden states.
     """
@@ -80,6 +86,10 @@ class GatedRows:
         """How many a block of so many tokens has: if the quantile is theirs, enough for all that pass."""
         return max(math.ceil(slot_share(self._quantile) * tokens / _SLOT_MULTIPLE), 1) * _SLOT_MULTIPLE
 
+    def rows_beside(self, tokens: int) -> int:
+        """Rows beside so many tokens of a block."""
+        return self.slots(tokens) + math.ceil(_LATE * tokens)
+
     def form(self, rows: slice, tile: RowTile, state: Tensor) -> dict[str, Tensor]:
         """Give slots to these tokens, as far as they are likely to pass; what ``RowCoefficients`` then need.
 
@@ -90,7 +100,7 @@ class GatedRows:
         """
         start = rows.start // self._block * self._block
         block = self._held_by[: self.slots(min(self._block, len(self.formed) - start))]
-        slots, sums = self._slots[rows], state.new_empty(4, rows.stop - rows.start)
+        slots = self._slots[rows]
         self._backend.assign(
             *(state, rows, self._scores, self._limits, self._counted, self._quantile),
             *(slots, block, self._used, self.formed),
@@ -98,17 +108,20 @@ class GatedRows:
             exact=self._exact,
             first=rows.start == start,
         )
-        text = RowTile(tile.student_text, tile.teacher_text, None, None, *tile[4:8])
-        self._backend.totals(text, state[4:], Divergence(), None, sums, None, above=-torch.inf, slots=slots)
         self._of_block = block
-        return {"slot": slots, "sums": sums, "text_weight": self._weights[rows]}
+        sums = self._backend.text_totals(tile, state, slots)
+        return {"slot": slots, "text_weight": self._weights[rows], "text_sums": sums}
 
-    def close(self) -> None:
-        """The block's tokens are all there."""
+    def close(self, late: Tensor | None = None) -> Tensor:
+        """The block's tokens are all there, and these [R] behind its slots; returns ``tokens``."""
         self.held, self.tokens = self._of_block >= 0, self._of_block.clamp(min=0)
+        if late is not None and len(late):
+            self.held = torch.cat([self.held, torch.ones_like(late, dtype=torch.bool)])
+            self.tokens = torch.cat([self.tokens, late])
+        return self.tokens
 
     def states(self) -> Tensor:
-        """Hidden states of the block's slots, [S, D]; where there is no token, finite ones: its gradient is 0."""
+        """Hidden states of these rows, [S, D]; where there is no token, finite ones: its gradient is 0."""
         return quiet(self.view.states(self.tokens), self.held)
 
     def add(self, d_hidden: Tensor) -> None:

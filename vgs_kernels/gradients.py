@@ -48,7 +48,11 @@ class LinearSink:
         plan: of the source.
         add: add to ``d_weight``; else the first block of tokens overwrites it. ``d_bias`` is always added to.
         left_out: bounds and takes what is left out of the products, see active_columns.py; None: nothing is.
-        gated: whose rows are multiplied out with those of the one view; its tiles span the vocabulary.
+        gated: whose rows are multiplied out with those of the one view; its tiles span the vocabulary. The last block
+            then waits for ``close``.
+
+    Attributes:
+        nbytes: of the gradient blocks.
     """
 
     def __init__(
@@ -64,12 +68,13 @@ class LinearSink:
         gated: GatedRows | None = None,
     ) -> None:
         self._views, self._weight, self._plan, self._add = views, weight, plan, add
-        self._left_out, self._gated = left_out, gated
+        self._left_out, self._gated, self._late = left_out, gated, None
         self._d_weight, self._d_bias = d_weight, d_bias
         self._start = 0
-        n_rows = plan.gradient_rows + (0 if gated is None else gated.slots(plan.gradient_rows))
-        size = n_rows * pitch(plan.columns)
+        self._capacity = plan.gradient_rows + (0 if gated is None else gated.rows_beside(plan.gradient_rows))
+        size = self._capacity * pitch(plan.columns)
         self._blocks = [None if view.in_place else weight.new_empty(size, dtype=view.dtype) for view in views]
+        self.nbytes = sum(block.nbytes for block in self._blocks if block is not None)
 
     def tiles(self, rows: slice, columns: slice, source: RowTile) -> list[Tensor]:
         """Where to write d_s [R, C] and, if wanted, d_a of a tile; or, of tokens with a slot, d_a [S, C] of a block."""
@@ -81,25 +86,43 @@ class LinearSink:
         if self._gated is None:
             return self._written
         tokens = min(self._plan.gradient_rows, self._views[0].n - self._start)
-        behind = slice(tokens, tokens + self._gated.slots(tokens))
-        slots = slab_rows(self._blocks[0], behind, source.student.shape[1])
+        beside = slice(tokens, tokens + self._gated.slots(tokens))
+        slots = slab_rows(self._blocks[0], beside, source.student.shape[1])
         return [*self._written, slots.zero_() if rows.start == self._start else slots]
 
     def collect(self, rows: slice, columns: slice) -> None:
-        """Multiply out the gradient block once it is full, or at the last token."""
+        """Multiply out the gradient block once it is full or, unless gated rows may follow, at the last token."""
         filled = rows.stop - self._start
         next_rows = min(self._plan.rows, self._views[0].n - rows.stop)
         if not self._views[0].in_place and next_rows > 0 and filled + next_rows <= self._plan.gradient_rows:
             return
-        n_rows = filled
-        if self._gated is not None:
-            n_rows += self._gated.slots(filled)
-            self._gated.close()
+        if self._gated is None:
+            self._multiply_out(rows.stop, columns, filled)
+        elif next_rows > 0:
+            self._multiply_out(rows.stop, columns, filled + len(self._gated.close()))
+        if columns.stop == len(self._weight) and (self._gated is None or next_rows > 0):
+            self._start = rows.stop
+
+    def behind(self, tokens: Tensor) -> Tensor | None:
+        """Where to write the language gradients [R, V] of more tokens [R], behind the last block's slots; None without
+        room for them."""
+        n_rows = self._views[0].n - self._start
+        n_rows += self._gated.slots(n_rows)
+        if n_rows + len(tokens) > self._capacity:
+            return None
+        self._late = tokens
+        return slab_rows(self._blocks[0], slice(n_rows, n_rows + len(tokens)), len(self._weight))
+
+    def close(self) -> None:
+        """Multiply out the last block, where gated rows could follow."""
+        n = self._views[0].n
+        self._multiply_out(n, slice(0, len(self._weight)), n - self._start + len(self._gated.close(self._late)))
+
+    def _multiply_out(self, stop: int, columns: slice, n_rows: int) -> None:
+        """The blocks' first ``n_rows``, of tokens up to ``stop`` and of gated ones."""
         for index, (view, block, tile) in enumerate(zip(self._views, self._blocks, self._written, strict=True)):
             d_logits = tile if view.in_place else slab_rows(block, slice(0, n_rows), tile.shape[1])
-            self._multiply(view, slice(self._start, rows.stop), d_logits, columns, self._add or index > 0)
-        if columns.stop == len(self._weight):
-            self._start = rows.stop
+            self._multiply(view, slice(self._start, stop), d_logits, columns, self._add or index > 0)
 
     def _multiply(self, view: GradientView, at: slice, d_logits: Tensor, columns: slice, add: bool) -> None:
         """Into the gradients of the hidden states of these tokens, and of those with a slot, and of the head's

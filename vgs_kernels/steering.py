@@ -15,7 +15,7 @@ from .arguments import Call, StudentGradients
 from .divergence import Divergence
 from .divergence_loss import DivergenceLoss, Outcome, settings
 from .driver import Loss, Tiles, sweep
-from .gated_rows import GatedRows, slot_share
+from .gated_rows import GatedRows, share_beside
 from .gradients import DenseSink
 from .objective import VGSObjective
 from .parallel import VocabularyShard
@@ -233,8 +233,8 @@ def linear(call: Call) -> Outcome:
         transforms,
         *source_options,
         views,
-        copied=2 if at_once or at_end else 0,
-        slots=slot_share(objective.vds_quantile) if beside else 0.0,
+        copied=1 if at_end and hidden.device.type != "cpu" else 0,
+        beside=share_beside(objective.vds_quantile) if beside else 0.0,
     )
     at_once, at_end = at_once and source.spans, at_end and source.holds_all
     gate_first = beside and few and source.holds_all and loss.of_call
@@ -254,22 +254,27 @@ def linear(call: Call) -> Outcome:
             weights = loss.unit_weights[rows][at]
         if len(at):
             view = gradients.view("student_text_hidden", objective.lam, at + rows.start if rows.start else at)
-            pair = TileSource(tile.pair_at(at, text=True), shard, state)
+            pair = TileSource(tile.move_text(at), shard, state)
             preserve(pair, view, weights, (language_statistics(state[:, at]), None))
 
     then = preserve_here if at_once or at_end else None
-    found = sweep(source, call.backend, loss, gradients.sink(views, source.plan, gated=gated), then=then)
-    losses, terms = loss.finish(*found)
+    sink = gradients.sink(views, source.plan, gated=gated)
+    losses, terms = loss.finish(*sweep(source, call.backend, loss, sink, then=then))
     del source  # frees the slabs
     tokens, weights = loss.unformed() if language and not (at_end or gate_first) else (hidden[:0], None)
-    if len(tokens):
-        # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
-        # p * (gap - mean) would no longer cancel.
-        views = ((student, text), (teacher, teacher_text))
-        rows = [StackedRows(head, [view], call.live, tokens) for head, view in views]
+    # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
+    # p * (gap - mean) would no longer cancel.
+    rows = [StackedRows(head, [view], call.live, tokens) for head, view in ((student, text), (teacher, teacher_text))]
+    late = sink.behind(tokens) if beside and len(tokens) else None
+    if late is not None:
+        source = LinearSource(rows, transforms, source_options[0] - sink.nbytes, *source_options[1:])
+        sweep(source, call.backend, loss.preservation(weights * objective.lam, shard), DenseSink([late]))
+        del source
+    if beside:
+        sink.close()
+    if len(tokens) and late is None:
         view = gradients.view("student_text_hidden", objective.lam, tokens)
-        source = LinearSource(rows, transforms, *source_options, [view])
-        preserve(source, view, weights)
+        preserve(LinearSource(rows, transforms, *source_options, [view]), view, weights)
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
     if (at_once or beside) and len(tokens) and "student_text_hidden" in call.needs:
         of_text.masked_fill_(~loss.gate.unsqueeze(1), 0)  # what was taken back leaves no rounding

@@ -7,12 +7,13 @@ import torch
 from oracle import vgs_oracle
 from problems import DEVICE, TRAINABLE, assert_gradients_close, evaluate, make_problem
 
-from vgs_kernels import VGSObjective, arguments, fused_linear_vgs_loss, gated_rows, steering
+from vgs_kernels import VGSObjective, arguments, fused_linear_vgs_loss, gated_rows, gradients, steering
 
 STRONG = {"lam": 0.5, "gamma": 0.7}
 TOKENS, VOCAB = 200, 211
-#: Tiles of 64 tokens; blocks of 128 and 72.
-SPACE = 2**19
+#: For each column of the slabs, 64 tokens of four float32 rows, and 128 of a 16-bit one with what is beside them: tiles
+#: of 64 tokens, blocks of 128 and 72.
+SPACE = 256 * (64 * 16 + 128 * 3)
 TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINABLE[1:2], "head alone": TRAINABLE[2:3]}
 
 
@@ -105,6 +106,27 @@ def test_guesses_that_are_wrong_are_put_right(monkeypatch, order):
     scores = evaluate(vgs_oracle, problem, requires_grad=(), dtype=torch.float64, **options).output.vds
     _, counts = assert_exact(monkeypatch, problem.rows(scores.argsort(descending=order == "descending")), **options)
     assert counts.taken_back > 20 if order == "ascending" else counts.added > 10
+
+
+@pytest.mark.parametrize("n", some([200, 128], 140, 110))
+@pytest.mark.parametrize("tolerance", some([0.0], 1e-3))
+def test_wrong_guesses_share_the_last_block_if_it_has_room(monkeypatch, n, tolerance):
+    """Blocks of 128 tokens with 48 slots and 8 late rows: of 200 the last block has 72, of 110 or 128 there is no room
+    for twelve and more."""
+    asked, behind = [], gradients.LinearSink.behind
+
+    def observed(sink, tokens):
+        asked.append((len(tokens), behind(sink, tokens) is not None))
+        return behind(sink, tokens)
+
+    monkeypatch.setattr(gradients.LinearSink, "behind", observed)
+    problem, options = bfloat16_problem().rows(slice(0, n)), {"objective": VGSObjective(**STRONG)}
+    scores = evaluate(vgs_oracle, problem, requires_grad=(), dtype=torch.float64, **options).output.vds
+    problem = problem.rows(scores.argsort(descending=True))
+    exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
+    assert_exact(monkeypatch, problem, exact, **options, gradient_tolerance=tolerance)
+    ((wrong, fit),) = asked  # it has not been multiplied out before
+    assert wrong > 8 and fit == (n in (140, 200))
 
 
 @pytest.mark.parametrize("softcap", some([5.0], None))

@@ -26,7 +26,8 @@ class Backend(NamedTuple):
     ``rests``: whether statistics include the ``RESTS`` of layout.py. ``skips``: whether totals take ``above``: a larger
     KL of a row without an entry above ``LARGE`` is that of its statistics, and the row is not read again.
     ``passes``: over blocks of gradients; None: those of PyTorch.
-    ``assign``: gives slots to tokens without the host, which totals and gradients then take; None: it cannot.
+    ``assign``: gives slots to tokens without the host, ``text_totals`` are those of their text-only rows, which the
+    gradient then takes; None: it cannot.
     """
 
     statistics: Callable[..., None]
@@ -37,6 +38,7 @@ class Backend(NamedTuple):
     rests: bool = False
     skips: bool = False
     assign: Callable[..., None] | None = None
+    text_totals: Callable[..., Tensor] | None = None
     passes: Passes | None = None
 
 
@@ -71,7 +73,7 @@ def backend(name: str) -> Backend:
         from .slots_triton import assign
     functions = rows.statistics, entries.gradient, entries.totals, picks.pick, picks.token_scalars
     if name == "triton":
-        return Backend(*functions, skips=True, assign=assign, passes=PASSES)
+        return Backend(*functions, skips=True, assign=assign, text_totals=entries.text_totals, passes=PASSES)
     return Backend(*functions, rests=name == "loops")
 
 

@@ -17,6 +17,7 @@ from .layout import LARGE, SATURATED, RowCoefficients, RowTile
 from .triton_common import (
     GRADIENT_BLOCK,
     GRADIENT_WARPS,
+    MERGE_LANES,
     NOTHING,
     OPTIONS,
     STATISTICS_WARPS,
@@ -167,11 +168,8 @@ def totals_kernel(
 
 
 @triton.jit
-def _centred(p, slope, sums_ptr, sums_stride):
+def _centred(p, slope, slopes, rest, top):
     """The gradient of a pair by its logits, of weight 1, from ``SUMS``."""
-    slopes = tl.load(sums_ptr + sums_stride)
-    rest = tl.load(sums_ptr + 2 * sums_stride)
-    top = tl.load(sums_ptr + 3 * sums_stride)
     return tl.where(p > _SATURATED, rest * top - (1 - rest) * slopes, slope - p * (slopes + top))
 
 
@@ -186,26 +184,34 @@ def _of_text(d_a, weight, a, cap, inv_temperature, HAS_CAP: tl.constexpr, MASKED
     return d_a
 
 
+@triton.jit
+def _joined(pointer, stride, n_splits, LANES: tl.constexpr):
+    """A sum, of what the splits of a row have of it."""
+    split = tl.arange(0, LANES)
+    return tl.sum(tl.load(pointer + split * stride, mask=split < n_splits, other=0.0), axis=0)
+
+
 _VECTORS = (
     *("weight", "gamma", "sums", "policy", "chosen", "tail_slope", "tail_log", "limit"),
-    *("slot", "text_weight"),
+    *("slot", "text_weight", "text_sums"),
 )
 
 
 @triton.jit(
-    do_not_specialize=["state_stride", "sums_stride", "n_columns"],
+    do_not_specialize=["state_stride", "sums_stride", "split_stride", "n_splits", "n_columns"],
     do_not_specialize_on_alignment=["state_ptr", *(f"{name}_ptr" for name in _VECTORS)],
 )
 def gradient_kernel(
     s_ptr, t_ptr, a_ptr, w_ptr, s_stride, t_stride, a_stride, w_stride,
-    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, sums_stride,
+    out_ptr, out_text_ptr, out_stride, out_text_stride, state_ptr, state_stride, sums_stride, split_stride, n_splits,
     weight_ptr, gamma_ptr, sums_ptr, policy_ptr, chosen_ptr, tail_slope_ptr, tail_log_ptr, limit_ptr,
-    slot_ptr, text_weight_ptr,
+    slot_ptr, text_weight_ptr, text_sums_ptr,
     n_columns, n_loaded,
     student_scale, student_cap, target_scale, target_cap, inv_temperature, beta, clip,
     FOUR: tl.constexpr, PRIOR: tl.constexpr, POLICY: tl.constexpr, SLOTS: tl.constexpr,
     KIND: tl.constexpr, CLIP: tl.constexpr, TAIL: tl.constexpr,
-    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    STUDENT_CAP: tl.constexpr, TARGET_CAP: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # From the last column to the first: what the statistics sweep read last may still be in the cache.
@@ -242,7 +248,10 @@ def gradient_kernel(
         if TAIL:
             share = exp(s_centred - tl.load(tail_log_ptr + row))
             slope = tl.where(raw >= tl.load(limit_ptr + row), slope, share * tl.load(tail_slope_ptr + row))
-        d_s = weight * _centred(p, slope, sums_ptr + row, sums_stride)
+        sums_ptr += row
+        slopes = tl.load(sums_ptr + sums_stride)
+        rest = tl.load(sums_ptr + 2 * sums_stride)
+        d_s = weight * _centred(p, slope, slopes, rest, tl.load(sums_ptr + 3 * sums_stride))
     if MASKED:
         d_s = tl.where(weight != 0, d_s, 0.0)
     if POLICY:
@@ -267,7 +276,11 @@ def gradient_kernel(
             p_a = exp(a_centred) * (1 / tl.load(state_ptr + 5 * state_stride))
             log_ratio = a_centred - w_centred - _log_ratio(state_ptr + 4 * state_stride, state_stride)
             _, slope = entry(p_a, p_a, log_ratio, beta, clip, REVERSE, False, MASKED)
-            d_a = text_weight * _centred(p_a, slope, sums_ptr + row, sums_stride)
+            text_sums_ptr += row
+            slopes = _joined(text_sums_ptr + sums_stride, split_stride, n_splits, SPLITS)
+            rest = _joined(text_sums_ptr + 2 * sums_stride, split_stride, n_splits, SPLITS)
+            top = _joined(text_sums_ptr + 3 * sums_stride, split_stride, n_splits, SPLITS)
+            d_a = text_weight * _centred(p_a, slope, slopes, rest, top)
             d_a = _of_text(d_a, text_weight, a, student_cap, inv_temperature, STUDENT_CAP, MASKED)
             tl.store(out_text_ptr + slot * out_text_stride + at, tl.where(at < n_columns, d_a, 0.0), mask=stored)
 
@@ -280,22 +293,22 @@ def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[
     return [float(divergence.beta), clip], options
 
 
-def totals(
+def _strides(sums: Tensor | None, parts: Tensor | None) -> tuple[int, int, int]:
+    """From one of ``SUMS`` to the next, from a split to the next, and how many there are."""
+    if parts is None:
+        return 0 if sums is None else sums.stride(0), 0, 1
+    return parts.stride(1), parts.stride(0), len(parts)
+
+
+def _totals(
     tile: RowTile,
     state: Tensor,
     divergence: Divergence,
     limit: Tensor | None,
-    sums: Tensor,
-    tails: Tensor | None,
-    above: float | None = None,
+    above: float | None,
     slots: Tensor | None = None,
-) -> None:
-    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
-
-    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary, and nothing was added before. With
-    ``slots`` [R], int32, sums of tokens where they are negative are void; the tile is then the pair of text-only rows,
-    and ``state`` that of four rows from ``a_max`` on.
-    """
+) -> Tensor:
+    """``SUMS`` and ``TAILS`` of the splits of the rows, [splits, 6, R]."""
     x, n_rows = TileArguments.of(tile, four=False), len(tile.student)
     scalars, options = _options(divergence, limit)
     layout, count, blocks = statistics_launch(x)
@@ -306,12 +319,40 @@ def totals(
         0.0 if above is None else above, SKIP=above is not None, SLOTS=slots is not None,
         **x.options, **options, **layout, num_warps=STATISTICS_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip
+    return parts
+
+
+def totals(
+    tile: RowTile,
+    state: Tensor,
+    divergence: Divergence,
+    limit: Tensor | None,
+    sums: Tensor,
+    tails: Tensor | None,
+    above: float | None = None,
+) -> None:
+    """Add a tile's part to ``SUMS`` and, with a limit, to ``TAILS``; arguments as in entries_torch.totals.
+
+    Of a KL ``above`` is that of ``Backend``; the tile then spans the vocabulary, and nothing was added before.
+    """
+    parts = _totals(tile, state, divergence, limit, above)
     if above is None:
         sums.add_(parts[:, : len(SUMS)].sum(0))
     else:
         torch.sum(parts[:, : len(SUMS)], 0, out=sums)
     if limit is not None:
         torch.logaddexp(tails, parts[:, len(SUMS) :].logsumexp(0), out=tails)
+
+
+def text_totals(tile: RowTile, state: Tensor, slots: Tensor) -> Tensor:
+    """``text_sums`` of ``RowCoefficients``: of KL(softmax(a) || softmax(w)), of the tokens whose slot [R] is not
+    negative; of others they are void.
+
+    Args:
+        tile: four rows that span the vocabulary. state: [K, R] their statistics. slots: int32.
+    """
+    pair = tile._replace(student=tile.student_text, target=tile.teacher_text, student_text=None, teacher_text=None)
+    return _totals(pair, state[4:], Divergence(), None, -torch.inf, slots)
 
 
 def gradient(
@@ -329,14 +370,14 @@ def gradient(
     """
     x = TileArguments.of(tile)
     scalars, options = _options(divergence, coefficients.limit)
-    text, sums = out if out_text is None else out_text, coefficients.sums
+    text, sums, parts = out if out_text is None else out_text, coefficients.sums, coefficients.text_sums
     # What a variant does not read is stood in for by what it does.
     vectors = [coefficients.weight if y is None else y for y in (getattr(coefficients, name) for name in _VECTORS)]
     gradient_kernel[(len(tile.student), triton.cdiv(x.n_columns, GRADIENT_BLOCK))](
         *x.rows, *x.strides, out, text, out.stride(0), text.stride(0), state, state.stride(0),
-        0 if sums is None else sums.stride(0), *vectors,
+        *_strides(sums, parts), *vectors,
         x.n_columns, x.n_loaded, *x.scalars, *scalars,
         FOUR=tile.four, PRIOR=coefficients.live_prior, POLICY=coefficients.policy is not None,
         SLOTS=coefficients.slot is not None, **x.options, **options,
-        BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
+        BLOCK=GRADIENT_BLOCK, SPLITS=MERGE_LANES, num_warps=GRADIENT_WARPS[VENDOR], **OPTIONS,
     )  # fmt: skip

@@ -52,6 +52,8 @@ _NAMES = {len(x): x for x in (PAIR_STATE, PAIR_STATE + PAIR_RESTS, VGS_STATE, VG
 #: Above this an entry's p is so near 1 that 1 - p is to be summed from the other entries; sums treat entries above
 #: ``LARGE`` so, which includes them whatever the rounding.
 SATURATED, LARGE = 0.999, 0.99
+#: Columns of a block of rows that are moved at a time, through memory beside them; elsewhere all, in one launch.
+_MOVED_COLUMNS = {"cpu": 8192}
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -119,13 +121,20 @@ class RowTile(NamedTuple):
     def four(self) -> bool:
         return self.student_text is not None
 
-    def pair_at(self, tokens: Tensor, *, text: bool = False) -> RowTile:
-        """A copy of the student's and the target's rows of some tokens, or of their text-only rows, as wide as those
-        can be read."""
-        pair = (self.student_text, self.teacher_text) if text else (self.student, self.target)
-        rows = (row.as_strided((row.shape[0], self.readable), row.stride()) for row in pair)
+    def pair_at(self, tokens: Tensor) -> RowTile:
+        """A copy of the student's and the target's rows of some tokens, as wide as those can be read."""
+        rows = (row.as_strided((row.shape[0], self.readable), row.stride()) for row, _ in self.pair)
         copies = (torch.index_select(row, 0, tokens, out=large_empty(row, len(tokens), self.readable)) for row in rows)
         student, target = (copy[:, : self.student.shape[1]] for copy in copies)
+        return RowTile(student, target, None, None, *self[4:8])
+
+    def move_text(self, tokens: Tensor) -> RowTile:
+        """The pair of the text-only rows of some tokens, moved to the first of these rows, which overwrites others."""
+        for row in (self.student_text, self.teacher_text):
+            count, columns = len(tokens), row.shape[1]
+            for here in slices(columns, _MOVED_COLUMNS.get(row.device.type, columns)):
+                row[:count, here] = row[:, here].index_select(0, tokens)
+        student, target = self.student_text[: len(tokens)], self.teacher_text[: len(tokens)]
         return RowTile(student, target, None, None, *self[4:8])
 
     @property
@@ -147,7 +156,7 @@ class RowCoefficients(NamedTuple):
     exp(s' - tail_log) of the tail, which ``sums`` include.
 
     With four rows and a ``slot`` (int32, negative for none), the gradient of text_weight * KL(softmax(a) || softmax(w))
-    by a is written there, ``sums`` being those of that pair.
+    by a is written there; ``text_sums`` [splits, 6, R] add up to the ``SUMS`` of that pair, which come first.
 
     Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
     and -policy * p elsewhere.
@@ -164,6 +173,7 @@ class RowCoefficients(NamedTuple):
     limit: Tensor | None = None
     slot: Tensor | None = None
     text_weight: Tensor | None = None
+    text_sums: Tensor | None = None
 
     def centre(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
         """``mean`` and ``top`` [R], from the statistics of all columns: raw gaps, for every normaliser cancels."""

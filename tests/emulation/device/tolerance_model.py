@@ -3,12 +3,13 @@
 What share of the columns is kept depends on the rows and is given: of rows of 1.15 nats with a language model's tails
 and a vocabulary of 151,936 the passes kept 0.13 of the columns of a block of 2,048 rows, for a tolerance of 0.001.
 
-    python -m tests.emulation.device.build -m tests.emulation.device.tolerance_model [--kept 0.13]
+    python -m tests.emulation.device.build -m tests.emulation.device.tolerance_model [--kept 0.13] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from ..triton_device import Device, install
 from .record import move_at_most, record
 from .time_model import (
     DEVICES,
+    PREDICTED,
     SHAPE,
     TOKENS,
     PerEntry,
@@ -38,6 +40,7 @@ from .time_model import (
 )
 from .values import CPUValues
 
+WRITTEN = PREDICTED.with_name("tolerance.json")
 MODELLED = ("vgs", "reverse-kl", "jsd")
 KERNELS = ("row_sums_kernel", "thresholds_kernel", "below_kernel")
 #: Rows and columns of the blocks that are executed: whole rows, and as many as a program goes through.
@@ -103,10 +106,16 @@ def predictions(kept: float) -> dict[str, dict[str, dict[str, float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", type=float, default=0.13, help="share of a block's columns")
-    for device, jobs in predictions(parser.parse_args().kept).items():
+    parser.add_argument("--write", action="store_true", help=f"keep them in {WRITTEN.name}")
+    args = parser.parse_args()
+    found = predictions(args.kept)
+    for device, jobs in found.items():
         for job, parts in jobs.items():
             text = ", ".join(f"{name} {1e3 * x:.1f}" for name, x in parts.items())
             print(f"{device} {job:12} {1e3 * sum(parts.values()):6.1f} ms: {text}")
+    if args.write:
+        made = {"shape": SHAPE, "tokens": TOKENS, "dtype": "bfloat16", "kept": args.kept, "devices": found}
+        WRITTEN.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
