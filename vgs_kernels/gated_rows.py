@@ -75,7 +75,7 @@ class GatedRows:
         self.formed = torch.zeros_like(weights, dtype=torch.int32)
         self._used = weights.new_zeros(1, dtype=torch.int32)
         self._slots = weights.new_empty(n, dtype=torch.int32)
-        self._held_by = weights.new_empty(self.slots(min(n, block)), dtype=torch.int64)
+        self._held_by = weights.new_empty(self.slots(block), dtype=torch.int64)
 
     def know(self, scores: Tensor, limits: Tensor) -> None:
         """Take the scores [N] of all tokens and what they must exceed: nothing is a guess then."""
@@ -86,9 +86,11 @@ class GatedRows:
         """How many a block of so many tokens has: if the quantile is theirs, enough for all that pass."""
         return max(math.ceil(slot_share(self._quantile) * tokens / _SLOT_MULTIPLE), 1) * _SLOT_MULTIPLE
 
-    def rows_beside(self, tokens: int) -> int:
-        """Rows beside so many tokens of a block."""
-        return self.slots(tokens) + math.ceil(_LATE * tokens)
+    def rows_beside(self) -> int:
+        """Rows of a block beside its tokens: slots, and late ones unless the last block has room for them."""
+        last = len(self.formed) % self._block or self._block
+        free = self._block + self.slots(self._block) - last - self.slots(last)
+        return self.slots(self._block) + max(math.ceil(_LATE * self._block) - free, 0)
 
     def form(self, rows: slice, tile: RowTile, state: Tensor) -> dict[str, Tensor]:
         """Give slots to these tokens, as far as they are likely to pass; what ``RowCoefficients`` then need.

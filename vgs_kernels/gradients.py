@@ -71,7 +71,7 @@ class LinearSink:
         self._left_out, self._gated, self._late = left_out, gated, None
         self._d_weight, self._d_bias = d_weight, d_bias
         self._start = 0
-        self._capacity = plan.gradient_rows + (0 if gated is None else gated.rows_beside(plan.gradient_rows))
+        self._capacity = plan.gradient_rows + (0 if gated is None else gated.rows_beside())
         size = self._capacity * pitch(plan.columns)
         self._blocks = [None if view.in_place else weight.new_empty(size, dtype=view.dtype) for view in views]
         self.nbytes = sum(block.nbytes for block in self._blocks if block is not None)

@@ -223,7 +223,7 @@ def linear(call: Call) -> Outcome:
     # in slots beside the tokens of a gradient block, for the host would wait to know how many a tile has. If one tile
     # has all tokens, their gate is known in time. A rank of a group may hold no column at all.
     language, text_view = objective.lam > 0 and text_gradient, gradients.view("student_text_hidden")
-    here, few = language and not prior and shard.group is None, len(hidden) <= _FEW_TOKENS
+    here, few = language and not prior and shard.group is None and len(hidden) > 0, len(hidden) <= _FEW_TOKENS
     known_or_guessed = here and (loss.limits is not None or loss.of_call)
     at_once = known_or_guessed and hidden.device.type == "cpu" and text_view.in_place
     beside = known_or_guessed and bool(views) and _takes_slots(call, views[0], text_view)
@@ -260,18 +260,20 @@ def linear(call: Call) -> Outcome:
     then = preserve_here if at_once or at_end else None
     sink = gradients.sink(views, source.plan, gated=gated)
     losses, terms = loss.finish(*sweep(source, call.backend, loss, sink, then=then))
-    del source  # frees the slabs
+    last, late = sink if beside else None, None  # its last block is open
+    del source, sink  # frees slabs and blocks
     tokens, weights = loss.unformed() if language and not (at_end or gate_first) else (hidden[:0], None)
     # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
     # p * (gap - mean) would no longer cancel.
-    rows = [StackedRows(head, [view], call.live, tokens) for head, view in ((student, text), (teacher, teacher_text))]
-    late = sink.behind(tokens) if beside and len(tokens) else None
-    if late is not None:
-        source = LinearSource(rows, transforms, source_options[0] - sink.nbytes, *source_options[1:])
-        sweep(source, call.backend, loss.preservation(weights * objective.lam, shard), DenseSink([late]))
-        del source
-    if beside:
-        sink.close()
+    rows = [StackedRows(head, [x], call.live, tokens) for head, x in ((student, text), (teacher, teacher_text))]
+    if last is not None:
+        late = last.behind(tokens) if len(tokens) else None
+        if late is not None:
+            source = LinearSource(rows, transforms, source_options[0] - last.nbytes, *source_options[1:])
+            sweep(source, call.backend, loss.preservation(weights * objective.lam, shard), DenseSink([late]))
+            del source
+        last.close()
+        del last
     if len(tokens) and late is None:
         view = gradients.view("student_text_hidden", objective.lam, tokens)
         preserve(LinearSource(rows, transforms, *source_options, [view]), view, weights)

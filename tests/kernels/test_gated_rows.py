@@ -10,10 +10,10 @@ from problems import DEVICE, TRAINABLE, assert_gradients_close, evaluate, make_p
 from vgs_kernels import VGSObjective, arguments, fused_linear_vgs_loss, gated_rows, gradients, steering
 
 STRONG = {"lam": 0.5, "gamma": 0.7}
-TOKENS, VOCAB = 200, 211
-#: For each column of the slabs, 64 tokens of four float32 rows, and 128 of a 16-bit one with what is beside them: tiles
-#: of 64 tokens, blocks of 128 and 72.
-SPACE = 256 * (64 * 16 + 128 * 3)
+TOKENS, VOCAB = 120, 211
+#: For each column of the slabs, 64 tokens of four float32 rows, and of a 16-bit one with what is beside it: tiles and
+#: blocks of 64 tokens and 56.
+SPACE = 256 * (64 * 16 + 64 * 4)
 TRAINED = {"all": TRAINABLE, "frozen head": TRAINABLE[:2], "text alone": TRAINABLE[1:2], "head alone": TRAINABLE[2:3]}
 
 
@@ -105,14 +105,13 @@ def test_guesses_that_are_wrong_are_put_right(monkeypatch, order):
     problem, options = bfloat16_problem(), {"objective": VGSObjective(**STRONG)}
     scores = evaluate(vgs_oracle, problem, requires_grad=(), dtype=torch.float64, **options).output.vds
     _, counts = assert_exact(monkeypatch, problem.rows(scores.argsort(descending=order == "descending")), **options)
-    assert counts.taken_back > 20 if order == "ascending" else counts.added > 10
+    assert counts.taken_back > 15 if order == "ascending" else counts.added > 10
 
 
-@pytest.mark.parametrize("n", some([200, 128], 140, 110))
+@pytest.mark.parametrize("n", [104, TOKENS])
 @pytest.mark.parametrize("tolerance", some([0.0], 1e-3))
 def test_wrong_guesses_share_the_last_block_if_it_has_room(monkeypatch, n, tolerance):
-    """Blocks of 128 tokens with 48 slots and 8 late rows: of 200 the last block has 72, of 110 or 128 there is no room
-    for twelve and more."""
+    """A block has 64 tokens and 32 slots; the last one of 104 tokens has 40 and 16, of 120 tokens 56 and 32."""
     asked, behind = [], gradients.LinearSink.behind
 
     def observed(sink, tokens):
@@ -126,7 +125,7 @@ def test_wrong_guesses_share_the_last_block_if_it_has_room(monkeypatch, n, toler
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
     assert_exact(monkeypatch, problem, exact, **options, gradient_tolerance=tolerance)
     ((wrong, fit),) = asked  # it has not been multiplied out before
-    assert wrong > 8 and fit == (n in (140, 200))
+    assert wrong > 8 and fit == (n == 104)
 
 
 @pytest.mark.parametrize("softcap", some([5.0], None))
@@ -177,6 +176,11 @@ def test_a_gated_token_that_is_not_finite_shows(monkeypatch, few):
     assert ours.loss.isnan() and ours.gradients["student_weight"].isnan().any()
 
 
+def test_without_tokens_there_is_no_block():
+    ours = run(bfloat16_problem().rows(slice(0, 0)), objective=VGSObjective(**STRONG))
+    assert ours.loss == 0 and all((gradient == 0).all() for gradient in ours.gradients.values())
+
+
 def test_views_of_two_dtypes_have_no_block_in_common():
     problem, options = bfloat16_problem(), {"objective": VGSObjective(**STRONG)}
     problem = replace(problem, student_hidden=problem.student_hidden.float())
@@ -206,7 +210,7 @@ def test_few_tokens_know_their_gate(monkeypatch, quantile):
     monkeypatch.setattr(steering, "_FEW_TOKENS", 256)
     objective = VGSObjective(**STRONG, vds_quantile=quantile)
     ours, counts = assert_exact(monkeypatch, bfloat16_problem(), workspace_bytes=2**30, objective=objective)
-    assert counts.formed == counts.added == 0 and int(ours.output.gate.sum()) == {0.0: 199, 0.7: 60, 0.99: 2}[quantile]
+    assert counts.formed == counts.added == 0 and int(ours.output.gate.sum()) == {0.0: 119, 0.7: 36, 0.99: 2}[quantile]
 
 
 def test_a_captured_call_does_not_guess(monkeypatch):

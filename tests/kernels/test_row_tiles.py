@@ -9,7 +9,7 @@ import torch
 from tiles import make_tile
 
 from vgs_kernels.divergence import Divergence
-from vgs_kernels.rows import entries_torch, entries_triton, rows_torch, rows_triton
+from vgs_kernels.rows import entries_torch, entries_triton, layout, rows_torch, rows_triton
 from vgs_kernels.rows.layout import LogitTransform, RowCoefficients, RowTile, new_state
 
 
@@ -34,6 +34,18 @@ def test_blocks_of_the_torch_rows(monkeypatch, masked):
         results.append((state, out, out_text))
     for blocks, whole in zip(*results[::-1], strict=True):
         torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_a_time", [7, 300])
+def test_gated_rows_move_to_the_front(monkeypatch, at_a_time):
+    """No matter in which order they are asked for; in the tile's own memory."""
+    monkeypatch.setitem(layout._MOVED_COLUMNS, "cpu", at_a_time)
+    tile, tokens = make_tile(9, 101), torch.tensor([6, 0, 2, 8])
+    expected = [row[tokens].clone() for row in (tile.student_text, tile.teacher_text)]
+    places = [row.data_ptr() for row in (tile.student_text, tile.teacher_text)]
+    pair = tile.move_text(tokens)
+    assert torch.equal(pair.student, expected[0]) and torch.equal(pair.target, expected[1])
+    assert [pair.student.data_ptr(), pair.target.data_ptr()] == places and not pair.four
 
 
 @pytest.mark.skipif(not rows_triton.supports(torch.device("cpu")), reason="needs the Triton interpreter")
