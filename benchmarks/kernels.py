@@ -288,7 +288,7 @@ def compile_kernel(name: str, variant: Variant, target: str, aligned: bool = Tru
         block = layout["LANES"] * layout["WIDTH"]
     elif sweep == "write":
         warps, block = triton_common.GRADIENT_WARPS[backend], triton_common.GRADIENT_BLOCK
-        layout = {"BLOCK": block}
+        layout = {"BLOCK": block, "SPLITS": triton_common.MERGE_LANES}
     constants = {**options, **layout}
     signature = _signature(kernel, logits, gradient, constants)
     divisible = {

@@ -226,7 +226,7 @@ class LeftOut:
         """Take a block.
 
         Args:
-            tokens: which, each once but for those of rows that are not ``held``.
+            tokens: which, each once unless it is said which rows are ``held``.
             factor: of this view.
             sums, kept: [2, R] of all its columns and of those that were multiplied out, see ``row_sums``.
             counts: how many columns were multiplied out, and of how many.

@@ -117,7 +117,7 @@ class GatedRows:
     def close(self, late: Tensor | None = None) -> Tensor:
         """The block's tokens are all there, and these [R] behind its slots; returns ``tokens``."""
         self.held, self.tokens = self._of_block >= 0, self._of_block.clamp(min=0)
-        if late is not None and len(late):
+        if late is not None:
             self.held = torch.cat([self.held, torch.ones_like(late, dtype=torch.bool)])
             self.tokens = torch.cat([self.tokens, late])
         return self.tokens

@@ -86,8 +86,8 @@ class LinearSink:
         if self._gated is None:
             return self._written
         tokens = min(self._plan.gradient_rows, self._views[0].n - self._start)
-        beside = slice(tokens, tokens + self._gated.slots(tokens))
-        slots = slab_rows(self._blocks[0], beside, source.student.shape[1])
+        place = slice(tokens, tokens + self._gated.slots(tokens))
+        slots = slab_rows(self._blocks[0], place, source.student.shape[1])
         return [*self._written, slots.zero_() if rows.start == self._start else slots]
 
     def collect(self, rows: slice, columns: slice) -> None:
@@ -96,16 +96,15 @@ class LinearSink:
         next_rows = min(self._plan.rows, self._views[0].n - rows.stop)
         if not self._views[0].in_place and next_rows > 0 and filled + next_rows <= self._plan.gradient_rows:
             return
-        if self._gated is None:
-            self._multiply_out(rows.stop, columns, filled)
-        elif next_rows > 0:
-            self._multiply_out(rows.stop, columns, filled + len(self._gated.close()))
-        if columns.stop == len(self._weight) and (self._gated is None or next_rows > 0):
+        if self._gated is not None and next_rows <= 0:
+            return  # ``close`` does
+        self._multiply_out(rows.stop, columns, filled + (0 if self._gated is None else len(self._gated.close())))
+        if columns.stop == len(self._weight):
             self._start = rows.stop
 
-    def behind(self, tokens: Tensor) -> Tensor | None:
-        """Where to write the language gradients [R, V] of more tokens [R], behind the last block's slots; None without
-        room for them."""
+    def append(self, tokens: Tensor) -> Tensor | None:
+        """Take more gated tokens [R] into the last block, behind its slots; returns where their language gradients
+        [R, V] are to be written, or None without room for them."""
         n_rows = self._views[0].n - self._start
         n_rows += self._gated.slots(n_rows)
         if n_rows + len(tokens) > self._capacity:

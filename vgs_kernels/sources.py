@@ -183,7 +183,7 @@ class LinearSource(Source):
         dtype: of the slabs.
         views: whose gradients will be collected.
         copied: how many rows of a tile's tokens the caller may copy beside it at a time.
-        beside: rows for each token of a gradient block, see gated_rows.py.
+        rows_beside: for each token of a gradient block, see gated_rows.py.
     """
 
     def __init__(
@@ -195,14 +195,14 @@ class LinearSource(Source):
         dtype: torch.dtype,
         views: Sequence[GradientView] = (),
         copied: int = 0,
-        beside: float = 0.0,
+        rows_beside: float = 0.0,
     ) -> None:
         n, device = parts[0].n, parts[0].views[0].device
         count = sum(len(part.views) for part in parts)
         own = [view.dtype.itemsize for view in views if not view.in_place]
         # Blocks beside a view that lies in the slabs are tied to its tokens.
         held = (count + copied) * dtype.itemsize
-        sizes = (held, sum(own) * (1 + beside)) if len(own) == len(views) else (held + sum(own), 0)
+        sizes = (held, sum(own) * (1 + rows_beside)) if len(own) == len(views) else (held + sum(own), 0)
         most = MAX_ROWS.get(device.type)
         most = most and most // max(len(part.views) for part in parts)
         plan = Plan.fit(n, shard.largest, *sizes, workspace_bytes, most)

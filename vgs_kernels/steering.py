@@ -6,6 +6,7 @@ This is the room where the method is readable and changeable.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -234,7 +235,7 @@ def linear(call: Call) -> Outcome:
         *source_options,
         views,
         copied=1 if at_end and hidden.device.type != "cpu" else 0,
-        beside=share_beside(objective.vds_quantile) if beside else 0.0,
+        rows_beside=share_beside(objective.vds_quantile) if beside else 0.0,
     )
     at_once, at_end = at_once and source.spans, at_end and source.holds_all
     gate_first = beside and few and source.holds_all and loss.of_call
@@ -262,21 +263,24 @@ def linear(call: Call) -> Outcome:
     losses, terms = loss.finish(*sweep(source, call.backend, loss, sink, then=then))
     last, late = sink if beside else None, None  # its last block is open
     del source, sink  # frees slabs and blocks
-    tokens, weights = loss.unformed() if language and not (at_end or gate_first) else (hidden[:0], None)
-    # Their statistics are taken again: in a GEMM of another shape the logits are rounded otherwise, and
-    # p * (gap - mean) would no longer cancel.
-    rows = [StackedRows(head, [x], call.live, tokens) for head, x in ((student, text), (teacher, teacher_text))]
+    tokens, weights = loss.unformed() if language and not (at_end or gate_first) else ((), None)
+
+    def project_again(workspace: int, views: Sequence[GradientView] = ()) -> LinearSource:
+        """Their pairs of text-only rows. Their statistics are taken again, too: in a GEMM of another shape the logits
+        are rounded otherwise, and p * (gap - mean) would no longer cancel."""
+        rows = [StackedRows(head, [x], call.live, tokens) for head, x in ((student, text), (teacher, teacher_text))]
+        return LinearSource(rows, transforms, workspace, *source_options[1:], views)
+
     if last is not None:
-        late = last.behind(tokens) if len(tokens) else None
+        late = last.append(tokens) if len(tokens) else None
         if late is not None:
-            source = LinearSource(rows, transforms, source_options[0] - last.nbytes, *source_options[1:])
-            sweep(source, call.backend, loss.preservation(weights * objective.lam, shard), DenseSink([late]))
-            del source
+            pair = loss.preservation(weights * objective.lam, shard)
+            sweep(project_again(source_options[0] - last.nbytes), call.backend, pair, DenseSink([late]))
         last.close()
         del last
     if len(tokens) and late is None:
         view = gradients.view("student_text_hidden", objective.lam, tokens)
-        preserve(LinearSource(rows, transforms, *source_options, [view]), view, weights)
+        preserve(project_again(source_options[0], [view]), view, weights)
     of_text = gradients.by_name["student_text_hidden"] if prior or language else None
     if (at_once or beside) and len(tokens) and "student_text_hidden" in call.needs:
         of_text.masked_fill_(~loss.gate.unsqueeze(1), 0)  # what was taken back leaves no rounding

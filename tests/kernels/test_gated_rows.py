@@ -112,19 +112,20 @@ def test_guesses_that_are_wrong_are_put_right(monkeypatch, order):
 @pytest.mark.parametrize("tolerance", some([0.0], 1e-3))
 def test_wrong_guesses_share_the_last_block_if_it_has_room(monkeypatch, n, tolerance):
     """A block has 64 tokens and 32 slots; the last one of 104 tokens has 40 and 16, of 120 tokens 56 and 32."""
-    asked, behind = [], gradients.LinearSink.behind
+    asked, append = [], gradients.LinearSink.append
 
     def observed(sink, tokens):
-        asked.append((len(tokens), behind(sink, tokens) is not None))
-        return behind(sink, tokens)
+        place = append(sink, tokens)
+        asked.append((len(tokens), place is not None))
+        return place
 
-    monkeypatch.setattr(gradients.LinearSink, "behind", observed)
+    monkeypatch.setattr(gradients.LinearSink, "append", observed)
     problem, options = bfloat16_problem().rows(slice(0, n)), {"objective": VGSObjective(**STRONG)}
     scores = evaluate(vgs_oracle, problem, requires_grad=(), dtype=torch.float64, **options).output.vds
     problem = problem.rows(scores.argsort(descending=True))
     exact = evaluate(vgs_oracle, problem, dtype=torch.float64, **options)
     assert_exact(monkeypatch, problem, exact, **options, gradient_tolerance=tolerance)
-    ((wrong, fit),) = asked  # it has not been multiplied out before
+    ((wrong, fit),) = asked
     assert wrong > 8 and fit == (n == 104)
 
 

@@ -36,10 +36,10 @@ def test_blocks_of_the_torch_rows(monkeypatch, masked):
         torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("at_a_time", [7, 300])
-def test_gated_rows_move_to_the_front(monkeypatch, at_a_time):
+@pytest.mark.parametrize("logits", [1, 28, 1 << 18])
+def test_gated_rows_move_to_the_front(monkeypatch, logits):
     """No matter in which order they are asked for; in the tile's own memory."""
-    monkeypatch.setitem(layout._MOVED_COLUMNS, "cpu", at_a_time)
+    monkeypatch.setattr(layout, "_MOVED_LOGITS", logits)
     tile, tokens = make_tile(9, 101), torch.tensor([6, 0, 2, 8])
     expected = [row[tokens].clone() for row in (tile.student_text, tile.teacher_text)]
     places = [row.data_ptr() for row in (tile.student_text, tile.teacher_text)]

@@ -294,7 +294,8 @@ def _options(divergence: Divergence | None, limit: Tensor | None) -> tuple[list[
 
 
 def _strides(sums: Tensor | None, parts: Tensor | None) -> tuple[int, int, int]:
-    """From one of ``SUMS`` to the next, from a split to the next, and how many there are."""
+    """From one of ``SUMS`` to the next, from a split to the next, and how many splits there are; of the one of both
+    that a call has."""
     if parts is None:
         return 0 if sums is None else sums.stride(0), 0, 1
     return parts.stride(1), parts.stride(0), len(parts)

@@ -52,8 +52,8 @@ _NAMES = {len(x): x for x in (PAIR_STATE, PAIR_STATE + PAIR_RESTS, VGS_STATE, VG
 #: Above this an entry's p is so near 1 that 1 - p is to be summed from the other entries; sums treat entries above
 #: ``LARGE`` so, which includes them whatever the rounding.
 SATURATED, LARGE = 0.999, 0.99
-#: Columns of a block of rows that are moved at a time, through memory beside them; elsewhere all, in one launch.
-_MOVED_COLUMNS = {"cpu": 8192}
+#: Logits that a CPU moves at a time, through memory beside them (1 MiB); other devices move all in one launch.
+_MOVED_LOGITS = 1 << 18
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -132,7 +132,8 @@ class RowTile(NamedTuple):
         """The pair of the text-only rows of some tokens, moved to the first of these rows, which overwrites others."""
         for row in (self.student_text, self.teacher_text):
             count, columns = len(tokens), row.shape[1]
-            for here in slices(columns, _MOVED_COLUMNS.get(row.device.type, columns)):
+            at_a_time = max(_MOVED_LOGITS // max(count, 1), 1) if row.device.type == "cpu" else columns
+            for here in slices(columns, at_a_time):
                 row[:count, here] = row[:, here].index_select(0, tokens)
         student, target = self.student_text[: len(tokens)], self.teacher_text[: len(tokens)]
         return RowTile(student, target, None, None, *self[4:8])
@@ -156,7 +157,8 @@ class RowCoefficients(NamedTuple):
     exp(s' - tail_log) of the tail, which ``sums`` include.
 
     With four rows and a ``slot`` (int32, negative for none), the gradient of text_weight * KL(softmax(a) || softmax(w))
-    by a is written there; ``text_sums`` [splits, 6, R] add up to the ``SUMS`` of that pair, which come first.
+    by a is written there; the first 4 of ``text_sums`` [splits, 6, R], added up over the splits, are the ``SUMS`` of
+    that pair.
 
     Where ``policy`` is given, d_s gains policy * (1 - p) at the column ``chosen`` of the tile (int64, may lie outside)
     and -policy * p elsewhere.
