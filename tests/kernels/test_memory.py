@@ -53,6 +53,15 @@ def test_vgs_stays_within_its_workspace(problem, name, workspace):
     assert meter.peak <= workspace + gradients + scratch + 400 * N
 
 
+def test_a_later_phase_finds_the_memory_of_the_first(monkeypatch, problem):
+    """Loops in C have no temporaries; gated tokens of a first sweep are projected again, in as large tiles."""
+    monkeypatch.setattr(operators, "synchronising_loss", operators.loss)
+    options = {"objective": VGSObjective(vds_scope="trajectory"), "trajectory_ids": torch.arange(N) // 50}
+    with AllocationMeter() as meter:
+        fused_linear_vgs_loss(*leaves(problem), **options, workspace_bytes=2**23, backend="loops")
+    assert 0.9 * 2**23 <= meter.peak - 4 * (2 * N * D + V * D) <= 1.15 * 2**23
+
+
 def test_folded_and_plain_divergence_stay_within_their_workspace(problem):
     s, a, ws, t, w, wt = leaves(problem)
     with AllocationMeter() as meter:
