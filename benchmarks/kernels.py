@@ -73,7 +73,8 @@ _WRITES = [
 ]
 #: The least and the most of projected logits, and held ones: for what has many variants of its own.
 _FEW_READS = [(_PLAIN, "fp32"), (_MASKED_CAPS, "fp32"), (_MASKED, "bf16")]
-_FEW_WRITES = [(_PLAIN, "fp32", "bf16"), (_MASKED_CAPS, "fp32", "bf16"), (_MASKED, "bf16", "bf16")]
+_FEW_PROJECTED = [(_PLAIN, "fp32", "bf16"), (_MASKED_CAPS, "fp32", "bf16")]
+_FEW_WRITES = [*_FEW_PROJECTED, (_MASKED, "bf16", "bf16")]
 
 
 def _variants(flags: str, used: Sequence[str], tiles: Sequence[tuple], **fixed: int) -> list[Variant]:
@@ -142,7 +143,8 @@ KERNELS = {
         "write",
         [
             *_variants(_GRADIENT, ("FOUR", "FOUR PRIOR"), _WRITES, KIND=0),
-            *_variants(_GRADIENT, ("FOUR SLOTS", "FOUR PRIOR POLICY", "FOUR POLICY SLOTS"), _FEW_WRITES, KIND=0),
+            *_variants(_GRADIENT, ("FOUR PRIOR POLICY",), _FEW_WRITES, KIND=0),
+            *_variants(_GRADIENT, ("FOUR SLOTS", "FOUR POLICY SLOTS"), _FEW_PROJECTED, KIND=0),
             *_entries(
                 *(_GRADIENT, _FEW_WRITES),
                 {
