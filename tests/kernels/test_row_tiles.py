@@ -6,6 +6,7 @@ import mmap
 
 import pytest
 import torch
+from allocations import AllocationMeter
 from tiles import make_tile
 
 from vgs_kernels.divergence import Divergence
@@ -43,7 +44,9 @@ def test_gated_rows_move_to_the_front(monkeypatch, logits):
     tile, tokens = make_tile(9, 101), torch.tensor([6, 0, 2, 8])
     expected = [row[tokens].clone() for row in (tile.student_text, tile.teacher_text)]
     places = [row.data_ptr() for row in (tile.student_text, tile.teacher_text)]
-    pair = tile.move_text(tokens)
+    with AllocationMeter() as meter:
+        pair = tile.move_text(tokens)
+    assert 0 < meter.peak <= 4 * max(logits, len(tokens))
     assert torch.equal(pair.student, expected[0]) and torch.equal(pair.target, expected[1])
     assert [pair.student.data_ptr(), pair.target.data_ptr()] == places and not pair.four
 

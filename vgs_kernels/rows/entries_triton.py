@@ -352,8 +352,7 @@ def text_totals(tile: RowTile, state: Tensor, slots: Tensor) -> Tensor:
     Args:
         tile: four rows that span the vocabulary. state: [K, R] their statistics. slots: int32.
     """
-    pair = tile._replace(student=tile.student_text, target=tile.teacher_text, student_text=None, teacher_text=None)
-    return _totals(pair, state[4:], Divergence(), None, -torch.inf, slots)
+    return _totals(tile.text_pair, state[4:], Divergence(), None, -torch.inf, slots)
 
 
 def gradient(

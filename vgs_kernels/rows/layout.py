@@ -128,15 +128,19 @@ class RowTile(NamedTuple):
         student, target = (copy[:, : self.student.shape[1]] for copy in copies)
         return RowTile(student, target, None, None, *self[4:8])
 
+    @property
+    def text_pair(self) -> RowTile:
+        """The text-only rows as a pair."""
+        return RowTile(self.student_text, self.teacher_text, None, None, *self[4:8])
+
     def move_text(self, tokens: Tensor) -> RowTile:
         """The pair of the text-only rows of some tokens, moved to the first of these rows, which overwrites others."""
-        for row in (self.student_text, self.teacher_text):
-            count, columns = len(tokens), row.shape[1]
-            at_a_time = max(_MOVED_LOGITS // max(count, 1), 1) if row.device.type == "cpu" else columns
+        pair, count, columns = self.text_pair, len(tokens), self.student_text.shape[1]
+        at_a_time = max(_MOVED_LOGITS // max(count, 1), 1) if tokens.device.type == "cpu" else columns
+        for row, _ in pair.pair:
             for here in slices(columns, at_a_time):
                 row[:count, here] = row[:, here].index_select(0, tokens)
-        student, target = self.student_text[: len(tokens)], self.teacher_text[: len(tokens)]
-        return RowTile(student, target, None, None, *self[4:8])
+        return pair._replace(student=pair.student[:count], target=pair.target[:count])
 
     @property
     def pair(self) -> list[tuple[Tensor, LogitTransform]]:
